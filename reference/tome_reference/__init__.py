@@ -1,0 +1,22 @@
+"""Token merging in plain PyTorch: the definition of every operation.
+
+A merge is a map. ``slot``, an int32 tensor [B, N], gives the output position of every input token; matching
+makes it, merging averages along it, unmerging gathers through it. What another backend computes is right when
+it agrees with this package.
+"""
+
+from tome_reference.attention import attention
+from tome_reference.matching import kth_match, match, max_r, random_match
+from tome_reference.merging import merge, unmerge
+from tome_reference.norm import merge_add_norm
+
+__all__ = [
+    "attention",
+    "kth_match",
+    "match",
+    "max_r",
+    "merge",
+    "merge_add_norm",
+    "random_match",
+    "unmerge",
+]

@@ -1,0 +1,144 @@
+"""Averaging tokens along a slot map, and the way back (arXiv 2210.09461, section 3).
+
+Sums are written in gather form: no scatter with a reduction (ONNX and TensorRT cannot take one) and no atomic
+addition, so the same input gives the same bits on every device, and a bad number stays in its own group.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tome_reference import checks
+
+
+class _Groups(NamedTuple):
+    """The members of every output token. R = N - M tokens are not the first of their group ("the rest")."""
+
+    order: Tensor  # int64 [B, N]: the first member of each group in slot order, then the rest in slot order
+    rest: Tensor  # int32 [B, R]: slots of the rest, ascending
+    last: Tensor  # int64 [B, M]: where in the rest each group ends
+    alone: Tensor  # bool [B, M]: groups of one
+
+
+def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Merge tokens: output m is the size-weighted mean of the tokens with ``slot == m``.
+
+    Args:
+        x: [B, N, C], floating point, any strides.
+        slot: int32 [B, N], onto [0, tokens) in every row.
+        tokens: M, the number of tokens that remain.
+        size: float32 [B, N], how many original tokens each token stands for; None for one each.
+
+    Returns:
+        x [B, M, C] in the dtype of x, summed in float32 and rounded once; a token that is merged with no other
+        keeps its bits. size float32 [B, M], the sums of the sizes. Gradients flow to x; sizes are counts and
+        have none.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device; on the CPU also a slot map that is not onto
+        [0, tokens).
+    """
+    checks.merging(x, slot, tokens, size)
+    groups = _groups(slot, tokens)
+    size = torch.ones(slot.shape, device=x.device) if size is None else size.detach()
+    total = _group_sum(size[:, :, None], groups)[:, :, 0]
+    weight = size / total.gather(1, slot.long())
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    mean = _group_sum(x.to(accumulate) * weight[:, :, None].to(accumulate), groups)
+    return mean.to(x.dtype), total
+
+
+def unmerge(x: Tensor, slot: Tensor) -> Tensor:
+    """Undo a merge: token i of the restored sequence is output token ``slot[i]``.
+
+    Args:
+        x: [B, M, C], floating point, any strides.
+        slot: int32 [B, N] with values in [0, M).
+
+    Returns:
+        [B, N, C] in the dtype of x. Gradients flow to x.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device.
+    """
+    checks.floating("x", x, (3,), "[B, M, C]")
+    checks.slot(slot, x.shape[0], x.device)
+    restored: Tensor = _Unmerge.apply(x, slot)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    return restored
+
+
+class _Unmerge(torch.autograd.Function):
+    """A gather whose gradient is a group sum: autograd's own scatter adds in no fixed order on a GPU."""
+
+    @staticmethod
+    def forward(x: Tensor, slot: Tensor) -> Tensor:
+        return x.gather(1, slot.long()[:, :, None].expand(-1, -1, x.shape[2]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, slot = inputs
+        ctx.tokens = x.shape[1]
+        ctx.save_for_backward(slot)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (slot,) = ctx.saved_tensors
+        (grad,) = grads
+        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        return _group_sum(grad.to(accumulate), _groups(slot, ctx.tokens)).to(grad.dtype), None
+
+
+def _groups(slot: Tensor, tokens: int) -> _Groups:
+    batch, n = slot.shape
+    by_slot = slot.argsort(dim=1, stable=True)
+    sorted_slot = slot.gather(1, by_slot)
+    is_first = torch.ones_like(slot, dtype=torch.bool)
+    is_first[:, 1:] = sorted_slot[:, 1:] != sorted_slot[:, :-1]
+    _check_onto(sorted_slot, is_first, tokens)
+    firsts_then_rest = (~is_first).to(torch.int8).argsort(dim=1, stable=True)
+    # Group m begins at sorted position start[m], so start[m] - m members of the rest come before it.
+    start = firsts_then_rest[:, :tokens]
+    before = start - torch.arange(tokens, device=slot.device)
+    end = torch.cat([before[:, 1:], before.new_full((batch, 1), n - tokens)], dim=1)
+    return _Groups(
+        order=by_slot.gather(1, firsts_then_rest),
+        rest=sorted_slot.gather(1, firsts_then_rest[:, tokens:]),
+        last=(end - 1).clamp(min=0),
+        alone=end == before,
+    )
+
+
+def _group_sum(x: Tensor, groups: _Groups) -> Tensor:
+    """Sum the rows of x [B, N, C] in each group -> [B, M, C]."""
+    channels = x.shape[2]
+    x = x.gather(1, groups.order[:, :, None].expand(-1, -1, channels))
+    tokens = groups.last.shape[1]
+    first, rest = x[:, :tokens], x[:, tokens:]
+    length = rest.shape[1]
+    if length == 0:
+        return first
+    # Sums over ever longer stretches of one group; the last member of a group then holds the group's sum.
+    step = 1
+    while step < length:
+        same = groups.rest[:, step:] == groups.rest[:, :-step]
+        earlier = rest[:, :-step].masked_fill(~same[:, :, None], 0.0)
+        rest = torch.cat([rest[:, :step], rest[:, step:] + earlier], dim=1)
+        step *= 2
+    others = rest.gather(1, groups.last[:, :, None].expand(-1, -1, channels))
+    return first + others.masked_fill(groups.alone[:, :, None], 0.0)
+
+
+def _check_onto(sorted_slot: Tensor, is_first: Tensor, tokens: int) -> None:
+    """Reading the values would stop a GPU, and a trace has none: there the caller answers for the map."""
+    if torch.compiler.is_compiling() or sorted_slot.device.type != "cpu" or sorted_slot.numel() == 0:
+        return
+    low, high = int(sorted_slot[:, 0].min()), int(sorted_slot[:, -1].max())
+    distinct = int(is_first.sum(dim=1).min())
+    if low != 0 or high != tokens - 1 or distinct != tokens:
+        raise ValueError(
+            f"slot must map onto [0, {tokens}) in every row, got values in [{low}, {high}] "
+            f"and a row with {distinct} distinct ones"
+        )

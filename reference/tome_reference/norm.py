@@ -1,0 +1,60 @@
+"""The step between attention and MLP: residual add, merge, LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tome_reference import checks
+from tome_reference.merging import merge
+
+
+def merge_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    slot: Tensor | None,
+    tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x := merge(x + gamma * branch); y = layer_norm(x).
+
+    Args:
+        x: [B, N, C], the residual stream.
+        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast).
+        slot: int32 [B, N], onto [0, tokens); None merges nothing, and ``tokens`` is then N.
+        tokens: M, the number of tokens that remain.
+        size: float32 [B, N] or None for one each; returned as it is where nothing is merged.
+        weight: [C], the LayerNorm's scale, or None for 1.
+        bias: [C], the LayerNorm's shift, or None for 0.
+        eps: added to the variance.
+        gamma: [C], LayerScale's factor, or None for 1.
+
+    Returns:
+        x [B, M, C] and y [B, M, C] in the dtype of x, size float32 [B, M]. Gradients flow to x, branch, weight,
+        bias and gamma.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
+    """
+    checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps)
+    if slot is None:
+        checks.integer("tokens", tokens, x.shape[1], x.shape[1])
+        checks.size(size, x.shape[0], x.shape[1], x.device)
+    else:
+        checks.merging(x, slot, tokens, size)
+    x = x + (branch if gamma is None else branch * gamma).to(x.dtype)
+    if slot is not None:
+        x, size = merge(x, slot, tokens, size)
+    dtypes = [p.dtype for p in (weight, bias) if p is not None and p.dtype != x.dtype]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)) if dtypes else x
+    y = F.layer_norm(wide, (x.shape[2],), _to(weight, wide), _to(bias, wide), eps)
+    return x, y.to(x.dtype), size
+
+
+def _to(parameter: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(like.dtype)
