@@ -36,6 +36,7 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("r", r, 0)
@@ -70,6 +71,7 @@ def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, k or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("k", k, 1)
@@ -84,9 +86,7 @@ def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
     metric = _metric(keys)
     _, target = _best_target(metric[:, sources], metric[:, targets])
     slot_t = torch.arange(prefix, prefix + count, device=keys.device).expand(keys.shape[0], -1)
-    return _slot_map(
-        keys, prefix, sources.expand_as(target), prefix + target, targets.expand_as(slot_t), slot_t
-    )
+    return _slot_map(keys, prefix, sources.expand_as(target), prefix + target, targets.expand_as(slot_t), slot_t)
 
 
 def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -96,13 +96,15 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
         keys: as for :func:`match`.
         r: how many tokens to merge; clipped to (N - prefix) // 2.
         prefix: how many leading tokens stay untouched.
-        generator: the source of randomness, on the device of ``keys``; None for PyTorch's default.
+        generator: the source of randomness, on the device of ``keys``; None for PyTorch's default. One
+            ``torch.rand(B, N - prefix)`` is drawn, and the r tokens with the smallest numbers are merged.
 
     Returns:
         slot, int32 [B, N], onto [0, N - r); kept tokens stay in ascending order.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("r", r, 0)
@@ -139,9 +141,7 @@ def _best_target(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return best, index
 
 
-def _slot_map(
-    keys: Tensor, prefix: int, sources: Tensor, slot_s: Tensor, targets: Tensor, slot_t: Tensor
-) -> Tensor:
+def _slot_map(keys: Tensor, prefix: int, sources: Tensor, slot_s: Tensor, targets: Tensor, slot_t: Tensor) -> Tensor:
     """The slot map with the prefix in place and the given slots [B, S], [B, T] at the given positions."""
     positions = torch.cat([sources, targets], dim=1)
     slots = torch.cat([slot_s, slot_t], dim=1).to(torch.int32)
