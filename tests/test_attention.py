@@ -19,9 +19,7 @@ def attention_inputs(draw: st.DrawFn):
     batch, heads, n, d = (draw(st.integers(*limits)) for limits in ((0, 3), (1, 3), (1, 70), (1, 40)))
     dtype, layout = draw(st.sampled_from(HALF_AND_SINGLE)), draw(st.sampled_from(("contiguous", "packed")))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    q, k, v = (
-        strided(torch.randn(batch, heads, n, d, generator=generator).to(dtype), layout) for _ in range(3)
-    )
+    q, k, v = (strided(torch.randn(batch, heads, n, d, generator=generator).to(dtype), layout) for _ in range(3))
     size = torch.randint(1, 30, (batch, n), generator=generator).float() if draw(st.booleans()) else None
     return q, k, v, size
 
@@ -76,9 +74,7 @@ def test_merge_add_norm_is_its_three_steps(device, dtype, merging, gamma):
     size = torch.randint(1, 9, (2, 33), device=device).float()
     slot = ops.match(torch.randn(2, 33, 8, device=device), 7) if merging else None
     tokens = 26 if merging else 33
-    out, y, sizes = ops.merge_add_norm(
-        x, branch, slot, tokens, size, weight, bias, 1e-6, factor if gamma else None
-    )
+    out, y, sizes = ops.merge_add_norm(x, branch, slot, tokens, size, weight, bias, 1e-6, factor if gamma else None)
     total = x + (factor * branch if gamma else branch)
     expected, expected_sizes = ops.merge(total, slot, tokens, size) if merging else (total, size)
     tolerance = {"rtol": 0, "atol": TOLERANCE[dtype]}

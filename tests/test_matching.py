@@ -70,14 +70,10 @@ def test_batch_permutation(device, case, data):
     assert torch.equal(ops.match(keys[order], case.r, case.prefix), ops.match(keys, case.r, case.prefix)[order])
 
 
-@given(
-    case=cases(features=("normal", "exact", "duplicates"), dtypes=(torch.float32,)), exponent=st.integers(-90, 90)
-)
+@given(case=cases(features=("normal", "exact", "duplicates"), dtypes=(torch.float32,)), exponent=st.integers(-90, 90))
 def test_scale_invariance(device, case, exponent):
     keys = case.keys(device)
-    assert torch.equal(
-        ops.match(keys * 2.0**exponent, case.r, case.prefix), ops.match(keys, case.r, case.prefix)
-    )
+    assert torch.equal(ops.match(keys * 2.0**exponent, case.r, case.prefix), ops.match(keys, case.r, case.prefix))
 
 
 def test_scale_of_each_token_does_not_matter(device):

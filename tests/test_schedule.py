@@ -12,22 +12,22 @@ from tome import schedule
 from tome.patch import timm_vit
 from tome.utils import parse_r
 
-PUBLISHED = {
-    (12, 8): [8] * 12,
-    (12, (8, 0.0)): [8] * 12,
-    (12, (8, -1.0)): [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0],
-    (12, (16, -1.0)): [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0],
-    (12, (8, 1.0)): [0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 16],
-    (24, (8, 0)): [8] * 24,
-    (4, [3, 2]): [3, 2, 0, 0],
-    (4, []): [0, 0, 0, 0],
-    (1, (8, -1.0)): [8],
-}
+PUBLISHED = [
+    (12, 8, [8] * 12),
+    (12, (8, 0.0), [8] * 12),
+    (12, (8, -1.0), [16, 14, 13, 11, 10, 8, 7, 5, 4, 2, 1, 0]),
+    (12, (16, -1.0), [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]),
+    (12, (8, 1.0), [0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 16]),
+    (24, (8, 0), [8] * 24),
+    (4, [3, 2], [3, 2, 0, 0]),
+    (4, [], [0, 0, 0, 0]),
+    (1, (8, -1.0), [8]),
+]
 
 
-@pytest.mark.parametrize(("key", "expected"), PUBLISHED.items(), ids=str)
-def test_parse_r_gives_the_published_schedules(key, expected):
-    assert parse_r(*key) == expected
+@pytest.mark.parametrize(("depth", "r", "expected"), PUBLISHED, ids=str)
+def test_parse_r_gives_the_published_schedules(depth, r, expected):
+    assert parse_r(depth, r) == expected
 
 
 def test_parse_r_refuses_a_ratio():

@@ -104,7 +104,7 @@ def test_training_with_merging_learns():
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_distilled_training_returns_both_predictions():

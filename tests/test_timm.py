@@ -11,7 +11,6 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 import tome
 from tome import UnsupportedModelError, schedule
 from tome.patch import Tokens, timm_vit
-from tome.patch.block import merging_block
 
 SCHEDULES = [3, (3, -1.0), [5, 0, 2], 0.2, 100]
 every_host = pytest.mark.parametrize("host", HOSTS)
@@ -44,7 +43,7 @@ def test_the_merging_path_without_a_merge_is_the_unpatched_block_bit_for_bit(hos
         torch.manual_seed(0)
         expected = block(x)
         torch.manual_seed(0)
-        state = merging_block(Tokens(x), patched._tome, patched._attention_branch, patched._mlp_branch)
+        state = patched.merging_forward(Tokens(x))
         assert torch.equal(state.x, expected)
         assert state.size is None
         x = expected

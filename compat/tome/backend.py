@@ -21,8 +21,13 @@ import tome_reference
 CHOICES = ("auto", "reference", "cuda")
 INSTALL = "TOME_BUILD_CUDA=1 pip install --no-deps --force-reinstall token-merging"
 
+
+class _Thread(threading.local):
+    name: str | None = None
+
+
+_thread = _Thread()
 _process = os.environ.get("TOME_BACKEND", "auto")
-_thread = threading.local()
 _warned = False
 
 
@@ -37,7 +42,7 @@ def get_backend() -> str:
         ValueError: TOME_BACKEND holds another name.
 
     """
-    return getattr(_thread, "name", None) or _checked(_process)
+    return _thread.name or _checked(_process)
 
 
 def set_backend(name: str) -> None:
@@ -67,9 +72,8 @@ class use_backend:  # noqa: N801  # used like a function
         self.outer: list[str | None] = []
 
     def __enter__(self) -> None:
-        outer = getattr(_thread, "name", None)
-        self.outer.append(outer)
-        _thread.name = self.name or outer
+        self.outer.append(_thread.name)
+        _thread.name = self.name or _thread.name
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,37 +35,44 @@ class Tokens(NamedTuple):
         return cls(x, None, identity.expand(x.shape[0], -1).contiguous() if trace else None)
 
 
-class BlockSettings(NamedTuple):
-    """What one block needs to know: its entry of the schedule, the protected tokens, proportional attention."""
+class MergingBlock:
+    """A transformer block that merges between attention and MLP (section 3, figure 1); mixed into a host's block.
 
-    r: int | float = 0
-    prefix: int = 1
-    prop_attn: bool = True
-
-
-Attend: TypeAlias = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
-
-def merging_block(tokens: Tokens, settings: BlockSettings, attend: Attend, mlp: Callable[[Tensor], Tensor]) -> Tokens:
-    """One transformer block that merges between attention and MLP (section 3, figure 1).
-
-    Args:
-        tokens: the state.
-        settings: of this block.
-        attend: (x [B, N, C], size or None) -> (the attention branch [B, N, C], keys [B, H, N, D]).
-        mlp: x [B, M, C] -> the MLP branch [B, M, C].
-
+    The host's class gives the two branches. The settings are attributes of types that torch.compile takes for
+    constants, so that token counts stay static; a float would make them symbols, hence the str.
     """
-    x, size, slot = tokens
-    branch, keys = attend(x, size if settings.prop_attn else None)
-    x = x + branch
-    n = x.shape[1]
-    r = schedule.merged(settings.r, n - settings.prefix)
-    if r > 0:
-        step = ops.match(keys, r, settings.prefix)
-        x, size = ops.merge(x, step, n - r, size)
-        slot = None if slot is None else step.gather(1, slot.long())
-    return Tokens(x + mlp(x), size, slot)
+
+    _tome_r: int | str  # its entry of the schedule: tokens, or the repr of a share of the free ones
+    _tome_prefix: int  # protected tokens
+    _tome_prop_attn: bool  # whether attention weighs keys by size
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        if self._tome_r == 0 and tokens.size is None:
+            unmerged: Tensor = super().forward(tokens.x)  # type: ignore[misc]  # of the host's block
+            return tokens._replace(x=unmerged)
+        return self.merging_forward(tokens)
+
+    def merging_forward(self, tokens: Tokens) -> Tokens:
+        """The block with its merge, also where it has nothing to merge."""
+        x, size, slot = tokens
+        branch, keys = self.attention_branch(x, size if self._tome_prop_attn else None)
+        x = x + branch
+        n = x.shape[1]
+        entry = float(self._tome_r) if isinstance(self._tome_r, str) else self._tome_r
+        r = schedule.merged(entry, n - self._tome_prefix)
+        if r > 0:
+            step = ops.match(keys, r, self._tome_prefix)
+            x, size = ops.merge(x, step, n - r, size)
+            slot = None if slot is None else step.gather(1, slot.long())
+        return Tokens(x + self.mlp_branch(x), size, slot)
+
+    def attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+        """X [B, N, C], size float32 [B, N] or None -> what attention adds to x, and the keys [B, H, N, D]."""
+        raise NotImplementedError
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """X [B, M, C] -> what the MLP adds to x."""
+        raise NotImplementedError
 
 
 def unpatch(model: nn.Module) -> nn.Module:

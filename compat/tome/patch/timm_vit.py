@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tome import ops, schedule
 from tome.backend import get_backend, use_backend
-from tome.patch.block import BlockSettings, Tokens, UnsupportedModelError, merging_block
+from tome.patch.block import MergingBlock, Tokens, UnsupportedModelError
 from tome.utils import adjacency
 from tome_reference.attention import size_bias
 
@@ -57,42 +57,30 @@ def attend(attn: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Ten
     return attn.proj_drop(attn.proj(x)), k
 
 
-class ToMeBlock(Block):
+class ToMeBlock(MergingBlock, Block):
     """Pre-norm block; takes and returns :class:`Tokens`."""
 
     _tome_base = Block
-    _tome: BlockSettings
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        if self._tome.r == 0 and tokens.size is None:
-            return tokens._replace(x=super().forward(tokens.x))
-        return merging_block(tokens, self._tome, self._attention_branch, self._mlp_branch)
-
-    def _attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
         x, keys = attend(self.attn, self.norm1(x), size)
         return self.drop_path1(self.ls1(x)), keys
 
-    def _mlp_branch(self, x: Tensor) -> Tensor:
+    def mlp_branch(self, x: Tensor) -> Tensor:
         branch: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return branch
 
 
-class ToMeResPostBlock(ResPostBlock):
+class ToMeResPostBlock(MergingBlock, ResPostBlock):
     """Block that normalises its branches; takes and returns :class:`Tokens`."""
 
     _tome_base = ResPostBlock
-    _tome: BlockSettings
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        if self._tome.r == 0 and tokens.size is None:
-            return tokens._replace(x=super().forward(tokens.x))
-        return merging_block(tokens, self._tome, self._attention_branch, self._mlp_branch)
-
-    def _attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
         x, keys = attend(self.attn, x, size)
         return self.drop_path1(self.norm1(x)), keys
 
-    def _mlp_branch(self, x: Tensor) -> Tensor:
+    def mlp_branch(self, x: Tensor) -> Tensor:
         branch: Tensor = self.drop_path2(self.norm2(self.mlp(x)))
         return branch
 
@@ -113,7 +101,9 @@ class PatchedViT(VisionTransformer):
         entries = schedule.per_layer(len(self.blocks), value)
         self._tome = self._tome._replace(r=value)
         for block, entry in zip(self.blocks, entries, strict=True):
-            block._tome = BlockSettings(entry, self.num_prefix_tokens, self._tome.prop_attn)
+            block._tome_r = entry if isinstance(entry, int) else repr(entry)
+            block._tome_prefix = self.num_prefix_tokens
+            block._tome_prop_attn = self._tome.prop_attn
 
     @property
     def _tome_info(self) -> Mapping[str, Any]:
@@ -121,7 +111,7 @@ class PatchedViT(VisionTransformer):
         batch_size = None if last is None or last.size is None else last.size[:, :, None]
         return MappingProxyType(
             {
-                "r": [block._tome.r for block in self.blocks],
+                "r": [b._tome_r if isinstance(b._tome_r, int) else float(b._tome_r) for b in self.blocks],
                 "size": batch_size,
                 "source": None if last is None or last.slot is None else adjacency(last.slot),
                 "trace_source": self._tome.trace_source,
@@ -248,8 +238,10 @@ class PatchedViT(VisionTransformer):
     def _run(self, tokens: Tokens, blocks: int) -> Iterator[Tokens]:
         backend = self._tome.backend
         for block in self.blocks[:blocks]:
-            run = partial(_run_block, block, backend or get_backend())
-            tokens = checkpoint(run, tokens, use_reentrant=False) if self.grad_checkpointing else run(tokens)
+            if self.grad_checkpointing:
+                tokens = checkpoint(partial(_run_block, block, backend or get_backend()), tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens) if backend is None else _run_block(block, backend, tokens)
             yield tokens
         if not torch.compiler.is_compiling() or self._tome.trace_source:
             self._tome_last = tokens._replace(x=tokens.x.new_empty(0))
@@ -261,7 +253,7 @@ class PatchedViT(VisionTransformer):
             return size
         if self.attn_pool is None and pool_type in ("", "token", "max"):
             return None
-        if all(block._tome.r == 0 for block in self.blocks):
+        if all(block._tome_r == 0 for block in self.blocks):
             return None
         raise ValueError(
             f"{pool_type!r} pooling of merged tokens needs their sizes, and this tensor is not the result of "
