@@ -49,8 +49,10 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
     b = torch.arange(prefix + 1 - prefix % 2, n, 2, device=keys.device)
     best, target = _best_target(metric[:, prefix + prefix % 2 :: 2], metric[:, prefix + 1 - prefix % 2 :: 2])
 
-    rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    merged = rank < r
+    # The r best, the lowest index first among those that equal the last of them. (A stable sort does not export.)
+    threshold = best.topk(r, dim=1).values[:, -1:]
+    merged, tied = best > threshold, best == threshold
+    merged |= tied & (tied.cumsum(dim=1) <= r - merged.sum(dim=1, keepdim=True))
     first_b = prefix + a.shape[0] - r
     slot_a = torch.where(merged, first_b + target, prefix - 1 + (~merged).cumsum(dim=1))
     slot_b = torch.arange(first_b, n - r, device=keys.device).expand(keys.shape[0], -1)

@@ -91,17 +91,19 @@ class _Unmerge(torch.autograd.Function):
 
 def _groups(slot: Tensor, tokens: int) -> _Groups:
     n = slot.shape[1]
-    by_slot = slot.argsort(dim=1, stable=True)
+    position = torch.arange(n, device=slot.device)
+    # Positions make the sort keys distinct: a stable sort does not export.
+    by_slot = (slot.long() * n + position).argsort(dim=1)
     sorted_slot = slot.gather(1, by_slot)
     is_first = torch.ones_like(slot, dtype=torch.bool)
     is_first[:, 1:] = sorted_slot[:, 1:] != sorted_slot[:, :-1]
     _check_onto(sorted_slot, is_first, tokens)
-    firsts_then_rest = (~is_first).to(torch.int8).argsort(dim=1, stable=True)
+    firsts_then_rest = ((~is_first).long() * n + position).argsort(dim=1)
     start, others = firsts_then_rest[:, :tokens], firsts_then_rest[:, tokens:]
     first = by_slot.gather(1, start)
     rest_slot = sorted_slot.gather(1, others)
     # Group m begins at sorted position start[m], so start[m] - m members of the rest come before it.
-    before = start - torch.arange(tokens, device=slot.device)
+    before = start - position[:tokens]
     end = torch.cat([before[:, 1:], torch.full_like(before[:, :1], n - tokens)], dim=1)
     return _Groups(
         rest=by_slot.gather(1, others),
