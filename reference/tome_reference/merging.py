@@ -136,7 +136,8 @@ def _weighted_rows(x: Tensor, index: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    # Whole rows at once: several times faster on a CPU than a gather of single entries.
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 
 def _check_onto(sorted_slot: Tensor, is_first: Tensor, tokens: int) -> None:
