@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py --out demo_output
 
-The digits (8 x 8 pixels, enlarged to 16 x 16, 64 patches) and the photographs come with scikit-learn: nothing is downloaded. The
-trained weights are cached in the output folder.
+The digits (8 x 8 pixels, enlarged to 16 x 16: 64 patches) and the photographs come with scikit-learn, so nothing is
+downloaded. The trained weights are cached in the output folder.
 """
 
 from __future__ import annotations

@@ -95,9 +95,7 @@ def test_repetition_changes_no_bit_and_keys_stay(device, case):
 @given(case=cases(features=("exact",)))
 def test_layout_does_not_matter(device, case):
     keys = case.keys(device)
-    assert torch.equal(
-        ops.match(keys, case.r, case.prefix), ops.match(keys.contiguous(), case.r, case.prefix)
-    )
+    assert torch.equal(ops.match(keys, case.r, case.prefix), ops.match(keys.contiguous(), case.r, case.prefix))
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])

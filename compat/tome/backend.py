@@ -19,7 +19,7 @@ import torch
 import tome_reference
 
 CHOICES = ("auto", "reference", "cuda")
-INSTALL = "TOME_BUILD_CUDA=1 pip install --no-deps --force-reinstall token-merging"
+INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
 
 
 class _Thread(threading.local):

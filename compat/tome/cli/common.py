@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import warnings
 from typing import Any, cast
 
@@ -64,7 +65,7 @@ def create_model(name: str, pretrained: bool) -> VisionTransformer:
     import timm
 
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name[:12]}*")[:3] or timm.list_models("vit_*patch16_224")[:3]
+        near = difflib.get_close_matches(name, timm.list_models("*vit*"), cutoff=0.0)
         raise click.UsageError(f"unknown model {name!r}; timm has, for instance, {', '.join(near)}")
     if pretrained and not timm.is_model_pretrained(name):
         raise click.UsageError(f"timm has no pretrained weights for {name!r}: use {RANDOM_WEIGHTS}")
