@@ -103,7 +103,8 @@ def test_bench(tmp_path, capsys):
     assert data["results"][2]["allowed"] > 1
     for text in ("speed-up", "allowed", "spread", "MiB", "(6, -1.0) compiled", torch.__version__):
         assert text in out
-    assert Image.open(plot).size > (300, 300)
+    with Image.open(plot) as picture:
+        assert picture.size > (300, 300)
 
 
 def test_visualize(photo, tmp_path, capsys):
@@ -133,7 +134,7 @@ def bad(*args):
     [
         bad("frobnicate", "No such command 'frobnicate'"),
         bad("bench", "Missing argument 'MODEL'"),
-        bad("bench", "vit_huge_patch99", "unknown model 'vit_huge_patch99'; timm has, for instance, vit_huge_"),
+        bad("bench", "vit_huge_patch99", "unknown model 'vit_huge_patch99'; timm has, for instance, "),
         bad("bench", "resnet18", "ResNet is not supported"),
         bad("bench", TINY, "--r", "eight", "'eight': not a schedule (forms: 8 or 8,-1.0 or [8,8,4] or 0.05)"),
         bad("bench", TINY, "--r", "-3", "r must not be negative, got -3"),
@@ -188,6 +189,7 @@ def test_no_gpu(capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore:token merging runs on the PyTorch reference")
 def test_bench_on_the_gpu_as_a_graph(capsys):
     code, out, err = run(
         capsys, "bench", TINY, "--r", "4", "--device", "cuda", "--dtype", "float16", "--cuda-graph", "--runs", 3

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import HOSTS, images, make
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tome
@@ -112,7 +113,9 @@ def test_flops_agree_with_those_counted_in_a_run(host, r):
     model.r = r
     tokens, cost = timm_vit.cost(model)
     plan = schedule.plan(r, 4, tokens, model.num_prefix_tokens)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, tome.use_backend("reference"):
+    # torch counts the products of plain attention on every version; its fused CPU kernel only on newer ones.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), plain, tome.use_backend("reference"), FlopCounterMode(display=False) as counter:
         model(images(1))
     matching = sum(
         2 * ((n - model.num_prefix_tokens) // 2) * ((n - model.num_prefix_tokens + 1) // 2) * 16

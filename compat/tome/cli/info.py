@@ -42,7 +42,8 @@ def command() -> None:
 
 
 def _facts(extension: bool) -> dict[str, str]:
-    facts = {p: metadata.version(p) for p in ("token-merging", "torch", "timm")}
+    facts = {"token-merging": metadata.version("token-merging"), "torch": torch.__version__}
+    facts["timm"] = metadata.version("timm")
     facts["python"] = f"{platform.python_version()} on {platform.platform()}"
     facts["CUDA of torch"] = torch.version.cuda or "none"
     if extension:
