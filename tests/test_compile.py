@@ -78,7 +78,7 @@ def test_operations_export(strict):
 def test_models_compile_in_one_graph(host):
     model = tome.patch.timm(make(host))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for r in ((5, -1.0), 0.2):
+    for r in ((5, -1.0), 0.2, 0.01):  # the last merges nothing of so few tokens
         compiled.r = r
         assert model.r == r
         with torch.no_grad():

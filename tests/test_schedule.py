@@ -106,7 +106,7 @@ def test_wrong_schedules(r, error, message):
         schedule.plan(r, 12, 197)
 
 
-@pytest.mark.parametrize("host", [h for h in HOSTS if "siglip" not in h])
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("r", [0, (6, -1.0)], ids=str)
 def test_flops_agree_with_those_counted_in_a_run(host, r):
     model = tome.patch.timm(make(host))

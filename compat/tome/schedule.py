@@ -43,6 +43,7 @@ class Cost:
         mixing: per pair of tokens and layer: scores and weighted sum.
         mlp: per token and layer, after merging.
         fixed: once per image: patch embedding and head.
+        pool: per token that leaves the last layer: attention pooling.
 
     """
 
@@ -50,6 +51,7 @@ class Cost:
     mixing: int
     mlp: int
     fixed: int = 0
+    pool: int = 0
 
     @classmethod
     def vit(cls, dim: int, mlp_ratio: float = 4.0, fixed: int = 0) -> Cost:
@@ -122,7 +124,8 @@ def flops(tokens: Sequence[int], cost: Cost) -> int:
 
     """
     layers = itertools.pairwise(tokens)
-    return cost.fixed + sum(cost.attention * n + cost.mixing * n * n + cost.mlp * m for n, m in layers)
+    blocks = sum(cost.attention * n + cost.mixing * n * n + cost.mlp * m for n, m in layers)
+    return cost.fixed + cost.pool * tokens[-1] + blocks
 
 
 def _inflected(depth: int, r: int, inflection: float) -> list[int]:

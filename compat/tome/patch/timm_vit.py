@@ -149,22 +149,24 @@ class PatchedViT(VisionTransformer):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
         """Tokens -> logits; ``size`` float32 [B, M] is found by itself on the result of forward_features."""
-        x = self.pool(x, size=size)
-        x = self.head_drop(self.fc_norm(x))
-        return x if pre_logits else self.head(x)
+        return self._head(x, self._size_of(x, self.global_pool) if size is None else size, pre_logits)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, classes]."""
         _refuse_mask(attn_mask, is_causal)
         tokens = self.forward_tokens(x)
-        if tokens.size is None:
-            return self.forward_head(_with_size(self.norm(tokens.x), None))
-        return self.forward_head(self.norm(tokens.x), size=tokens.size)
+        return self._head(self.norm(tokens.x), tokens.size)
 
     def pool(self, x: Tensor, pool_type: str | None = None, size: Tensor | None = None) -> Tensor:
-        """Timm's pooling, with every token counted as often as it stands for."""
+        """The pooling of timm, with every token counted as often as it stands for."""
         pool_type = self.global_pool if pool_type is None else pool_type
-        size = self._size_for_pooling(x, pool_type) if size is None else size
+        return self._pool(x, self._size_of(x, pool_type) if size is None else size, pool_type)
+
+    def _head(self, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.fc_norm(self._pool(x, size, self.global_pool)))
+        return x if pre_logits else self.head(x)
+
+    def _pool(self, x: Tensor, size: Tensor | None, pool_type: str) -> Tensor:
         if size is None:
             return super().pool(x, pool_type)
         if not self.pool_include_prefix:
@@ -192,7 +194,7 @@ class PatchedViT(VisionTransformer):
         is_causal: bool = False,
         restore: bool = True,
     ) -> Any:
-        """Timm's forward_intermediates; ``restore`` (default) gives every layer's features on the full grid.
+        """The forward_intermediates of timm; ``restore`` (default) gives every layer's features on the full grid.
 
         With ``restore=False`` and ``output_fmt="NLC"`` each layer returns the tokens it has left.
 
@@ -246,7 +248,7 @@ class PatchedViT(VisionTransformer):
         if not torch.compiler.is_compiling() or self._tome.trace_source:
             self._tome_last = tokens._replace(x=tokens.x.new_empty(0))
 
-    def _size_for_pooling(self, x: Tensor, pool_type: str) -> Tensor | None:
+    def _size_of(self, x: Tensor, pool_type: str) -> Tensor | None:
         """The sizes that forward_features left on its result."""
         if hasattr(x, "_tome_size"):
             size: Tensor | None = x._tome_size
@@ -272,7 +274,7 @@ class ToMeVisionTransformerDistilled(PatchedViT, VisionTransformerDistilled):
 
     _tome_base = VisionTransformerDistilled
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
+    def _head(self, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
         return VisionTransformerDistilled.forward_head(self, x, pre_logits)
 
 
@@ -336,11 +338,16 @@ def cost(model: VisionTransformer, image_size: tuple[int, int] | None = None) ->
     block = model.blocks[0]
     heads = [m for name, m in model.named_children() if name in ("head", "head_dist")]
     fixed = patches * _per_token(model.patch_embed) + sum(_per_token(m) for m in heads)
+    pool, per_token = model.attn_pool, 0
+    if pool is not None:
+        per_token = _per_token(pool.kv) + 4 * pool.latent_len * pool.num_heads * pool.head_dim
+        fixed += pool.latent_len * (_per_token(pool) - _per_token(pool.kv))
     dims = schedule.Cost(
         attention=_per_token(block.attn),
         mixing=4 * block.attn.num_heads * block.attn.head_dim,
         mlp=_per_token(block.mlp),
         fixed=fixed,
+        pool=per_token,
     )
     return patches + model.num_prefix_tokens, dims
 
@@ -363,7 +370,7 @@ def _restored(x: Tensor, slot: Tensor | None) -> Tensor:
 
 def _with_size(x: Tensor, size: Tensor | None) -> Tensor:
     if not torch.compiler.is_compiling():
-        x._tome_size = size  # type: ignore[attr-defined]  # read again by PatchedViT._size_for_pooling
+        x._tome_size = size  # type: ignore[attr-defined]  # read again by PatchedViT._size_of
     return x
 
 
