@@ -1,6 +1,7 @@
 // A whole image in one block: metric into shared memory, scores, selection, slots. One launch, grid = batch.
 //
 // Shared memory: rows x row_bytes of split unit vectors, then one packed best per source.
+#include "../launch.cuh"
 #include "select.cuh"
 
 namespace tome::match {
@@ -67,8 +68,8 @@ __device__ __forceinline__ void score_image(const Params& p, const char* rows_pt
 
 template <class T, bool kAligned>
 __global__ __launch_bounds__(kThreads, 2) void match_fused_kernel(const Params p) {
-  extern __shared__ __align__(16) char shared[];
-  __shared__ SelectStorage storage;
+  static __shared__ SelectStorage storage;
+  char* shared = dynamic_shared();
   auto* best = reinterpret_cast<unsigned long long*>(shared + p.rows() * row_bytes(p.padded));
   const int b = blockIdx.x;
   for (int i = threadIdx.x; i < p.sources; i += kThreads) best[i] = pack_best(-INFINITY, 0);
@@ -82,8 +83,7 @@ __global__ __launch_bounds__(kThreads, 2) void match_fused_kernel(const Params p
 template <class T, bool kAligned>
 void launch(const Params& p, cudaStream_t stream) {
   const int bytes = static_cast<int>(shared_bytes(p));
-  cudaFuncSetAttribute(match_fused_kernel<T, kAligned>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  match_fused_kernel<T, kAligned><<<p.batch, kThreads, bytes, stream>>>(p);
+  launch_kernel(match_fused_kernel<T, kAligned>, p.batch, kThreads, bytes, stream, p);
 }
 
 }  // namespace

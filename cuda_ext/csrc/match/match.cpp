@@ -43,9 +43,7 @@ Params key_params(const Tensor& keys, int64_t prefix) {
   TOME_CHECK(p.heads >= 1, "keys need at least one head");
   TOME_CHECK(prefix >= 0 && prefix <= p.tokens, "prefix must be in [0, ", p.tokens, "], got ", prefix);
   p.prefix = static_cast<int>(prefix);
-  p.padded = (p.channels + match::kProductDepth - 1) / match::kProductDepth * match::kProductDepth;
-  p.row_lanes = 1;
-  while (p.row_lanes * match::kLaneChannels < p.padded) p.row_lanes *= 2;
+  match::set_layout(p);
   return p;
 }
 
@@ -71,8 +69,10 @@ Tensor run(Params p, const Tensor& keys) {
   p.metric_ptr = static_cast<__half*>(metric.mutable_data_ptr());
   p.best_ptr = static_cast<unsigned long long*>(best.mutable_data_ptr());
   p.done_ptr = static_cast<int*>(done.mutable_data_ptr());
-  match::launch_tiled(p, dtype, aligned, limit, stream);
+  const bool launched = match::launch_tiled(p, dtype, aligned, limit, stream);
   check_launch();
+  TOME_CHECK(launched, "the GPU has too little shared memory per block (", limit, " bytes) for ", p.channels,
+             " channels");
   return slot;
 }
 

@@ -46,8 +46,16 @@ constexpr int kLaneChannels = 8;  // channels of one thread while loading
 // that one ldmatrix reads together fall into different banks (padded / 4 is even, plus one is odd).
 constexpr int row_bytes(int padded) { return 4 * padded + 16; }
 
+// The derived sizes: padding, and the smallest power of two of threads that covers a row.
+inline void set_layout(Params& params) {
+  params.padded = (params.channels + kProductDepth - 1) / kProductDepth * kProductDepth;
+  params.row_lanes = 1;
+  while (params.row_lanes * kLaneChannels < params.padded) params.row_lanes *= 2;
+}
+
 bool fits_one_block(const Params& params, int max_shared_bytes);
 void launch_fused(const Params& params, Dtype dtype, bool aligned, cudaStream_t stream);
-void launch_tiled(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
+// False where the GPU has too little shared memory for even the smallest tile.
+bool launch_tiled(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
 
 }  // namespace tome::match

@@ -5,6 +5,7 @@
 // targets in tiles of kColumns, two tiles in flight. The block that finishes an image last selects its pairs.
 #include <cute/arch/copy_sm80.hpp>
 
+#include "../launch.cuh"
 #include "select.cuh"
 
 namespace tome::match {
@@ -44,6 +45,7 @@ struct Traits {
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarpSize;
   static constexpr int kStages = 2;
   static_assert(kRows % kWarpRows == 0 && kColumns % kWarpColumns == 0);
+  static_assert((kRows + kStages * kColumns) * row_bytes(kProductDepth) >= sizeof(SelectStorage));
   static constexpr int shared_bytes(int padded) {
     return (kRows + kStages * kColumns) * row_bytes(padded) + kRows * 8;
   }
@@ -121,9 +123,8 @@ __device__ __forceinline__ void score_block(const Params& p, int b, int first_ro
 
 template <class Traits>
 __global__ __launch_bounds__(Traits::kThreads) void match_score_kernel(const Params p) {
-  extern __shared__ __align__(16) char shared[];
-  __shared__ SelectStorage storage;
-  __shared__ bool is_last;
+  static __shared__ bool is_last;
+  char* shared = dynamic_shared();
   const int blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;  // per image
   const int b = blockIdx.x / blocks;
   const int first_row = blockIdx.x % blocks * Traits::kRows;
@@ -143,37 +144,34 @@ __global__ __launch_bounds__(Traits::kThreads) void match_score_kernel(const Par
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  write_slots<Traits::kThreads>(p, b, best_ptr, storage);
+  // The tiles have served: their memory holds what the selection needs.
+  write_slots<Traits::kThreads>(p, b, best_ptr, *reinterpret_cast<SelectStorage*>(shared));
 }
 
 template <class Traits>
 bool try_score(const Params& p, int max_shared_bytes, cudaStream_t stream) {
   const int bytes = Traits::shared_bytes(p.padded);
-  if (bytes + static_cast<int>(sizeof(SelectStorage)) + kAccessBytes > max_shared_bytes) return false;
-  cudaFuncSetAttribute(match_score_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (bytes + kAccessBytes > max_shared_bytes) return false;
   const int64_t blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;
-  match_score_kernel<Traits><<<static_cast<unsigned>(blocks * p.batch), Traits::kThreads, bytes, stream>>>(p);
+  launch_kernel(match_score_kernel<Traits>, blocks * p.batch, Traits::kThreads, bytes, stream, p);
   return true;
 }
 
 }  // namespace
 
-void launch_tiled(const Params& p, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream) {
+bool launch_tiled(const Params& p, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream) {
   const int64_t threads = static_cast<int64_t>(p.batch) * p.rows() * p.row_lanes;
-  const auto blocks = static_cast<unsigned>((threads + kMetricThreads - 1) / kMetricThreads);
+  const int64_t blocks = (threads + kMetricThreads - 1) / kMetricThreads;
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (aligned) {
-      match_metric_kernel<T, true><<<blocks, kMetricThreads, 0, stream>>>(p);
-    } else {
-      match_metric_kernel<T, false><<<blocks, kMetricThreads, 0, stream>>>(p);
-    }
+    launch_kernel(aligned ? match_metric_kernel<T, true> : match_metric_kernel<T, false>, blocks, kMetricThreads,
+                  0, stream, p);
   });
   // The largest tile that fits: wide metrics on GPUs with little shared memory take the smaller ones.
-  try_score<Traits<128, 64>>(p, max_shared_bytes, stream) ||
-      try_score<Traits<64, 64>>(p, max_shared_bytes, stream) ||
-      try_score<Traits<64, 32>>(p, max_shared_bytes, stream) ||
-      try_score<Traits<32, 32>>(p, max_shared_bytes, stream);
+  return try_score<Traits<128, 64>>(p, max_shared_bytes, stream) ||
+         try_score<Traits<64, 64>>(p, max_shared_bytes, stream) ||
+         try_score<Traits<64, 32>>(p, max_shared_bytes, stream) ||
+         try_score<Traits<32, 32>>(p, max_shared_bytes, stream);
 }
 
 }  // namespace tome::match

@@ -5,6 +5,7 @@
 // lists, in order, the tokens that fall into its rows; a warp then finds the members of its row by a ballot over
 // that short list. When a list overflows (very many tokens merged into few), warps scan the slots themselves:
 // the same members in the same order, so the same bits.
+#include "../launch.cuh"
 #include "../vector.cuh"
 #include "merge.h"
 
@@ -30,6 +31,11 @@ __device__ __forceinline__ int token_slot(const GatherParams& p, int64_t b, int 
   return __ldg(p.slot.data_ptr + p.slot.offset(b, token));
 }
 
+// In unsigned arithmetic, so that no slot, however bad, overflows.
+__device__ __forceinline__ bool is_between(int slot, int first, int count) {
+  return static_cast<unsigned>(slot) - static_cast<unsigned>(first) < static_cast<unsigned>(count);
+}
+
 // List the tokens with slots in [first, first + outputs) in ascending order; returns how many there are.
 __device__ __forceinline__ int list_members(const GatherParams& p, int64_t b, int first, int outputs,
                                             Storage& shared) {
@@ -41,7 +47,7 @@ __device__ __forceinline__ int list_members(const GatherParams& p, int64_t b, in
   int count = 0;
   for (int base = begin; base < end; base += kWarpSize) {
     const int token = base + lane;
-    const bool is_mine = token < end && static_cast<unsigned>(token_slot(p, b, token) - first) < outputs;
+    const bool is_mine = token < end && is_between(token_slot(p, b, token), first, outputs);
     count += __popc(__ballot_sync(kFullWarp, is_mine));
   }
   if (lane == 0) shared.warp_count[warp] = count;
@@ -55,13 +61,13 @@ __device__ __forceinline__ int list_members(const GatherParams& p, int64_t b, in
   if (total > kCapacity) return total;
   for (int base = begin; base < end; base += kWarpSize) {
     const int token = base + lane;
-    const int output = token < end ? token_slot(p, b, token) - first : -1;
-    const bool is_mine = static_cast<unsigned>(output) < outputs;
+    const int slot = token < end ? token_slot(p, b, token) : -1;
+    const bool is_mine = is_between(slot, first, outputs);
     const unsigned mask = __ballot_sync(kFullWarp, is_mine);
     if (is_mine) {
       const int at = offset + __popc(mask & ((1u << lane) - 1));
       shared.token[at] = token;
-      shared.output[at] = output;
+      shared.output[at] = slot - first;
       shared.size[at] = token_size(p, b, token);
     }
     offset += __popc(mask);
@@ -86,7 +92,7 @@ struct Walk {
       if (base >= count) return false;
       const int i = base + static_cast<int>(threadIdx.x % kWarpSize);
       bool is_member = false;
-      if (i < count) is_member = (listed ? shared.output[i] : token_slot(p, b, i) - first) == output;
+      if (i < count) is_member = listed ? shared.output[i] == output : token_slot(p, b, i) == first + output;
       mask = __ballot_sync(kFullWarp, is_member);
     }
     const int i = base + __ffs(mask) - 1;
@@ -100,7 +106,7 @@ struct Walk {
 // kPacks packs of kCount channels per thread: one pass over the members covers 32 * kPacks * kCount channels.
 template <class T, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads, 1) void gather_kernel(const GatherParams p) {
-  __shared__ Storage shared;
+  static __shared__ Storage shared;
   const int lane = threadIdx.x % kWarpSize;
   const int blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;
@@ -172,7 +178,7 @@ __global__ __launch_bounds__(kThreads, 1) void gather_kernel(const GatherParams 
 template <class T, int kCount, int kPacks>
 void launch(const GatherParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs * p.batch;
-  gather_kernel<T, kCount, kPacks><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
+  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kThreads, 0, stream, p);
 }
 
 template <class T>

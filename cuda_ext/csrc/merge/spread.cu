@@ -1,5 +1,6 @@
 // out[i] = x[slot i], or that times size_i / total[slot i]: the unmerge and the gradient of a merge. One warp
 // per output row, one launch.
+#include "../launch.cuh"
 #include "../vector.cuh"
 #include "merge.h"
 
@@ -57,7 +58,7 @@ __global__ __launch_bounds__(kThreads) void spread_kernel(const SpreadParams p) 
 template <class T, int kCount>
 void launch(const SpreadParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.batch * p.length + kWarps - 1) / kWarps;
-  spread_kernel<T, kCount><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(p);
+  launch_kernel(spread_kernel<T, kCount>, blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace

@@ -1,0 +1,11 @@
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+struct __half {
+  uint16_t bits;
+};
+inline float __half2float(__half x) { return _cvtsh_ss(x.bits); }
+inline __half __float2half_rn(float x) { return {static_cast<uint16_t>(_cvtss_sh(x, 0))}; }
