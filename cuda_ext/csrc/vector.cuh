@@ -33,6 +33,39 @@ struct alignas(sizeof(T) * kCount) Pack {
   T value[kCount];
 };
 
+// Two at a time where there are two: single 16-bit values would each take a register of their own.
+__device__ __forceinline__ float2 to_float2(__half2 x) { return __half22float2(x); }
+__device__ __forceinline__ float2 to_float2(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+template <class T>
+struct Pair {
+  using type = T;
+};
+template <>
+struct Pair<__half> {
+  using type = __half2;
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+
+template <class T, int kCount>
+__device__ __forceinline__ void unpack(const Pack<T, kCount>& pack, float (&x)[kCount]) {
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+    const auto* pairs = reinterpret_cast<const typename Pair<T>::type*>(pack.value);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const float2 pair = to_float2(pairs[i]);
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = to_float(pack.value[i]);
+  }
+}
+
 template <class T>
 constexpr int kPackSize = kAccessBytes / static_cast<int>(sizeof(T));
 

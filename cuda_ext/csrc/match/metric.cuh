@@ -66,8 +66,11 @@ __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, 
 #pragma unroll
       for (int h = 0; h < kHeadsInFlight; ++h) {
 #pragma unroll
-        for (int c = 0; c < kLaneChannels; ++c) {
-          sum[c] += to_float(pack[h][c / kPackSize<T>].value[c % kPackSize<T>]);
+        for (int i = 0; i < kPacks; ++i) {
+          float x[kPackSize<T>];
+          unpack(pack[h][i], x);
+#pragma unroll
+          for (int c = 0; c < kPackSize<T>; ++c) sum[i * kPackSize<T> + c] += x[c];
         }
       }
     }

@@ -76,101 +76,180 @@ __device__ __forceinline__ int list_members(const GatherParams& p, int64_t b, in
   return total;
 }
 
-// The members of one output row, in ascending order; the whole warp walks together.
-struct Walk {
+// Where a warp finds the members of its output row: in the block's list, or among all tokens.
+struct Members {
   const GatherParams& p;
   const Storage& shared;
   int64_t b;
-  int first, output, count;
+  int output, slot, count;
   bool listed;
-  int base = -kWarpSize;
-  unsigned mask = 0;
 
-  __device__ __forceinline__ bool next(int& token, float& size) {
-    while (mask == 0) {
-      base += kWarpSize;
-      if (base >= count) return false;
-      const int i = base + static_cast<int>(threadIdx.x % kWarpSize);
-      bool is_member = false;
-      if (i < count) is_member = listed ? shared.output[i] == output : token_slot(p, b, i) == first + output;
-      mask = __ballot_sync(kFullWarp, is_member);
+  // One bit for each of the 32 candidates from `base` on; the whole warp asks together.
+  __device__ __forceinline__ unsigned among(int base) const {
+    const int i = base + static_cast<int>(threadIdx.x % kWarpSize);
+    bool is_member = false;
+    if (i < count) is_member = listed ? shared.output[i] == output : token_slot(p, b, i) == slot;
+    return __ballot_sync(kFullWarp, is_member);
+  }
+  __device__ __forceinline__ int token(int i) const { return listed ? shared.token[i] : i; }
+  __device__ __forceinline__ float size(int i) const { return listed ? shared.size[i] : token_size(p, b, i); }
+  // How many members there are, and the sum of their sizes.
+  __device__ __forceinline__ int measure(float& total) const {
+    int group = 0;
+    total = 0.0f;
+#pragma unroll 1
+    for (int base = 0; base < count; base += kWarpSize) {
+      const unsigned mask = among(base);
+      group += __popc(mask);
+      for (unsigned rest = mask; rest != 0; rest &= rest - 1) total += size(base + __ffs(rest) - 1);
     }
-    const int i = base + __ffs(mask) - 1;
-    mask &= mask - 1;
-    token = listed ? shared.token[i] : i;
-    size = listed ? shared.size[i] : token_size(p, b, i);
-    return true;
+    return group;
+  }
+  __device__ __forceinline__ float weight(int i, float total) const {
+    return p.total_ptr == nullptr ? 1.0f : size(i) / total;
   }
 };
 
+template <class T, int kCount>
+__device__ __forceinline__ void store_sum(T* out_ptr, const float (&sum)[kCount]) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) pack.value[c] = from_float<T>(sum[c]);
+  store_pack(out_ptr, pack);
+}
+
+constexpr int kShortGroup = 16;  // members up to which plain float32 addition is accurate enough
+
+// One pack of a long group, with compensated (Kahan) addition: hundreds of plain float32 additions would lose
+// bits that the definition's tree of additions keeps. Several rows are in flight, as nothing else hides latency.
+template <class T, int kCount>
+__device__ __forceinline__ void sum_long_group(const Members& members, const T* x_ptr, T* out_ptr, float total,
+                                               bool is_inside) {
+  constexpr int kInFlight = 2;
+  float sum[kCount], lost[kCount];
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) sum[c] = lost[c] = 0.0f;
+#pragma unroll 1
+  for (int base = 0; base < members.count; base += kWarpSize) {
+    unsigned mask = members.among(base);
+#pragma unroll 1
+    while (mask != 0) {
+      Pack<T, kCount> pack[kInFlight];
+      float weight[kInFlight];
+      const int rows = min(__popc(mask), kInFlight);
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        if (j < rows) {
+          const int i = base + __ffs(mask) - 1;
+          mask &= mask - 1;
+          weight[j] = members.weight(i, total);
+          if (is_inside) pack[j] = load_pack<T, kCount>(x_ptr + members.token(i) * members.p.x.row_stride);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        if (j >= rows) break;
+        float x[kCount];
+        unpack(pack[j], x);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) {
+          const float term = fmaf(weight[j], x[c], -lost[c]);
+          const float next = sum[c] + term;
+          lost[c] = (next - sum[c]) - term;
+          sum[c] = next;
+        }
+      }
+    }
+  }
+  if (is_inside) store_sum(out_ptr, sum);
+}
+
+// Blocks per multiprocessor that registers must allow; more would spill where kPacks is even.
+template <int kPacks>
+constexpr int kMinBlocks = kPacks % 2 == 0 ? 2 : 3;
+
 // kPacks packs of kCount channels per thread: one pass over the members covers 32 * kPacks * kCount channels.
 template <class T, int kCount, int kPacks>
-__global__ __launch_bounds__(kThreads, 1) void gather_kernel(const GatherParams p) {
+__global__ __launch_bounds__(kThreads, kMinBlocks<kPacks>) void gather_kernel(const GatherParams p) {
   static __shared__ Storage shared;
   const int lane = threadIdx.x % kWarpSize;
   const int blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;
   const int first = static_cast<int>(blockIdx.x % blocks) * p.block_outputs;
   const int outputs = min(p.block_outputs, p.tokens - first);
-  const int total_members = list_members(p, b, first, outputs, shared);
-  const bool listed = total_members <= kCapacity;
-  const int count = listed ? total_members : p.length;
+  const int listed = list_members(p, b, first, outputs, shared);
 
-  constexpr int kPassChannels = kWarpSize * kPacks * kCount;
-  const int passes = (p.channels + kPassChannels - 1) / kPassChannels;
-  const T* x_ptr = static_cast<const T*>(p.x.data_ptr) + b * p.x.batch_stride;
+  const bool fits = listed <= kCapacity;
+  const int count = fits ? listed : p.length;
+
+  constexpr int kStep = kWarpSize * kCount;
+  constexpr int kPassChannels = kPacks * kStep;
+  const int passes = max(1, (p.channels + kPassChannels - 1) / kPassChannels);
+  const T* image_ptr = static_cast<const T*>(p.x.data_ptr) + b * p.x.batch_stride;
+  T* rows_ptr = static_cast<T*>(p.out.data_ptr) + b * p.out.batch_stride + first * p.out.row_stride;
+  bool has_long = false;
   for (int unit = threadIdx.x / kWarpSize; unit < outputs * passes; unit += kWarps) {
     const int output = unit / passes;
     const int channel = unit % passes * kPassChannels + lane * kCount;
-    const Walk start{p, shared, b, first, output, count, listed};
-    int token[2];
-    float size[2];
-    float total = 0.0f;
-    if (p.total_ptr != nullptr) {
-      for (Walk walk = start; walk.next(token[0], size[0]);) total += size[0];
-      if (lane == 0 && unit % passes == 0) p.total_ptr[b * p.tokens + first + output] = total;
+    const Members members{p, shared, b, output, first + output, count, fits};
+    float total;
+    const int group = members.measure(total);
+    if (p.total_ptr != nullptr && lane == 0 && unit % passes == 0) {
+      p.total_ptr[b * p.tokens + first + output] = total;
     }
+    if (group > kShortGroup) {
+      has_long = true;
+      continue;
+    }
+    const T* x_ptr = image_ptr + channel * p.x.channel_stride;
+    T* out_ptr = rows_ptr + output * p.out.row_stride;
     float sum[kPacks][kCount];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
 #pragma unroll
       for (int c = 0; c < kCount; ++c) sum[i][c] = -0.0f;  // what leaves the sign of a lone -0 alone
     }
-    Walk walk = start;
-    while (walk.next(token[0], size[0])) {
-      // Two members at a time: their loads overlap.
-      const int members = walk.next(token[1], size[1]) ? 2 : 1;
-      Pack<T, kCount> pack[2][kPacks];
+#pragma unroll 1
+    for (int base = 0; base < members.count; base += kWarpSize) {
+#pragma unroll 1
+      for (unsigned mask = members.among(base); mask != 0; mask &= mask - 1) {
+        const int i = base + __ffs(mask) - 1;
+        const T* row_ptr = x_ptr + members.token(i) * p.x.row_stride;
+        Pack<T, kCount> pack[kPacks];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-          const int at = channel + i * kWarpSize * kCount;
-          if (j < members && at < p.channels) {
-            pack[j][i] = load_pack<T, kCount>(x_ptr + token[j] * p.x.row_stride + at * p.x.channel_stride);
+        for (int k = 0; k < kPacks; ++k) {
+          if (channel + k * kStep < p.channels) {
+            pack[k] = load_pack<T, kCount>(row_ptr + k * kStep * p.x.channel_stride);
           }
         }
-      }
+        const float weight = members.weight(i, total);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (j >= members) break;
-        const float weight = p.total_ptr == nullptr ? 1.0f : size[j] / total;
+        for (int k = 0; k < kPacks; ++k) {
+          float x[kCount];
+          unpack(pack[k], x);
 #pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-#pragma unroll
-          for (int c = 0; c < kCount; ++c) sum[i][c] = fmaf(weight, to_float(pack[j][i].value[c]), sum[i][c]);
+          for (int c = 0; c < kCount; ++c) sum[k][c] = fmaf(weight, x[c], sum[k][c]);
         }
       }
     }
-    T* out_ptr = static_cast<T*>(p.out.data_ptr) + b * p.out.batch_stride + (first + output) * p.out.row_stride;
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int at = channel + i * kWarpSize * kCount;
-      if (at >= p.channels) break;
-      Pack<T, kCount> pack;
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) pack.value[c] = from_float<T>(sum[i][c]);
-      store_pack(out_ptr + at, pack);
+    for (int k = 0; k < kPacks; ++k) {
+      if (channel + k * kStep < p.channels) store_sum(out_ptr + channel + k * kStep, sum[k]);
+    }
+  }
+  if (!has_long) return;
+
+  // Long groups come last, in a loop of their own: together the two would need half as many registers again.
+  for (int unit = threadIdx.x / kWarpSize; unit < outputs * passes; unit += kWarps) {
+    const int output = unit / passes;
+    const Members members{p, shared, b, output, first + output, count, fits};
+    float total;
+    if (members.measure(total) <= kShortGroup) continue;
+#pragma unroll 1
+    for (int k = 0; k < kPacks; ++k) {
+      const int channel = unit % passes * kPassChannels + k * kStep + lane * kCount;
+      sum_long_group<T, kCount>(members, image_ptr + channel * p.x.channel_stride,
+                                rows_ptr + output * p.out.row_stride + channel, total, channel < p.channels);
     }
   }
 }

@@ -1,4 +1,5 @@
 #pragma once
+#include <cuda_runtime.h>
 #include <immintrin.h>
 
 #include <cstdint>
@@ -9,3 +10,8 @@ struct __half {
 };
 inline float __half2float(__half x) { return _cvtsh_ss(x.bits); }
 inline __half __float2half_rn(float x) { return {static_cast<uint16_t>(_cvtss_sh(x, 0))}; }
+
+struct __half2 {
+  __half x, y;
+};
+inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }

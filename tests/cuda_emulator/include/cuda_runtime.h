@@ -37,6 +37,9 @@ struct dim3 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 struct int2 {
   int x, y;
 };
