@@ -25,8 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
 }
 
-#define TOME_STRING(x) #x
-#define TOME_EXPAND(x) TOME_STRING(x)
+#define TOME_STRING(...) #__VA_ARGS__
+#define TOME_EXPAND(...) TOME_STRING(__VA_ARGS__)
 
 // Read through ctypes before any operator runs, on machines with and without a GPU.
 extern "C" __attribute__((visibility("default"))) const char* tome_cuda_build_info() {

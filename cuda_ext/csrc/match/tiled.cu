@@ -122,7 +122,7 @@ __device__ __forceinline__ void score_block(const Params& p, int b, int first_ro
 }
 
 template <class Traits>
-__global__ __launch_bounds__(Traits::kThreads) void match_score_kernel(const Params p) {
+__global__ __launch_bounds__(Traits::kThreads, 2) void match_score_kernel(const Params p) {
   static __shared__ bool is_last;
   char* shared = dynamic_shared();
   const int blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;  // per image
