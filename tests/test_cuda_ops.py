@@ -1,0 +1,150 @@
+"""Schemas, fakes, argument checks and predicates of the CUDA operators: everything that needs no GPU."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+
+import pytest
+import tome_cuda
+import tome_reference
+import torch
+from tome_cuda import library, ops
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+NAMES = ("match", "kth_match", "random_match", "max_r", "merge", "unmerge")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTensorMode]:
+    """Tensors that only pretend to be on a GPU."""
+    if library.missing() is not None:
+        pytest.skip(str(library.missing()))
+    ops.register()
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signature_and_docstring_are_the_reference_s(name: str) -> None:
+    ours, theirs = getattr(tome_cuda, name), getattr(tome_reference, name)
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    assert inspect.getdoc(ours) == inspect.getdoc(theirs)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: tome_cuda.match(torch.zeros(2, 3), 1), ValueError),
+        (lambda: tome_cuda.match([1], 1), TypeError),  # type: ignore[arg-type]
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, device="meta"), -1), ValueError),
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, device="meta"), True), TypeError),
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, device="meta"), 1, 5), ValueError),
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 0, device="meta"), 1), ValueError),
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 257, device="meta"), 1), ValueError),
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, dtype=torch.int32, device="meta"), 1), TypeError),
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, dtype=torch.float64, device="meta"), 1), TypeError),
+        (lambda: tome_cuda.match(torch.zeros(1, 4, 2), 1), ValueError),
+        (lambda: tome_cuda.kth_match(torch.zeros(1, 4, 2, device="meta"), 0), ValueError),
+        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 5), 3), ValueError),
+        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4).long(), 3), TypeError),
+        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 5), ValueError),
+        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 3, meta(1, 3)), ValueError),
+        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 3, meta(1, 4).half()), TypeError),
+        (lambda: tome_cuda.unmerge(meta(1, 4, 2), meta_slot(2, 4)), ValueError),
+    ],
+)
+def test_bad_arguments_raise_before_anything_is_loaded(call: Callable[[], object], kind: type[Exception]) -> None:
+    with pytest.raises(kind):
+        call()
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.zeros(shape, device="meta")
+
+
+def meta_slot(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device="meta")
+
+
+def test_fakes(fake: FakeTensorMode) -> None:
+    keys = torch.empty(2, 3, 9, 16, device="cuda", dtype=torch.float16)
+    x = torch.empty(2, 9, 5, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for slot in (tome_cuda.match(keys, 3), tome_cuda.kth_match(keys[:, 0], 2), tome_cuda.random_match(keys, 3)):
+        assert (slot.shape, slot.dtype, slot.device.type) == ((2, 9), torch.int32, "cuda")
+    merged, total = tome_cuda.merge(x, slot, 6)
+    assert (merged.shape, merged.dtype, merged.requires_grad) == ((2, 6, 5), torch.bfloat16, True)
+    assert (total.shape, total.dtype, total.requires_grad) == ((2, 6), torch.float32, False)
+    assert tome_cuda.unmerge(merged, slot).shape == x.shape
+    assert ops._merge_backward_fake(merged, slot, None, total).shape == x.shape
+    assert ops._unmerge_backward_fake(x, slot, 6).shape == merged.shape
+
+
+def test_operators_are_registered_for_cuda_and_autograd(fake: FakeTensorMode) -> None:
+    for name in ("merge", "merge_backward", "unmerge", "unmerge_backward"):
+        for key in ("CUDA", "Autograd", "Meta"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cuda::{name}", key), (name, key)
+    for name in ("bipartite_match", "kth_match", "listed_match"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cuda::{name}", "CUDA"), name
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("attention", (), "no operation"),
+        ("match", (torch.zeros(1, 4, 2), 1), "cpu"),
+        ("merge", (torch.zeros(1, 4, 2),), "cpu"),
+        ("unmerge", (torch.zeros(1, 4, 2),), "cpu"),
+    ],
+)
+def test_why_not(name: str, arguments: tuple[object, ...], reason: str) -> None:
+    told = tome_cuda.why_not(name, *arguments)
+    assert told is not None
+    assert reason in told
+
+
+def test_why_not_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "missing", lambda: None)
+    monkeypatch.setattr(library, "unsupported_device", lambda index: "the wrong GPU" if index == 1 else None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        wide = torch.empty(1, 4, 300, device="cuda:0")
+        double = torch.empty(1, 4, 30, device="cuda:0", dtype=torch.float64)
+        other = torch.empty(1, 4, 30, device="cuda:1")
+        fine = torch.empty(1, 4, 256, device="cuda:0")
+    assert "256" in str(tome_cuda.why_not("match", wide, 1))
+    assert tome_cuda.why_not("merge", wide) is None
+    assert "float64" in str(tome_cuda.why_not("merge", x=double))
+    assert tome_cuda.why_not("match", other, 1) == "the wrong GPU"
+    assert tome_cuda.why_not("match", keys=fine, r=1) is None
+
+
+def test_why_not_gives_the_fix_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find", lambda: None)
+    library._load.cache_clear()
+    try:
+        assert "TOME_BUILD_CUDA=1" in str(library.missing())
+        with pytest.raises(tome_cuda.LibraryError, match="TOME_BUILD_CUDA=1"):
+            tome_cuda.build_info()
+    finally:
+        library._load.cache_clear()
+
+
+def test_a_broken_library_gives_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    broken = library.Path(str(tmp_path)) / "_kernels.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(library, "find", lambda: broken)
+    library._load.cache_clear()
+    try:
+        assert "can't be loaded" in str(library.missing())
+    finally:
+        library._load.cache_clear()
+
+
+def test_an_old_torch_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
+    library._load.cache_clear()
+    try:
+        assert "2.11" in str(library.missing())
+    finally:
+        library._load.cache_clear()
