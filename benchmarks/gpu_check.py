@@ -1,7 +1,7 @@
 """Check and time the kernels on a GPU: python benchmarks/gpu_check.py [--check] [--odd-shapes] [--time]
 
---check       agreement with the reference and with float64 over odd shapes, dtypes and layouts; gradients, graphs,
-              determinism, borders, large offsets. Exits 1 on the first proven error of each kind.
+--check       agreement with the reference and with float64 over odd shapes, dtypes and layouts; gradients,
+              graphs, determinism, borders, large offsets. Exits 1 where something is proven wrong.
 --odd-shapes  every kernel once on small odd shapes, nothing else: for compute-sanitizer, with
               PYTORCH_NO_CUDA_MEMORY_CACHING=1 so that it sees every allocation's true end.
 --time        match, merge and unmerge against the copy bandwidth of the same run; the table comes last.
@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,12 @@ ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.
 SIZES = (1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 129, 197, 577, 1000)
 CHANNELS = (1, 3, 8, 16, 20, 32, 64, 72, 80, 128, 200, 256)
 # B, N, C, head dim, r: the layers that the speed targets are stated for.
-LAYERS = ((256, 197, 768, 64, 16), (64, 577, 1024, 64, 23), (32, 1369, 1280, 80, 40), (8, 4096, 640, 64, 2048))
+LAYERS = (
+    (256, 197, 768, 64, 16),
+    (64, 577, 1024, 64, 23),
+    (32, 1369, 1280, 80, 40),
+    (8, 4096, 640, 64, 2048),
+)
 
 failures: list[str] = []
 
@@ -81,7 +87,7 @@ def cases(generator: torch.Generator, count: int) -> Iterator[tuple[Tensor, int,
     kinds = ("real", "real", "signs", "duplicates", "equal", "hostile", "tiny", "huge")
     layouts = ("dense", "packed", "misaligned", "sparse")
 
-    def pick(options: tuple[object, ...]) -> object:
+    def pick(options: tuple[Any, ...]) -> Any:
         return options[int(torch.randint(len(options), (1,)))]
 
     for index in range(count):
@@ -168,14 +174,21 @@ def check_merging(count: int, seed: int) -> None:
         floor = ROUNDING[dtype] * (float(truth.abs().max()) + 1e-30)
         expect(torch.equal(total, wanted), f"{name}: sizes")
         expect(error(ours, truth) <= error(theirs, truth) + floor, f"{name}: {error(ours, truth):.2e}")
-        members = torch.zeros(b, m, device="cuda").scatter_add(1, slot.long(), torch.ones(b, n, device="cuda"))
+        members = torch.zeros(b, m, device="cuda").scatter_add(
+            1, slot.long(), torch.ones(b, n, device="cuda")
+        )
         alone = members.gather(1, slot.long()) == 1
         expect(torch.equal(tome_cuda.unmerge(ours, slot)[alone], x[alone]), f"{name}: a lone token changed")
-        expect(torch.equal(tome_cuda.unmerge(ours, slot), tome_reference.unmerge(ours, slot)), f"{name}: unmerge")
+        expect(
+            torch.equal(tome_cuda.unmerge(ours, slot), tome_reference.unmerge(ours, slot)), f"{name}: unmerge"
+        )
         grad = torch.randn(b, m, c, device="cuda", generator=generator).to(dtype)
         (g_ours,) = torch.autograd.grad(ours, xs[0], grad)
         (g_theirs,) = torch.autograd.grad(theirs, xs[1], grad)
-        expect(torch.equal(g_ours, g_theirs) or error(g_ours, g_theirs.double()) <= floor * 4, f"{name}: gradient")
+        expect(
+            torch.equal(g_ours, g_theirs) or error(g_ours, g_theirs.double()) <= floor * 4,
+            f"{name}: gradient",
+        )
         y = torch.randn(b, m, c, device="cuda", generator=generator).to(dtype)
         back = torch.randn(b, n, c, device="cuda", generator=generator).to(dtype)
         sums = []
@@ -183,7 +196,9 @@ def check_merging(count: int, seed: int) -> None:
             leaf = y.clone().requires_grad_()
             sums.append(torch.autograd.grad(backend.unmerge(leaf, slot), leaf, back)[0])
         index_c = slot.long()[:, :, None].expand(-1, -1, c)
-        exact = torch.zeros(b, m, c, device="cuda", dtype=torch.float64).scatter_add(1, index_c, back.double())
+        exact = torch.zeros(b, m, c, device="cuda", dtype=torch.float64).scatter_add(
+            1, index_c, back.double()
+        )
         floor = ROUNDING[dtype] * float(exact.abs().max())
         expect(error(sums[0], exact) <= error(sums[1], exact) + floor, f"{name}: unmerge gradient")
     print(f"merging: {count} cases")
@@ -201,7 +216,9 @@ def check_runs() -> None:
         x, keys = layer(b, n, c, d)
         size = torch.randint(1, 9, (b, n), device="cuda").float()
 
-        def step(x: Tensor = x, keys: Tensor = keys, size: Tensor = size, n: int = n, r: int = r) -> list[Tensor]:
+        def step(
+            x: Tensor = x, keys: Tensor = keys, size: Tensor = size, n: int = n, r: int = r
+        ) -> list[Tensor]:
             slot = tome_cuda.match(keys, r)
             merged, total = tome_cuda.merge(x, slot, n - r, size)
             return [slot, merged, total, tome_cuda.unmerge(merged, slot)]
@@ -216,7 +233,9 @@ def check_runs() -> None:
             with torch.cuda.stream(stream):
                 results.append(step())
         torch.cuda.synchronize()
-        expect(all(all(map(torch.equal, first, result)) for result in results), f"[{b}, {n}]: two streams differ")
+        expect(
+            all(all(map(torch.equal, first, result)) for result in results), f"[{b}, {n}]: two streams differ"
+        )
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = step()
@@ -291,7 +310,9 @@ def check_large() -> None:
     merged, total = tome_cuda.merge(x, slot, n // 2)
     alone, _ = tome_cuda.merge(x[-1:].clone(), slot[-1:], n // 2)
     expect(torch.equal(merged[-1:], alone) and bool((total == 2).all()), "merge beyond 2^31 elements")
-    expect(error(merged[-1, -3:], x[-1].view(n // 2, 2, c)[-3:].double().mean(dim=1)) < 2e-3, "merge, last rows")
+    expect(
+        error(merged[-1, -3:], x[-1].view(n // 2, 2, c)[-3:].double().mean(dim=1)) < 2e-3, "merge, last rows"
+    )
     restored = tome_cuda.unmerge(merged, slot)
     expect(torch.equal(restored[-1, -2], merged[-1, -1]), "unmerge beyond 2^31 elements")
     del x, merged, restored, alone
@@ -366,7 +387,10 @@ def time_layers() -> None:
         merged = [tome_cuda.merge(x, slot, n - r, sizes)[0] for (x, _), slot in zip(sets, slots, strict=True)]
         match_us = microseconds([lambda k=k: tome_cuda.match(k, r) for _, k in sets])
         merge_us = microseconds(
-            [lambda x=x, s=s: tome_cuda.merge(x, s, n - r, sizes) for (x, _), s in zip(sets, slots, strict=True)]
+            [
+                lambda x=x, s=s: tome_cuda.merge(x, s, n - r, sizes)
+                for (x, _), s in zip(sets, slots, strict=True)
+            ]
         )
         unmerge_us = microseconds(
             [lambda y=y, s=s: tome_cuda.unmerge(y, s) for y, s in zip(merged, slots, strict=True)]
@@ -396,7 +420,9 @@ def time_layers() -> None:
 
 def main() -> int:
     """Run what was asked for; 1 where something failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for flag in ("--check", "--odd-shapes", "--time"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--cases", type=int, default=400, help="drawn cases for matching and for merging")

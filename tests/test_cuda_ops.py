@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import tome_cuda
@@ -55,7 +56,9 @@ def test_signature_and_docstring_are_the_reference_s(name: str) -> None:
         (lambda: tome_cuda.unmerge(meta(1, 4, 2), meta_slot(2, 4)), ValueError),
     ],
 )
-def test_bad_arguments_raise_before_anything_is_loaded(call: Callable[[], object], kind: type[Exception]) -> None:
+def test_bad_arguments_raise_before_anything_is_loaded(
+    call: Callable[[], object], kind: type[Exception]
+) -> None:
     with pytest.raises(kind):
         call()
 
@@ -71,7 +74,11 @@ def meta_slot(*shape: int) -> Tensor:
 def test_fakes(fake: FakeTensorMode) -> None:
     keys = torch.empty(2, 3, 9, 16, device="cuda", dtype=torch.float16)
     x = torch.empty(2, 9, 5, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    for slot in (tome_cuda.match(keys, 3), tome_cuda.kth_match(keys[:, 0], 2), tome_cuda.random_match(keys, 3)):
+    for slot in (
+        tome_cuda.match(keys, 3),
+        tome_cuda.kth_match(keys[:, 0], 2),
+        tome_cuda.random_match(keys, 3),
+    ):
         assert (slot.shape, slot.dtype, slot.device.type) == ((2, 9), torch.int32, "cuda")
     merged, total = tome_cuda.merge(x, slot, 6)
     assert (merged.shape, merged.dtype, merged.requires_grad) == ((2, 6, 5), torch.bfloat16, True)
@@ -131,7 +138,7 @@ def test_why_not_gives_the_fix_where_the_library_is_missing(monkeypatch: pytest.
 
 
 def test_a_broken_library_gives_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    broken = library.Path(str(tmp_path)) / "_kernels.abi3.so"
+    broken = Path(str(tmp_path)) / "_kernels.abi3.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(library, "find", lambda: broken)
     library._load.cache_clear()

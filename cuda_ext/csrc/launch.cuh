@@ -1,5 +1,5 @@
-// Kernel launches without the <<< >>> syntax, so that a plain C++ compiler can read the kernels too: the tests
-// run them on a CPU, one fibre per thread (tests/cuda_emulator).
+// Kernel launches without the <<< >>> syntax, so that a plain C++ compiler can read the kernels too: the
+// tests run them on a CPU, one fibre per thread (tests/cuda_emulator).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,6 +21,9 @@ void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shar
   constexpr int kGranted = 48 << 10;  // more shared memory has to be asked for
   if (shared_bytes > kGranted) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    // Left alone, the driver may give so much to the L1 cache that one block less fits.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

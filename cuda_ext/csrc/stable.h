@@ -24,6 +24,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
+// Makes a tensor's device current, for PyTorch and for the CUDA runtime inside this library, which keeps a
+// device of its own.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
+  }
+
+ private:
+  DeviceGuard guard_;
+};
+
 #define TOME_CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
 
 // PyTorch's current stream: what a caller under torch.cuda.stream() or a graph capture expects. The id of

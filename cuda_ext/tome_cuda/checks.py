@@ -1,4 +1,4 @@
-"""Argument checks of the operations, with the words of the reference. Each error names value and expectation."""
+"""Argument checks of the operations, in the words of the reference. Each error names the value and what fits."""
 
 from __future__ import annotations
 

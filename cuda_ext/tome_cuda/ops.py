@@ -170,7 +170,9 @@ def _register() -> bool:
     register_autograd("tome_cuda::merge", _merge_grad, setup_context=_merge_context)
     register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
     register_autograd("tome_cuda::unmerge", _unmerge_grad, setup_context=_unmerge_context)
-    register_autograd("tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context)
+    register_autograd(
+        "tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context
+    )
     return True
 
 

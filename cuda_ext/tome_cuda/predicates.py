@@ -39,7 +39,8 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
         return f"the tokens are {tensor.dtype}, and the kernels know float32, float16 and bfloat16"
     if op_name not in ("merge", "unmerge") and tensor.dim() > 0 and tensor.shape[-1] > MAX_CHANNELS:
         return f"the metric has {tensor.shape[-1]} channels, and the kernels take at most {MAX_CHANNELS}"
-    return library.missing() or library.unsupported_device(_index(tensor))
+    reason: str | None = library.missing() or library.unsupported_device(_index(tensor))
+    return reason
 
 
 def _index(tensor: Tensor) -> int:

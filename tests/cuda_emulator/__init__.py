@@ -147,7 +147,14 @@ def spread(x: Tensor, slot: Tensor, size: Tensor | None, total: Tensor | None, s
     out = Guarded((batch, length, channels), x.dtype)
     strides = (*x.stride(), *slot.stride(), *((0, 0) if size is None else size.stride()))
     library().emulated_spread(
-        *(_address(x), _address(out.tensor), _address(total), _address(slot), _address(size), _longs(*strides)),
+        *(
+            _address(x),
+            _address(out.tensor),
+            _address(total),
+            _address(slot),
+            _address(size),
+            _longs(*strides),
+        ),
         *(DTYPES[x.dtype], batch, length, tokens, channels),
         *(int(_is_aligned(x) and _is_aligned(out.tensor)), seed),
     )

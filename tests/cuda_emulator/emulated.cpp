@@ -18,8 +18,8 @@ using tome::merge_ops::SpreadParams;
 extern "C" void emulated_match(const void* keys, const int64_t* strides, const int64_t* sources,
                                const int64_t* targets, int32_t* slot, void* metric, void* best, int* done,
                                int dtype, int batch, int heads, int tokens, int channels, int prefix,
-                               int source_count, int target_count, int merged, int run, int pairing, int aligned,
-                               int shared_bytes, int tiled, unsigned seed) {
+                               int source_count, int target_count, int merged, int run, int pairing,
+                               int aligned, int shared_bytes, int tiled, unsigned seed) {
   emulator::state().random.seed(seed);
   Params p{};
   p.keys_ptr = keys;
@@ -45,16 +45,17 @@ extern "C" void emulated_match(const void* keys, const int64_t* strides, const i
   p.pairing = static_cast<Pairing>(pairing);
   tome::match::set_layout(p);
   if (tiled) {
-    if (!tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr)) std::abort();
+    if (!tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr))
+      std::abort();
   } else {
     tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, nullptr);
   }
 }
 
 // strides: x batch, row, channel; slot batch, row; size batch, row.
-extern "C" void emulated_gather(const void* x, void* out, float* total, const int32_t* slot, const float* size,
-                                const int64_t* strides, int dtype, int batch, int length, int tokens,
-                                int channels, int block_outputs, int aligned, unsigned seed) {
+extern "C" void emulated_gather(const void* x, void* out, float* total, const int32_t* slot,
+                                const float* size, const int64_t* strides, int dtype, int batch, int length,
+                                int tokens, int channels, int block_outputs, int aligned, unsigned seed) {
   emulator::state().random.seed(seed);
   GatherParams p{};
   p.x = {const_cast<void*>(x), strides[0], strides[1], strides[2]};

@@ -1,7 +1,7 @@
 """Judging a slot map by float64 scores: it is right when every choice in it was the best one, to rounding.
 
-Two float32 computations of one score differ in the last bits, so on real-valued keys two right answers may choose
-differently where scores nearly tie. What is exact (the structure of the map) is checked exactly.
+Two float32 computations of one score differ in the last bits, so on real-valued keys two right answers may
+choose differently where scores nearly tie. What is exact (the structure of the map) is checked exactly.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def bipartite_positions(batch: int, n: int, prefix: int, device: torch.device) -
 
 def judge(keys: Tensor, slot: Tensor, sources: Tensor, targets: Tensor, merged: int, prefix: int) -> Verdict:
     """Check the structure of a slot map exactly (AssertionError), its choices by score."""
-    batch, n = slot.shape
+    batch = slot.shape[0]
     assert slot.dtype == torch.int32
     assert slot.device == keys.device
     first_target = prefix + sources.shape[1] - merged

@@ -12,11 +12,13 @@ namespace {
 using match::Pairing;
 using match::Params;
 
-int max_shared_bytes(int device) {
-  int bytes = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
+
+int64_t round_up(int64_t bytes) { return (bytes + kAccessBytes - 1) / kAccessBytes * kAccessBytes; }
 
 int to_int(int64_t value, const char* name) {
   TOME_CHECK(value >= 0 && value <= std::numeric_limits<int>::max() / 8, name, " is out of range: ", value);
@@ -51,24 +53,29 @@ Tensor run(Params p, const Tensor& keys) {
   const Dtype dtype = floating_dtype(keys, "keys");
   Tensor slot = new_empty(keys, {p.batch, p.tokens}, ScalarType::Int);
   if (p.batch == 0 || p.tokens == 0) return slot;
-  const DeviceGuard guard(keys.get_device_index());
+  const DeviceScope scope(keys);
   const cudaStream_t stream = current_stream(keys);
   p.slot_ptr = slot.mutable_data_ptr<int32_t>();
   const bool aligned = is_aligned(p.keys_ptr, element_size(dtype), p.channel_stride, p.channels,
                                   {p.batch_stride, p.head_stride, p.token_stride});
-  const int limit = max_shared_bytes(keys.get_device_index());
-  if (match::fits_one_block(p, limit)) {
+  const int device = keys.get_device_index();
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  // One block per image pays while two blocks share a multiprocessor, so that one loads while the other
+  // scores.
+  const int half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / 2;
+  if (match::fits_one_block(p, std::min(limit, half - match::kReservedBytes))) {
     match::launch_fused(p, dtype, aligned, stream);
     check_launch();
     return slot;
   }
   const int64_t rows = p.rows();
-  const Tensor metric = new_empty(keys, {p.batch * rows * 2 * p.padded}, ScalarType::Half);
-  const Tensor best = new_empty(keys, {static_cast<int64_t>(p.batch) * p.sources}, ScalarType::Long);
-  const Tensor done = new_empty(keys, {p.batch}, ScalarType::Int);
-  p.metric_ptr = static_cast<__half*>(metric.mutable_data_ptr());
-  p.best_ptr = static_cast<unsigned long long*>(best.mutable_data_ptr());
-  p.done_ptr = static_cast<int*>(done.mutable_data_ptr());
+  const int64_t metric_bytes = round_up(p.batch * rows * 2 * p.padded * static_cast<int64_t>(sizeof(__half)));
+  const int64_t best_bytes = round_up(static_cast<int64_t>(p.batch) * p.sources * 8);
+  const Tensor scratch = new_empty(keys, {metric_bytes + best_bytes + p.batch * 4}, ScalarType::Byte);
+  char* scratch_ptr = static_cast<char*>(scratch.mutable_data_ptr());
+  p.metric_ptr = reinterpret_cast<__half*>(scratch_ptr);
+  p.best_ptr = reinterpret_cast<unsigned long long*>(scratch_ptr + metric_bytes);
+  p.done_ptr = reinterpret_cast<int*>(scratch_ptr + metric_bytes + best_bytes);
   const bool launched = match::launch_tiled(p, dtype, aligned, limit, stream);
   check_launch();
   TOME_CHECK(launched, "the GPU has too little shared memory per block (", limit, " bytes) for ", p.channels,

@@ -21,10 +21,10 @@ enum class Pairing {
 struct Params {
   const void* keys_ptr;
   int64_t batch_stride, head_stride, token_stride, channel_stride;  // in elements
-  const int64_t* sources_ptr;  // [batch, sources], kListed only
-  const int64_t* targets_ptr;  // [batch, targets], kListed only
-  int32_t* slot_ptr;           // [batch, tokens]
-  __half* metric_ptr;          // scratch [batch, rows, 2, padded]: high and low halves; tiled path only
+  const int64_t* sources_ptr;                                       // [batch, sources], kListed only
+  const int64_t* targets_ptr;                                       // [batch, targets], kListed only
+  int32_t* slot_ptr;                                                // [batch, tokens]
+  __half* metric_ptr;            // scratch [batch, rows, 2, padded]: high and low halves; tiled path only
   unsigned long long* best_ptr;  // scratch [batch, sources]; tiled path only
   int* done_ptr;                 // scratch [batch]: blocks of an image that have finished; tiled path only
   int batch, heads, tokens, channels;
@@ -40,7 +40,8 @@ struct Params {
 
 constexpr int kProductDepth = 16;  // channels per matrix product
 constexpr int kMaxChannels = 256;
-constexpr int kLaneChannels = 8;  // channels of one thread while loading
+constexpr int kReservedBytes = 1024;  // of shared memory, that CUDA takes for itself per block
+constexpr int kLaneChannels = 8;      // channels of one thread while loading
 
 // Bytes between rows in shared memory: high and low halves, then one 16-byte step, so that the eight rows
 // that one ldmatrix reads together fall into different banks (padded / 4 is even, plus one is odd).

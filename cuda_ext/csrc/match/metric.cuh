@@ -2,9 +2,9 @@
 //
 // A unit vector x in float32 is written as high + low, both float16, after scaling by 2^10:
 //   high = fp16(x), low = fp16(x - high); |x - high - low| <= 2^-22 |x|.
-// A score high*high' + high*low' + low*high' summed in float32 is then off by at most 3 * 2^-22 from the score
-// of the float32 vectors, less than the worst case of a float32 dot product with 64 terms. The scale keeps the
-// low halves of small entries out of float16's subnormal numbers.
+// A score high*high' + high*low' + low*high' summed in float32 is then off by at most 3 * 2^-22 from the
+// score of the float32 vectors, less than the worst case of a float32 dot product with 64 terms. The scale
+// keeps the low halves of small entries out of float16's subnormal numbers.
 #pragma once
 
 #include "../vector.cuh"
@@ -86,8 +86,8 @@ __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, 
   }
 }
 
-// x / y rounded to nearest, with y's reciprocal at hand: the quotient and one correction (Markstein). As exact
-// as a division, so equal rows stay equal to what the definition gives, at a third of its cost.
+// x / y rounded to nearest, with y's reciprocal at hand: the quotient and one correction (Markstein). As
+// exact as a division, so equal rows stay equal to what the definition gives, at a third of its cost.
 __device__ __forceinline__ float divide(float x, float y, float reciprocal) {
   const float quotient = x * reciprocal;
   return fmaf(fmaf(-quotient, y, x), reciprocal, quotient);

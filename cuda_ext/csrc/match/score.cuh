@@ -2,8 +2,8 @@
 //
 // The products of the high halves come first. The other two of a score's three products are at most
 // kCorrection together (|low| <= 2^-11 |x|, by Cauchy-Schwarz, plus rounding), so a tile in which no score
-// comes that close to the best known one of its row cannot change the result and is left unfinished. Whether a
-// tile is skipped may depend on timing; what comes out never does.
+// comes that close to the best known one of its row cannot change the result and is left unfinished. Whether
+// a tile is skipped may depend on timing; what comes out never does.
 #pragma once
 
 #include <cute/arch/copy_sm75.hpp>
@@ -21,7 +21,8 @@ constexpr int kProductColumns = 8;
 constexpr float kCorrection = 1.2e-3f * kMetricScale * kMetricScale;  // 2^-10 and the rounding of 48 products
 
 __device__ __forceinline__ void load_matrices(const char* shared_ptr, uint32_t (&m)[4]) {
-  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared_ptr), m[0], m[1], m[2], m[3]);
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared_ptr), m[0], m[1], m[2],
+                                m[3]);
 }
 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -62,8 +63,8 @@ __device__ __forceinline__ int best_index(unsigned long long best) {
   return static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
 }
 
-// Where a thread points ldmatrix: at row lane % 16, upper 8 channels for lanes 16..31 (sources), or row lane %
-// 8 + 8 * (lane / 16), upper channels for odd lane / 8 (targets). Rows past the end repeat the last one.
+// Where a thread points ldmatrix: at row lane % 16, upper 8 channels for lanes 16..31 (sources), or row lane
+// % 8 + 8 * (lane / 16), upper channels for odd lane / 8 (targets). Rows past the end repeat the last one.
 __device__ __forceinline__ const char* source_address(const char* rows_ptr, int row, int last, int stride) {
   const int lane = threadIdx.x % kWarpSize;
   return rows_ptr + min(row + lane % 16, last) * stride + lane / 16 * 16;
@@ -78,8 +79,8 @@ __device__ __forceinline__ const char* target_address(const char* rows_ptr, int 
 // target of the tile, `columns` how many targets there are.
 template <int kTilesM, int kTilesN>
 __device__ __forceinline__ void score_tile(const char* const (&source_ptr)[kTilesM],
-                                           const char* const (&target_ptr)[kTilesN / 2], int padded, int column,
-                                           int columns, Best<kTilesM>& best) {
+                                           const char* const (&target_ptr)[kTilesN / 2], int padded,
+                                           int column, int columns, Best<kTilesM>& best) {
   static_assert(kTilesN % 2 == 0, "one ldmatrix reads two tiles of targets");
   const int low = 2 * padded;  // bytes from the high to the low halves of a row
   float score[kTilesM][kTilesN][4];
@@ -119,25 +120,33 @@ __device__ __forceinline__ void score_tile(const char* const (&source_ptr)[kTile
   }
   if (!__any_sync(kFullWarp, is_close)) return;
 
+  // The corrections have sums of their own, added once: they are small, and tensor cores cut off what lies
+  // below the last bit of a running sum.
+#pragma unroll
+  for (int n = 0; n < kTilesN; n += 2) {
+    float correction[kTilesM][2][4] = {};
 #pragma unroll 1
-  for (int k = 0; k < 2 * padded; k += 2 * kProductDepth) {
-    uint32_t a[kTilesM][4], a_low[kTilesM][4];
-#pragma unroll
-    for (int m = 0; m < kTilesM; ++m) {
-      load_matrices(source_ptr[m] + k, a[m]);
-      load_matrices(source_ptr[m] + k + low, a_low[m]);
-    }
-#pragma unroll
-    for (int n = 0; n < kTilesN; n += 2) {
+    for (int k = 0; k < 2 * padded; k += 2 * kProductDepth) {
       uint32_t b[4], b_low[4];
       load_matrices(target_ptr[n / 2] + k, b);
       load_matrices(target_ptr[n / 2] + k + low, b_low);
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        multiply(score[m][n], a[m], b_low[0], b_low[1]);
-        multiply(score[m][n + 1], a[m], b_low[2], b_low[3]);
-        multiply(score[m][n], a_low[m], b[0], b[1]);
-        multiply(score[m][n + 1], a_low[m], b[2], b[3]);
+        uint32_t a[4], a_low[4];
+        load_matrices(source_ptr[m] + k, a);
+        load_matrices(source_ptr[m] + k + low, a_low);
+        multiply(correction[m][0], a, b_low[0], b_low[1]);
+        multiply(correction[m][1], a, b_low[2], b_low[3]);
+        multiply(correction[m][0], a_low, b[0], b[1]);
+        multiply(correction[m][1], a_low, b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[m][n][i] += correction[m][0][i];
+        score[m][n + 1][i] += correction[m][1][i];
       }
     }
   }

@@ -1,8 +1,9 @@
 // Images too large for one block, in two launches that stream tiles through shared memory.
 //
 // match_metric_kernel: keys -> split unit vectors [batch, rows, 2, padded], row_lanes threads per row.
-// match_score_kernel: one block owns kRows sources of an image, keeps them in shared memory and walks over all
-// targets in tiles of kColumns, two tiles in flight. The block that finishes an image last selects its pairs.
+// match_score_kernel: one block owns kRows sources of an image, keeps them in shared memory and walks over
+// all targets in tiles of kColumns, two tiles in flight. The block that finishes an image last selects its
+// pairs.
 #include <cute/arch/copy_sm80.hpp>
 
 #include "../launch.cuh"
@@ -164,8 +165,8 @@ bool launch_tiled(const Params& p, Dtype dtype, bool aligned, int max_shared_byt
   const int64_t blocks = (threads + kMetricThreads - 1) / kMetricThreads;
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch_kernel(aligned ? match_metric_kernel<T, true> : match_metric_kernel<T, false>, blocks, kMetricThreads,
-                  0, stream, p);
+    launch_kernel(aligned ? match_metric_kernel<T, true> : match_metric_kernel<T, false>, blocks,
+                  kMetricThreads, 0, stream, p);
   });
   // The largest tile that fits: wide metrics on GPUs with little shared memory take the smaller ones.
   return try_score<Traits<128, 64>>(p, max_shared_bytes, stream) ||

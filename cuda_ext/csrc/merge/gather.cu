@@ -1,10 +1,10 @@
-// out[m] = sum of w_i x_i over the tokens i with slot i = m, in ascending order and in float32; w_i = size_i /
-// total_m for a merge, 1 for the gradient of an unmerge. One launch.
+// out[m] = sum of w_i x_i over the tokens i with slot i = m, in ascending order and in float32; w_i = size_i
+// / total_m for a merge, 1 for the gradient of an unmerge. One launch.
 //
 // A block owns block_outputs consecutive output rows of one image. It first scans the slots of the image and
-// lists, in order, the tokens that fall into its rows; a warp then finds the members of its row by a ballot over
-// that short list. When a list overflows (very many tokens merged into few), warps scan the slots themselves:
-// the same members in the same order, so the same bits.
+// lists, in order, the tokens that fall into its rows; a warp then finds the members of its row by a ballot
+// over that short list. When a list overflows (very many tokens merged into few), warps scan the slots
+// themselves: the same members in the same order, so the same bits.
 #include "../launch.cuh"
 #include "../vector.cuh"
 #include "merge.h"
@@ -121,10 +121,11 @@ __device__ __forceinline__ void store_sum(T* out_ptr, const float (&sum)[kCount]
 constexpr int kShortGroup = 16;  // members up to which plain float32 addition is accurate enough
 
 // One pack of a long group, with compensated (Kahan) addition: hundreds of plain float32 additions would lose
-// bits that the definition's tree of additions keeps. Several rows are in flight, as nothing else hides latency.
+// bits that the definition's tree of additions keeps. Several rows are in flight, as nothing else hides
+// latency.
 template <class T, int kCount>
-__device__ __forceinline__ void sum_long_group(const Members& members, const T* x_ptr, T* out_ptr, float total,
-                                               bool is_inside) {
+__device__ __forceinline__ void sum_long_group(const Members& members, const T* x_ptr, T* out_ptr,
+                                               float total, bool is_inside) {
   constexpr int kInFlight = 2;
   float sum[kCount], lost[kCount];
 #pragma unroll
@@ -263,7 +264,7 @@ void launch(const GatherParams& p, cudaStream_t stream) {
 template <class T>
 void launch_aligned(const GatherParams& p, cudaStream_t stream) {
   constexpr int kCount = kPackSize<T>;
-  const int packs = (p.channels + kWarpSize * kCount - 1) / (kWarpSize * kCount);
+  const int packs = p.channels == 0 ? 1 : (p.channels + kWarpSize * kCount - 1) / (kWarpSize * kCount);
   const int passes = (packs + 3) / 4;
   switch ((packs + passes - 1) / passes) {  // as few passes as four packs allow, evenly filled
     case 1:

@@ -25,8 +25,8 @@ template <class T>
 Table<T> table(const Tensor& tensor, const char* name, const Tensor& like, ScalarType dtype, int64_t batch,
                int64_t length) {
   check_like(tensor, name, like, dtype);
-  TOME_CHECK(tensor.dim() == 2 && tensor.size(0) == batch && tensor.size(1) == length, name, " must be [", batch,
-             ", ", length, "]");
+  TOME_CHECK(tensor.dim() == 2 && tensor.size(0) == batch && tensor.size(1) == length, name, " must be [",
+             batch, ", ", length, "]");
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1)};
 }
 
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& slot, int64_t to
   check_tensor(x, "x", 3);
   TOME_CHECK(tokens >= (x.size(1) > 0 ? 1 : 0) && tokens <= x.size(1), "tokens must be in [1, ", x.size(1),
              "], got ", tokens);
-  const DeviceGuard guard(x.get_device_index());
+  const DeviceScope scope(x);
   Tensor total = new_empty(x, {x.size(0), tokens}, ScalarType::Float);
   Tensor out = gather(x, slot, tokens, size, static_cast<float*>(total.mutable_data_ptr()));
   return {out, total};
@@ -116,19 +116,19 @@ std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& slot, int64_t to
 Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optional<Tensor>& size,
                       const Tensor& total) {
   check_tensor(grad, "grad", 3);
-  const DeviceGuard guard(grad.get_device_index());
+  const DeviceScope scope(grad);
   return spread(grad, slot, size, total);
 }
 
 Tensor unmerge(const Tensor& x, const Tensor& slot) {
   check_tensor(x, "x", 3);
-  const DeviceGuard guard(x.get_device_index());
+  const DeviceScope scope(x);
   return spread(x, slot, std::nullopt, std::nullopt);
 }
 
 Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens) {
   check_tensor(grad, "grad", 3);
-  const DeviceGuard guard(grad.get_device_index());
+  const DeviceScope scope(grad);
   return gather(grad, slot, tokens, std::nullopt, nullptr);
 }
 

@@ -25,9 +25,9 @@ struct Table {
 };
 
 struct GatherParams {
-  View x;           // [batch, length, channels]
-  View out;         // [batch, tokens, channels], contiguous
-  float* total_ptr;  // [batch, tokens]; null: sum the rows as they are
+  View x;               // [batch, length, channels]
+  View out;             // [batch, tokens, channels], contiguous
+  float* total_ptr;     // [batch, tokens]; null: sum the rows as they are
   Table<int32_t> slot;  // [batch, length]
   Table<float> size;    // [batch, length]
   int64_t batch;
@@ -36,11 +36,11 @@ struct GatherParams {
 };
 
 struct SpreadParams {
-  View x;    // [batch, tokens, channels]
-  View out;  // [batch, length, channels], contiguous
-  Table<int32_t> slot;   // [batch, length]
-  Table<float> size;     // [batch, length]
-  Table<float> total;    // [batch, tokens]; null: copy the rows as they are
+  View x;               // [batch, tokens, channels]
+  View out;             // [batch, length, channels], contiguous
+  Table<int32_t> slot;  // [batch, length]
+  Table<float> size;    // [batch, length]
+  Table<float> total;   // [batch, tokens]; null: copy the rows as they are
   int64_t batch;
   int length, tokens, channels;
 };

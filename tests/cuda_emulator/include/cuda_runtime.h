@@ -1,6 +1,7 @@
 // As much of CUDA as the kernels use, on a CPU: every thread of a block is a fibre, blocks run one after the
-// other. Fibres run in a shuffled order and are switched at barriers and warp collectives, so a missing barrier
-// shows as a wrong result. Copies by cp.async happen as late as the program allows, shared memory starts as NaN.
+// other. Fibres run in a shuffled order and are switched at barriers and warp collectives, so a missing
+// barrier shows as a wrong result. Copies by cp.async happen as late as the program allows, shared memory
+// starts as NaN.
 #pragma once
 
 #include <ucontext.h>
@@ -28,7 +29,11 @@
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaSharedmemCarveoutMaxShared
+};
 
 struct dim3 {
   unsigned x, y, z;
@@ -194,8 +199,9 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 template <class T>
 T __shfl_down_sync(unsigned, T value, int step) {
-  return emulator::exchange(
-      value, [&](const T* all) { return emulator::lane() + step < 32 ? all[emulator::lane() + step] : value; });
+  return emulator::exchange(value, [&](const T* all) {
+    return emulator::lane() + step < 32 ? all[emulator::lane() + step] : value;
+  });
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
   return emulator::exchange(value, [](const bool* all) {

@@ -6,7 +6,8 @@ namespace cute {
 template <class T>
 struct SM80_CP_ASYNC_CACHEGLOBAL {
   static void copy(const T& from, T& to) {
-    if (reinterpret_cast<uintptr_t>(&from) % 16 != 0 || reinterpret_cast<uintptr_t>(&to) % 16 != 0) std::abort();
+    if (reinterpret_cast<uintptr_t>(&from) % 16 != 0 || reinterpret_cast<uintptr_t>(&to) % 16 != 0)
+      std::abort();
     emulator::state().running->open.push_back({&from, &to});
   }
 };

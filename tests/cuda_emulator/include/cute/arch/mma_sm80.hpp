@@ -10,8 +10,8 @@ struct SM80_16x8x16_F32F16F16F32_TN {
 
   static float half_of(uint32_t word, int i) { return __half2float({static_cast<uint16_t>(word >> 16 * i)}); }
 
-  static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                  uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {
+  static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2,
+                  uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {
     const Operands mine{{a0, a1, a2, a3}, {b0, b1}};
     const float c[4] = {c0, c1, c2, c3};
     float* const d[4] = {&d0, &d1, &d2, &d3};
