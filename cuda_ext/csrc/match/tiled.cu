@@ -122,6 +122,27 @@ __device__ __forceinline__ void score_block(const Params& p, int b, int first_ro
   }
 }
 
+constexpr int kStorageBytes = (sizeof(SelectStorage) + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
+
+// The selection reads the scores five times; from device memory that would be five times its latency.
+template <int kThreads>
+__device__ __forceinline__ void copy_best(const unsigned long long* best_ptr, int sources,
+                                          unsigned long long* copied) {
+  constexpr int kInFlight = 4;
+  for (int base = threadIdx.x; base < sources; base += kInFlight * kThreads) {
+    unsigned long long best[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      best[j] = base + j * kThreads < sources ? best_ptr[base + j * kThreads] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (base + j * kThreads < sources) copied[base + j * kThreads] = best[j];
+    }
+  }
+  __syncthreads();
+}
+
 template <class Traits>
 __global__ __launch_bounds__(Traits::kThreads, 2) void match_score_kernel(const Params p) {
   static __shared__ bool is_last;
@@ -145,8 +166,12 @@ __global__ __launch_bounds__(Traits::kThreads, 2) void match_score_kernel(const 
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  // The tiles have served: their memory holds what the selection needs.
-  write_slots<Traits::kThreads>(p, b, best_ptr, *reinterpret_cast<SelectStorage*>(shared));
+  // The tiles have served: their memory holds what the selection needs, and the scores where they fit.
+  auto& storage = *reinterpret_cast<SelectStorage*>(shared);
+  auto* copied = reinterpret_cast<unsigned long long*>(shared + kStorageBytes);
+  const bool fits = kStorageBytes + static_cast<int64_t>(p.sources) * 8 <= Traits::shared_bytes(p.padded);
+  if (fits) copy_best<Traits::kThreads>(best_ptr, p.sources, copied);
+  write_slots<Traits::kThreads>(p, b, fits ? copied : best_ptr, storage);
 }
 
 template <class Traits>
