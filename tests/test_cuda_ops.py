@@ -155,3 +155,25 @@ def test_an_old_torch_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "2.11" in str(library.missing())
     finally:
         library._load.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_breaks_or_recompiles(backend: str) -> None:
+    if library.missing() is not None:
+        pytest.skip(str(library.missing()))
+    torch._dynamo.reset()
+
+    def block(x: Tensor, keys: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        assert tome_cuda.why_not("match", keys, 3) is not None
+        slot = tome_cuda.match(keys, 3)
+        merged, total = tome_cuda.merge(x * 2, slot, 6, size)
+        return tome_cuda.unmerge(merged, slot).relu(), total
+
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            x = torch.empty(2, 9, 8, device="meta", requires_grad=True)
+            out, total = compiled(x, meta(2, 3, 9, 4), meta(2, 9))
+            assert (out.shape, total.shape, total.requires_grad) == (x.shape, (2, 6), False)
+            out.sum().backward()
+            assert x.grad is not None

@@ -18,6 +18,7 @@ using Product = cute::SM80_16x8x16_F32F16F16F32_TN;
 
 constexpr int kProductRows = 16;
 constexpr int kProductColumns = 8;
+constexpr int kCorrectedTiles = 4;  // tiles of targets corrected at once, as many as registers allow
 constexpr float kCorrection = 1.2e-3f * kMetricScale * kMetricScale;  // 2^-10 and the rounding of 48 products
 
 __device__ __forceinline__ void load_matrices(const char* shared_ptr, uint32_t (&m)[4]) {
@@ -81,7 +82,7 @@ template <int kTilesM, int kTilesN>
 __device__ __forceinline__ void score_tile(const char* const (&source_ptr)[kTilesM],
                                            const char* const (&target_ptr)[kTilesN / 2], int padded,
                                            int column, int columns, Best<kTilesM>& best) {
-  static_assert(kTilesN % 2 == 0, "one ldmatrix reads two tiles of targets");
+  static_assert(kTilesN % kCorrectedTiles == 0 && kCorrectedTiles % 2 == 0, "one ldmatrix reads two tiles");
   const int low = 2 * padded;  // bytes from the high to the low halves of a row
   float score[kTilesM][kTilesN][4];
 #pragma unroll
@@ -123,30 +124,36 @@ __device__ __forceinline__ void score_tile(const char* const (&source_ptr)[kTile
   // The corrections have sums of their own, added once: they are small, and tensor cores cut off what lies
   // below the last bit of a running sum.
 #pragma unroll
-  for (int n = 0; n < kTilesN; n += 2) {
-    float correction[kTilesM][2][4] = {};
+  for (int first = 0; first < kTilesN; first += kCorrectedTiles) {
+    float correction[kTilesM][kCorrectedTiles][4] = {};
 #pragma unroll 1
     for (int k = 0; k < 2 * padded; k += 2 * kProductDepth) {
-      uint32_t b[4], b_low[4];
-      load_matrices(target_ptr[n / 2] + k, b);
-      load_matrices(target_ptr[n / 2] + k + low, b_low);
+      uint32_t a[kTilesM][4], a_low[kTilesM][4];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        uint32_t a[4], a_low[4];
-        load_matrices(source_ptr[m] + k, a);
-        load_matrices(source_ptr[m] + k + low, a_low);
-        multiply(correction[m][0], a, b_low[0], b_low[1]);
-        multiply(correction[m][1], a, b_low[2], b_low[3]);
-        multiply(correction[m][0], a_low, b[0], b[1]);
-        multiply(correction[m][1], a_low, b[2], b[3]);
+        load_matrices(source_ptr[m] + k, a[m]);
+        load_matrices(source_ptr[m] + k + low, a_low[m]);
+      }
+#pragma unroll
+      for (int n = 0; n < kCorrectedTiles; n += 2) {
+        uint32_t b[4], b_low[4];
+        load_matrices(target_ptr[(first + n) / 2] + k, b);
+        load_matrices(target_ptr[(first + n) / 2] + k + low, b_low);
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          multiply(correction[m][n], a[m], b_low[0], b_low[1]);
+          multiply(correction[m][n + 1], a[m], b_low[2], b_low[3]);
+          multiply(correction[m][n], a_low[m], b[0], b[1]);
+          multiply(correction[m][n + 1], a_low[m], b[2], b[3]);
+        }
       }
     }
 #pragma unroll
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        score[m][n][i] += correction[m][0][i];
-        score[m][n + 1][i] += correction[m][1][i];
+      for (int n = 0; n < kCorrectedTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[m][first + n][i] += correction[m][n][i];
       }
     }
   }
