@@ -31,6 +31,7 @@ def attention(
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape, device or probability.
+
     """
     checks.attention(q, k, v, size, dropout_p)
     bias = None if size is None else size_bias(size).to(q.dtype)

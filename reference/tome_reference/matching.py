@@ -36,6 +36,7 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("r", r, 0)
@@ -48,8 +49,10 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
     b = torch.arange(prefix + 1 - prefix % 2, n, 2, device=keys.device)
     best, target = _best_target(metric[:, prefix + prefix % 2 :: 2], metric[:, prefix + 1 - prefix % 2 :: 2])
 
-    rank = best.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    merged = rank < r
+    # The r best, the lowest index first among those that equal the last of them. (A stable sort does not export.)
+    threshold = best.topk(r, dim=1).values[:, -1:]
+    merged, tied = best > threshold, best == threshold
+    merged |= tied & (tied.cumsum(dim=1) <= r - merged.sum(dim=1, keepdim=True))
     first_b = prefix + a.shape[0] - r
     slot_a = torch.where(merged, first_b + target, prefix - 1 + (~merged).cumsum(dim=1))
     slot_b = torch.arange(first_b, n - r, device=keys.device).expand(keys.shape[0], -1)
@@ -70,6 +73,7 @@ def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, k or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("k", k, 1)
@@ -84,9 +88,7 @@ def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
     metric = _metric(keys)
     _, target = _best_target(metric[:, sources], metric[:, targets])
     slot_t = torch.arange(prefix, prefix + count, device=keys.device).expand(keys.shape[0], -1)
-    return _slot_map(
-        keys, prefix, sources.expand_as(target), prefix + target, targets.expand_as(slot_t), slot_t
-    )
+    return _slot_map(keys, prefix, sources.expand_as(target), prefix + target, targets.expand_as(slot_t), slot_t)
 
 
 def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -96,13 +98,15 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
         keys: as for :func:`match`.
         r: how many tokens to merge; clipped to (N - prefix) // 2.
         prefix: how many leading tokens stay untouched.
-        generator: the source of randomness, on the device of ``keys``; None for PyTorch's default.
+        generator: the source of randomness, on the device of ``keys``; None for PyTorch's default. One
+            ``torch.rand(B, N - prefix)`` is drawn, and the r tokens with the smallest numbers are merged.
 
     Returns:
         slot, int32 [B, N], onto [0, N - r); kept tokens stay in ascending order.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("r", r, 0)
@@ -139,9 +143,7 @@ def _best_target(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return best, index
 
 
-def _slot_map(
-    keys: Tensor, prefix: int, sources: Tensor, slot_s: Tensor, targets: Tensor, slot_t: Tensor
-) -> Tensor:
+def _slot_map(keys: Tensor, prefix: int, sources: Tensor, slot_s: Tensor, targets: Tensor, slot_t: Tensor) -> Tensor:
     """The slot map with the prefix in place and the given slots [B, S], [B, T] at the given positions."""
     positions = torch.cat([sources, targets], dim=1)
     slots = torch.cat([slot_s, slot_t], dim=1).to(torch.int32)

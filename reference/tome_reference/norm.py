@@ -21,7 +21,7 @@ def merge_add_norm(
     eps: float,
     gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x := merge(x + gamma * branch); y = layer_norm(x).
+    """X := merge(x + gamma * branch); y = layer_norm(x).
 
     Args:
         x: [B, N, C], the residual stream.
@@ -40,6 +40,7 @@ def merge_add_norm(
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
+
     """
     checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps)
     if slot is None:

@@ -1,0 +1,130 @@
+"""Who computes an operation: the pure PyTorch reference or the CUDA extension.
+
+``TOME_BACKEND=auto|reference|cuda`` and :func:`set_backend` choose for the process, :func:`use_backend` for one
+thread. ``auto`` takes the extension for CUDA tensors where it can and the reference elsewhere; an explicit ``cuda``
+that cannot run raises and never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from types import ModuleType, TracebackType
+
+import torch
+
+import tome_reference
+
+CHOICES = ("auto", "reference", "cuda")
+INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
+
+
+class _Thread(threading.local):
+    name: str | None = None
+
+
+_thread = _Thread()
+_process = os.environ.get("TOME_BACKEND", "auto")
+_warned = False
+
+
+class BackendError(RuntimeError):
+    """The chosen backend cannot run this operation; the message says why."""
+
+
+def get_backend() -> str:
+    """The name in force in this thread: "auto", "reference" or "cuda".
+
+    Raises:
+        ValueError: TOME_BACKEND holds another name.
+
+    """
+    return _thread.name or _checked(_process)
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of the process: "auto", "reference" or "cuda".
+
+    Raises:
+        ValueError: another name.
+
+    """
+    global _process
+    _process = _checked(name)
+
+
+class use_backend:  # noqa: N801  # used like a function
+    """Context manager: choose the backend for this thread, over whatever the process has chosen.
+
+    Args:
+        name: "auto", "reference" or "cuda"; None changes nothing.
+
+    Raises:
+        ValueError: another name.
+
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = None if name is None else _checked(name)
+        self.outer: list[str | None] = []
+
+    def __enter__(self) -> None:
+        self.outer.append(_thread.name)
+        _thread.name = self.name or _thread.name
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _thread.name = self.outer.pop()
+
+
+def implementation(op: str, *args: object) -> ModuleType:
+    """The package that computes ``op`` on these arguments.
+
+    Raises:
+        BackendError: "cuda" was chosen and cannot run.
+
+    """
+    name = get_backend()
+    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
+    if name == "reference" or (name == "auto" and not on_gpu):
+        return tome_reference
+    missing = extension_problem()
+    if missing is not None:
+        if name == "cuda":
+            raise BackendError(f"the CUDA backend cannot run {op}: {missing}")
+        _warn_once(missing)
+        return tome_reference
+    extension = importlib.import_module("tome_cuda")
+    reason: str | None = extension.why_not(op, *args)
+    if reason is None:
+        return extension
+    if name == "cuda":
+        raise BackendError(f"the CUDA backend cannot run {op}: {reason}")
+    return tome_reference
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def extension_problem() -> str | None:
+    """None where the CUDA extension is usable, else the reason and the command that mends it."""
+    if importlib.util.find_spec("tome_cuda") is None:
+        return f"the CUDA extension is not installed. Fix: {INSTALL}"
+    reason: str | None = importlib.import_module("tome_cuda").unavailable()
+    return None if reason is None else f"{reason}. Fix: {INSTALL}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def _warn_once(reason: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(f"token merging runs on the PyTorch reference: {reason}", stacklevel=2)
+
+
+def _checked(name: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(CHOICES)}")
+    return name

@@ -1,0 +1,250 @@
+"""``tome bench``: throughput against the honest baseline, the unpatched model with fused attention, in one run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from timm.layers import set_fused_attn
+from timm.models.vision_transformer import VisionTransformer
+
+from tome import measure, patch, schedule
+from tome.cli.common import (
+    DeviceType,
+    ScheduleType,
+    checked_plan,
+    create_model,
+    default_device,
+)
+from tome.patch import UnsupportedModelError, timm_vit
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+EPILOG = """\b
+Examples:
+  tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0
+  tome bench vit_base_patch16_224 --r 16 --batch-size 256 --dtype float16 --device cuda --compile
+  tome bench vit_tiny_patch16_224 --r 0.05 --batch-size 1 --device cuda --cuda-graph --json out.json --plot out.png
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: a variant of the model and what it cost. Ratios are against the unpatched model of its mode."""
+
+    r: str
+    mode: str
+    tokens: tuple[int, ...]
+    gflops: float
+    images_per_second: float
+    median_ms: float
+    spread_percent: float
+    peak_mib: float
+    speedup: float
+    allowed: float
+
+    @property
+    def share(self) -> float:
+        """The part of the speed-up that the saved arithmetic allows."""
+        return self.speedup / self.allowed
+
+
+@click.command("bench", epilog=EPILOG)
+@click.argument("model_name", metavar="MODEL")
+@click.option(
+    "--r",
+    "schedules",
+    type=ScheduleType(),
+    multiple=True,
+    default=("8", "16", "16,-1.0"),
+    show_default=True,
+    help="Schedule: 8 or 8,-1.0 or [8,8,4] or 0.05. Repeat it for several.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--device", type=DeviceType(), default=default_device, help="cpu or cuda; the GPU if there is one.")
+@click.option("--compile", "compiled", is_flag=True, help="Also measure both sides under torch.compile.")
+@click.option("--cuda-graph", is_flag=True, help="Replay each variant as a CUDA graph.")
+@click.option("--runs", type=click.IntRange(min=1), default=15, show_default=True, help="Measured passes.")
+@click.option("--warm-up", type=click.IntRange(min=0), default=3, show_default=True, help="Passes before them.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures.")
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw throughput.")
+def command(
+    model_name: str,
+    schedules: tuple[schedule.Schedule, ...],
+    batch_size: int,
+    dtype: str,
+    device: torch.device,
+    compiled: bool,
+    cuda_graph: bool,
+    runs: int,
+    warm_up: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure MODEL (a name of timm's, with random weights) unpatched and with token merging, taking turns."""
+    if cuda_graph and device.type != "cuda":
+        raise click.BadParameter(f"needs --device cuda, not {device}", param_hint="--cuda-graph")
+    for name, file in (("--json", json_file), ("--plot", plot_file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise click.BadParameter(f"there is no folder {file.absolute().parent}", param_hint=name)
+    if plot_file is not None:
+        _matplotlib()
+    set_fused_attn(True)
+    model = create_model(model_name, pretrained=False).to(device, DTYPES[dtype])
+    try:
+        tokens, cost = timm_vit.cost(patch.unpatch(patch.timm(model)))
+    except UnsupportedModelError as error:
+        raise click.UsageError(str(error)) from error
+    depth, prefix = len(model.blocks), model.num_prefix_tokens
+    plans = {"none": schedule.plan(0, depth, tokens, prefix)}
+    models = {"none": model}
+    for r in schedules:
+        plans[str(r)] = checked_plan(model_name, r, depth, tokens, prefix)
+        models[str(r)] = _patched(model, r)
+
+    x = torch.randn(batch_size, *_input_size(model), device=device, dtype=DTYPES[dtype])
+    calls: dict[str, measure.Call] = {}
+    for name, variant in models.items():
+        for mode in ("eager", "compiled") if compiled else ("eager",):
+            call = _call(torch.compile(variant) if mode == "compiled" else variant, x)
+            calls[f"{name} {mode}"] = _graphed(call) if cuda_graph else call
+    seconds = measure.time_calls(calls, device, warm_up, runs)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    full = schedule.flops(plans["none"].tokens, cost)
+    results = []
+    for name, times in seconds.items():
+        r_text, mode = name.rsplit(" ", 1)
+        flops = schedule.flops(plans[r_text].tokens, cost)
+        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        results.append(
+            Result(
+                r=r_text,
+                mode=mode,
+                tokens=plans[r_text].tokens,
+                gflops=flops / 1e9,
+                images_per_second=batch_size / medians[name],
+                median_ms=medians[name] * 1e3,
+                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[name],
+                peak_mib=measure.peak_memory(calls[name], device) / 2**20,
+                speedup=medians[f"none {mode}"] / medians[name],
+                allowed=full / flops,
+            )
+        )
+    conditions = {
+        "model": model_name,
+        "batch size": str(batch_size),
+        "dtype": dtype,
+        "cuda graph": str(cuda_graph),
+        **measure.machine(device),
+    }
+    _print(results, conditions)
+    if json_file is not None:
+        rows = [{**asdict(result), "share": result.share} for result in results]
+        json_file.write_text(json.dumps({"conditions": conditions, "results": rows}, indent=2) + "\n")
+    if plot_file is not None:
+        _draw(results, conditions, plot_file)
+
+
+def _patched(model: VisionTransformer, r: schedule.Schedule) -> VisionTransformer:
+    """A patched copy that shares the weights."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    variant = patch.timm(copy.deepcopy(model, shared))
+    assert isinstance(variant, timm_vit.PatchedViT)
+    variant.r = r
+    return variant
+
+
+def _call(model: Callable[[torch.Tensor], object], x: torch.Tensor) -> measure.Call:
+    return lambda: model(x)
+
+
+def _graphed(call: measure.Call) -> measure.Call:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3):  # allocations and library handles come before the capture
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
+    height, width = model.patch_embed.img_size
+    return model.in_chans, height, width
+
+
+def _print(results: list[Result], conditions: dict[str, str]) -> None:
+    console = Console()
+    table = Table(
+        "r", "mode", "tokens", "GFLOPs", "images/s", "median ms", "spread", "peak MiB", "speed-up", "allowed",
+        "share",
+        title="against the unpatched model with fused attention, same run",
+    )  # fmt: skip
+    for row in results:
+        table.add_row(
+            escape(row.r),
+            row.mode,
+            f"{row.tokens[0]} -> {row.tokens[-1]}",
+            f"{row.gflops:.2f}",
+            f"{row.images_per_second:.1f}",
+            f"{row.median_ms:.2f}",
+            f"{row.spread_percent:.1f} %",
+            f"{row.peak_mib:.0f}",
+            f"{row.speedup:.2f}x",
+            f"{row.allowed:.2f}x",
+            f"{row.share:.2f}",
+        )
+    console.print(table)
+    console.print(
+        "speed-up: measured. allowed: FLOPs unpatched / FLOPs merged. share: speed-up / allowed. "
+        "spread: quartile distance / median.",
+        soft_wrap=True,
+    )
+    console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
+
+
+def _draw(results: list[Result], conditions: dict[str, str], file: Path) -> None:
+    pyplot = _matplotlib()
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    names = [row.r if len({r.mode for r in results}) == 1 else f"{row.r}\n{row.mode}" for row in results]
+    colours = ["0.6" if row.r == "none" else "tab:blue" for row in results]
+    bars = axes.bar(range(len(results)), [row.images_per_second for row in results], color=colours)
+    axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in results])
+    axes.set_xticks(range(len(results)), names)
+    axes.set_xlabel("r")
+    axes.set_ylabel("images/s")
+    device = conditions.get("gpu", conditions["cpu"])
+    axes.set_title(
+        f"{conditions['model']}, batch {conditions['batch size']}, {conditions['dtype']}\n{device}",
+        fontsize=9,
+    )
+    try:
+        figure.savefig(file, dpi=150)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--plot") from error
+    finally:
+        pyplot.close(figure)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise click.UsageError("--plot needs matplotlib: pip install 'token-merging[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

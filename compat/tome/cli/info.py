@@ -1,0 +1,57 @@
+"""``tome info``: what runs where, and why not."""
+
+from __future__ import annotations
+
+import platform
+from importlib import import_module, metadata
+
+import click
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tome import backend, measure, ops
+
+EPILOG = """\b
+Examples:
+  tome info
+  TOME_BACKEND=reference tome info
+"""
+
+
+@click.command("info", epilog=EPILOG)
+def command() -> None:
+    """Show each operation and backend, whether it is available or why not, and versions for a bug report."""
+    try:
+        chosen = backend.get_backend()
+    except ValueError as error:
+        raise click.UsageError(f"TOME_BACKEND: {error}") from error
+    console = Console()
+    missing = backend.extension_problem()
+    extension = None if missing is not None else import_module("tome_cuda")
+    table = Table("operation", "reference", "cuda", title=f"backend: {chosen}")
+    for op in (name for name in ops.__all__ if name != "max_r"):
+        has = extension is not None and hasattr(extension, op)
+        table.add_row(op, "available", "available" if has else "no")
+    console.print(table)
+    if missing is not None:
+        console.print(f"cuda: {escape(missing)}", soft_wrap=True)
+    for name, value in _facts(extension is not None).items():
+        console.print(f"{name:<22}{escape(value)}", soft_wrap=True)
+
+
+def _facts(extension: bool) -> dict[str, str]:
+    facts = {p: metadata.version(p) for p in ("token-merging", "torch", "timm")}
+    facts["python"] = f"{platform.python_version()} on {platform.platform()}"
+    facts["CUDA of torch"] = torch.version.cuda or "none"
+    if extension:
+        facts.update(import_module("tome_cuda").build_info())
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            facts[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+    else:
+        facts["GPU"] = "none that PyTorch can use"
+    facts["driver"] = measure.driver_version() or "none"
+    return facts

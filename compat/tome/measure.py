@@ -1,0 +1,119 @@
+"""Time and memory of calls, on any device, fairly: the variants take turns."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from rich.progress import Progress
+
+Call = Callable[[], object]
+
+
+def checked_device(device: torch.device | str | int) -> torch.device:
+    """The device, if it is there.
+
+    Raises:
+        ValueError: no such device, or a GPU that is not there.
+
+    """
+    try:
+        checked = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: use cpu or cuda") from error
+    if checked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} needs an NVIDIA GPU and none is available: use cpu")
+    return checked
+
+
+def time_calls(
+    calls: dict[str, Call], device: torch.device, warm_up: int, runs: int, progress: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each of ``runs`` calls of each variant, after ``warm_up`` calls that are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode(), Progress(disable=not progress, transient=True) as bar:
+        task = bar.add_task("measuring", total=(warm_up + runs) * len(calls))
+        for run in range(warm_up + runs):
+            for name, call in calls.items():
+                elapsed = _seconds(call, device)
+                if run >= warm_up:
+                    seconds[name].append(elapsed)
+                bar.update(task, advance=1, description=f"measuring {name}".rstrip())
+    return seconds
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Bytes of tensors that one call holds at most, beyond what was there before."""
+    with torch.inference_mode():
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            call()
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+    held = peak = 0
+    results = profile.profiler.kineto_results if profile.profiler is not None else None
+    for event in results.events() if results is not None else []:
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Hardware and versions, for the head of every table of figures."""
+    info = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": metadata.version("timm"),
+        "cpu": f"{_cpu_name()}, {torch.get_num_threads()} threads",
+    }
+    if device.type == "cuda":
+        info["gpu"] = torch.cuda.get_device_name(device)
+        info["cuda"] = str(torch.version.cuda)
+        info["driver"] = driver_version() or "unknown"
+    return info
+
+
+def driver_version() -> str | None:
+    """The version of the NVIDIA driver, or None where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,91 @@
+"""Build, test and measure: ``nox -l`` lists the sessions, ``nox -s NAME -- ARGS`` passes arguments on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.sessions = ["lint", "types", "test"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+# torch is large: the sessions that need it work in one environment.
+shared = nox.session(venv_location=".nox/torch", reuse_venv=True)
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install the project from this checkout, as a user would, and dependency groups."""
+    packages = [p for group in groups for p in nox.project.dependency_groups(PROJECT, group)]
+    session.install(".[plot]", *packages)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel into dist/ (pure Python; with TOME_BUILD_CUDA=1 with the kernels) and import what it holds."""
+    shutil.rmtree("dist", ignore_errors=True)
+    session.install("build")
+    session.run("python", "-m", "build", "--wheel", "--outdir", "dist")
+    (wheel,) = Path("dist").glob("*.whl")
+    expected = "linux" if os.environ.get("TOME_BUILD_CUDA") else "none-any"
+    if expected not in wheel.name:
+        session.error(f"{wheel.name} is not a {expected} wheel")
+    session.run("python", "-m", "zipfile", "--list", str(wheel))
+
+
+@shared
+def test(session: nox.Session) -> None:
+    """Run the tests; what needs a GPU is skipped where there is none, and counted."""
+    install(session, "test")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(venv_location=".nox/oldest", reuse_venv=True)
+def oldest(session: nox.Session) -> None:
+    """Run the tests on the oldest versions of everything that pyproject.toml claims to work with."""
+    project = PROJECT["project"]
+    claimed = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
+    groups = nox.project.dependency_groups(PROJECT, "test")
+    session.install(*(requirement.replace(">=", "==") for requirement in claimed), *groups)
+    session.install("--no-deps", ".")
+    session.run("pytest", *session.posargs)
+
+
+@shared
+def gpu(session: nox.Session) -> None:
+    """Run the whole suite where a GPU is present; without one this session fails instead of skipping."""
+    install(session, "test")
+    session.run("python", "-c", "import torch; assert torch.cuda.is_available(), 'this session needs an NVIDIA GPU'")
+    session.run("pytest", *session.posargs)
+
+
+@shared
+def bench(session: nox.Session) -> None:
+    """Time every operation on every backend, with its byte floor; figures go to .benchmarks/ as JSON."""
+    install(session, "bench")
+    session.run("pytest", "benchmarks", "--benchmark-autosave", "--benchmark-storage=.benchmarks", *session.posargs)
+
+
+@shared
+def demo(session: nox.Session) -> None:
+    """Train a small ViT on digits, merge its tokens without retraining, print the table and draw the pictures."""
+    install(session, "demo")
+    session.run("python", "benchmarks/demo.py", *session.posargs)
+
+
+@nox.session(venv_location=".nox/lint", reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@shared
+def types(session: nox.Session) -> None:
+    """Check types of the packages, strictly."""
+    install(session, "types")
+    session.run("mypy")

@@ -1,0 +1,33 @@
+"""Fixtures and Hypothesis profiles of every test."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from backends import BACKENDS
+from hypothesis import HealthCheck, settings
+
+from tome import use_backend
+
+# The examples are derandomised, so that a red run is red again; HYPOTHESIS_PROFILE=thorough draws new ones.
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("quick", max_examples=60, derandomize=True, **common)
+settings.register_profile("thorough", max_examples=2000, print_blob=True, **common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(params=BACKENDS, scope="module")
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """A device, with the backend under test chosen for it."""
+    name, device = request.param
+    with use_backend(name):
+        yield torch.device(device)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each reason to skip, so that no skip goes unseen and none floods the report."""
+    reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} {reason}", yellow=True)

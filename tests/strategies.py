@@ -1,0 +1,155 @@
+"""Hypothesis strategies: they draw structure and a seed, and tensors are built from the seed.
+
+Drawing elements would be slow and shrink badly. What matters is drawn on purpose: duplicates, zero rows, exact
+ties, NaN and infinity, tiny and huge scale, strided views, r at 0, at the cap and above.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+FEATURES = ("normal", "duplicates", "constant", "zero rows", "one outlier", "tiny", "huge", "nan", "inf")
+LAYOUTS = ("contiguous", "packed", "transposed", "stepped")
+TOKENS = st.one_of(st.sampled_from((1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 197)), st.integers(1, 80))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Keys of one layer and what to do with them. ``repr`` reproduces them: ``Case(...).keys("cpu")``."""
+
+    batch: int
+    n: int
+    d: int
+    heads: int  # 0: keys [B, N, D] without heads
+    r: int
+    prefix: int
+    dtype: torch.dtype
+    layout: str
+    feature: str  # of FEATURES, or "exact": scores without rounding in every dtype
+    seed: int
+
+    def keys(self, device: torch.device | str) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        shape = (self.batch, max(self.heads, 1), self.n, self.d)
+        if self.feature == "exact":
+            keys = torch.randint(0, 2, (self.batch, 1, self.n, self.d), generator=generator) * 2.0 - 1.0
+            keys = keys.expand(shape)
+        else:
+            keys = torch.randn(shape, generator=generator)
+            keys = _featured(keys, self.feature, generator)
+        keys = keys.to(self.dtype)
+        return strided(keys if self.heads else keys[:, 0], self.layout).to(device)
+
+    @property
+    def merged(self) -> int:
+        """What r comes down to."""
+        return min(self.r, (self.n - self.prefix) // 2)
+
+    @property
+    def tokens(self) -> int:
+        return self.n - self.merged
+
+
+def _featured(keys: Tensor, feature: str, generator: torch.Generator) -> Tensor:
+    rows = torch.randint(0, keys.shape[2], (max(1, keys.shape[2] // 3),), generator=generator)
+    if feature == "duplicates":
+        keys[:, :, rows] = keys[:, :, rows[:1]]
+    elif feature == "constant":
+        keys[:] = keys[:, :, :1].clone()
+    elif feature == "zero rows":
+        keys[:, :, rows] = 0.0
+    elif feature == "one outlier":
+        keys[:, :, rows[0]] *= 1000.0
+    elif feature == "tiny":
+        keys *= 1e-4
+    elif feature == "huge":
+        keys *= 1e4
+    elif feature == "nan":
+        keys[:, :, rows] = torch.nan
+    elif feature == "inf":
+        keys[:, :, rows, 0] = torch.inf
+    return keys
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    """The same values, laid out as told."""
+    if layout == "packed":  # as one of q, k, v in the output of one linear layer
+        packed = torch.full((*x.shape[:-1], 3, x.shape[-1]), torch.nan, dtype=x.dtype)
+        packed[..., 1, :] = x
+        return packed[..., 1, :]
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "stepped":
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    return x.contiguous()
+
+
+@st.composite
+def cases(draw: st.DrawFn, features: tuple[str, ...] = FEATURES, dtypes=HALF_AND_SINGLE) -> Case:
+    """Any legal call of match."""
+    feature = draw(st.sampled_from(features))
+    n = draw(TOKENS)
+    prefix = draw(st.one_of(st.integers(0, min(n, 5)), st.just(n)))
+    cap = (n - prefix) // 2
+    # Means over a power of two of heads keep exact inputs exact.
+    return Case(
+        batch=draw(st.integers(0, 3)),
+        n=n,
+        d=draw(st.sampled_from((4, 16, 64, 256))) if feature == "exact" else draw(st.integers(1, 96)),
+        heads=draw(st.sampled_from((0, 1, 2, 4) if feature == "exact" else (0, 1, 2, 3, 6))),
+        r=draw(st.one_of(st.integers(0, cap), st.sampled_from((0, 1, cap, cap + 1, 10 * n)))),
+        prefix=prefix,
+        dtype=draw(st.sampled_from(dtypes)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        feature=feature,
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+FINITE = tuple(f for f in FEATURES if f not in ("nan", "inf"))
+
+
+@dataclass(frozen=True)
+class Map:
+    """A slot map of any shape, not only one that matching would make, with tokens and sizes to merge."""
+
+    batch: int
+    n: int
+    tokens: int
+    channels: int
+    dtype: torch.dtype
+    layout: str
+    sized: bool
+    seed: int
+
+    def build(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [B, N, C], slot int32 [B, N] onto [0, tokens), size float32 [B, N] or None; groups of any size."""
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.batch, self.n, self.channels, generator=generator).to(self.dtype)
+        slot = torch.randint(0, self.tokens, (self.batch, self.n), generator=generator)
+        slot[:, : self.tokens] = torch.arange(self.tokens)
+        order = torch.rand(self.batch, self.n, generator=generator).argsort(dim=1)
+        slot = slot.gather(1, order).to(torch.int32)
+        size = torch.randint(1, 40, (self.batch, self.n), generator=generator).float()
+        return strided(x, self.layout).to(device), slot.to(device), size.to(device) if self.sized else None
+
+
+@st.composite
+def maps(draw: st.DrawFn, dtypes=HALF_AND_SINGLE) -> Map:
+    """Any legal call of merge."""
+    n = draw(TOKENS)
+    return Map(
+        batch=draw(st.integers(0, 3)),
+        n=n,
+        tokens=draw(st.one_of(st.integers(1, n), st.sampled_from((1, n)))),
+        channels=draw(st.integers(1, 70)),
+        dtype=draw(st.sampled_from(dtypes)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        sized=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )

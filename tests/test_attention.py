@@ -1,0 +1,117 @@
+"""Laws of size-biased attention and of merge-add-norm."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import HALF_AND_SINGLE, strided
+
+from tome import ops
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+
+
+@st.composite
+def attention_inputs(draw: st.DrawFn):
+    batch, heads, n, d = (draw(st.integers(*limits)) for limits in ((0, 3), (1, 3), (1, 70), (1, 40)))
+    dtype, layout = draw(st.sampled_from(HALF_AND_SINGLE)), draw(st.sampled_from(("contiguous", "packed")))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    q, k, v = (strided(torch.randn(batch, heads, n, d, generator=generator).to(dtype), layout) for _ in range(3))
+    size = torch.randint(1, 30, (batch, n), generator=generator).float() if draw(st.booleans()) else None
+    return q, k, v, size
+
+
+def explicit(q, k, v, size, scale=None):
+    """The definition, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    score = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if size is not None:
+        score = score + size.double().log()[:, None, None, :]
+    return score.softmax(-1) @ v
+
+
+@given(inputs=attention_inputs(), scale=st.sampled_from((None, 0.3)))
+def test_attention_equals_its_definition(device, inputs, scale):
+    q, k, v, size = inputs
+    out = ops.attention(*(None if t is None else t.to(device) for t in inputs), scale=scale)
+    assert out.dtype == q.dtype
+    torch.testing.assert_close(out.cpu().double(), explicit(q, k, v, size, scale), rtol=0, atol=TOLERANCE[q.dtype])
+
+
+@given(inputs=attention_inputs())
+def test_a_size_stands_for_that_many_copies_of_a_key(device, inputs):
+    q, k, v, size = (None if t is None else t.to(device) for t in inputs)
+    if size is None:
+        size = torch.ones(k.shape[0], k.shape[2], device=device)
+    for b in range(len(q)):
+        copies = size[b].long()
+        many = [t[b : b + 1].repeat_interleave(copies, dim=2) for t in (k, v)]
+        one = ops.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], size[b : b + 1])
+        expected = ops.attention(q[b : b + 1], *many)
+        torch.testing.assert_close(one, expected, rtol=0, atol=2 * TOLERANCE[q.dtype])
+
+
+def test_attention_gradients(device):
+    q, k, v = (torch.randn(2, 2, 7, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3))
+    size = torch.randint(1, 9, (2, 7), device=device).float()
+    assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, size), (q, k, v))
+
+
+def test_dropout_drops(device):
+    q = torch.randn(1, 1, 64, 8, device=device)
+    assert not torch.equal(ops.attention(q, q, q, dropout_p=0.5), ops.attention(q, q, q))
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+@pytest.mark.parametrize("merging", [True, False])
+@pytest.mark.parametrize("gamma", [True, False])
+def test_merge_add_norm_is_its_three_steps(device, dtype, merging, gamma):
+    x, branch = (torch.randn(2, 33, 24, device=device).to(dtype) for _ in range(2))
+    weight, bias, factor = (torch.randn(24, device=device).to(dtype) for _ in range(3))
+    size = torch.randint(1, 9, (2, 33), device=device).float()
+    slot = ops.match(torch.randn(2, 33, 8, device=device), 7) if merging else None
+    tokens = 26 if merging else 33
+    out, y, sizes = ops.merge_add_norm(x, branch, slot, tokens, size, weight, bias, 1e-6, factor if gamma else None)
+    total = x + (factor * branch if gamma else branch)
+    expected, expected_sizes = ops.merge(total, slot, tokens, size) if merging else (total, size)
+    tolerance = {"rtol": 0, "atol": TOLERANCE[dtype]}
+    torch.testing.assert_close(out, expected, **tolerance)
+    torch.testing.assert_close(y, F.layer_norm(expected, (24,), weight, bias, 1e-6), **tolerance)
+    assert torch.equal(sizes, expected_sizes)
+
+
+def test_merge_add_norm_keeps_a_float32_stream_beside_half_branches(device):
+    x, branch = torch.randn(1, 9, 8, device=device), torch.randn(1, 9, 8, device=device).half()
+    gamma = torch.randn(8, device=device)
+    out, y, size = ops.merge_add_norm(x, branch, None, 9, None, None, None, 1e-5, gamma)
+    assert out.dtype == y.dtype == torch.float32
+    assert size is None
+    torch.testing.assert_close(out, x + gamma * branch.float())
+
+
+def test_merge_add_norm_takes_float32_parameters_with_half_tokens(device):
+    x = torch.randn(1, 9, 8, device=device).half()
+    weight, bias = torch.randn(2, 8, device=device)
+    _, y, _ = ops.merge_add_norm(x, x, None, 9, None, weight, bias, 1e-5)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), F.layer_norm(2 * x.float(), (8,), weight, bias), rtol=0, atol=1e-2)
+
+
+def test_merge_add_norm_gradients(device):
+    leaves = [torch.randn(1, 7, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
+    params = [torch.randn(4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3)]
+    slot = ops.match(torch.randn(1, 7, 4, device=device), 2)
+    size = torch.randint(1, 9, (1, 7), device=device).float()
+
+    def call(x, branch, weight, bias, gamma):
+        return ops.merge_add_norm(x, branch, slot, 5, size, weight, bias, 1e-5, gamma)[:2]
+
+    assert torch.autograd.gradcheck(call, (*leaves, *params))
+
+
+def test_scale_default_is_one_over_root_d(device):
+    q = torch.randn(1, 1, 5, 16, device=device)
+    assert torch.equal(ops.attention(q, q, q), ops.attention(q, q, q, scale=1 / math.sqrt(16)))
