@@ -14,13 +14,19 @@ __device__ __forceinline__ char* dynamic_shared() {
   return shared;
 }
 
-// What may go wrong here is found by check_launch() right after.
+// A block may use 48 KiB of shared memory, static and dynamic together, without asking. A kernel's static
+// share isn't known here, so every kernel keeps its own below this reserve (tests/test_cuda_library.py).
+constexpr int kGrantedBytes = 48 << 10;
+constexpr int kStaticReserve = 8 << 10;
+
+// `most_shared_bytes`: the most that any launch of this kernel on this GPU may need. The whole of it is asked
+// for, so that a smaller launch by another thread can't take back what this one was promised. What may go
+// wrong here is found by check_launch() right after.
 template <class Params>
-void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-                   const Params& params) {
-  constexpr int kGranted = 48 << 10;  // more shared memory has to be asked for
-  if (shared_bytes > kGranted) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
+                   int most_shared_bytes, cudaStream_t stream, const Params& params) {
+  if (shared_bytes > kGrantedBytes - kStaticReserve) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
     // Left alone, the driver may give so much to the L1 cache that one block less fits.
     cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                          cudaSharedmemCarveoutMaxShared);

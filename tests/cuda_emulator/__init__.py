@@ -117,6 +117,22 @@ def match(
     return slot.check()
 
 
+def plan(shape: tuple[int, int, int, int], prefix: int, dtype: torch.dtype, aligned: bool, gpu: tuple[int, int]) -> int:
+    """How many launches matching plans for keys [B, H, N, D] on a GPU with so many bytes per block and multiprocessor.
+
+    Raises:
+        AssertionError: CUDA would refuse one of them.
+
+    """
+    why = ctypes.create_string_buffer(200)
+    batch, heads, tokens, channels = shape
+    launches: int = library().emulated_plan(
+        *(batch, heads, tokens, channels, prefix, DTYPES[dtype], int(aligned), *gpu, why, len(why))
+    )
+    assert not why.value, f"{shape}, prefix {prefix}, {dtype}: {why.value.decode()}"
+    return launches
+
+
 def gather(
     x: Tensor,
     slot: Tensor,

@@ -48,8 +48,47 @@ extern "C" void emulated_match(const void* keys, const int64_t* strides, const i
     if (!tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr))
       std::abort();
   } else {
-    tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, nullptr);
+    tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr);
   }
+}
+
+// Plan, without running, every launch of bipartite matching for these shapes on a GPU with this much shared
+// memory per block and per multiprocessor. Returns how many launches were planned; `why` tells of a refused
+// one.
+extern "C" int emulated_plan(int batch, int heads, int tokens, int channels, int prefix, int dtype,
+                             int aligned, int shared_bytes, int multiprocessor_bytes, char* why,
+                             int why_bytes) {
+  emulator::State& s = emulator::state();
+  s.asked.clear();
+  s.plan_only = true;
+  s.limit = shared_bytes;
+  s.launches = 0;
+  s.refused[0] = 0;
+  Params p{};
+  p.batch = batch;
+  p.heads = heads;
+  p.tokens = tokens;
+  p.channels = channels;
+  p.prefix = prefix;
+  const int free_tokens = tokens - prefix;
+  p.sources = prefix % 2 == 0 ? (free_tokens + 1) / 2 : free_tokens / 2;
+  p.targets = free_tokens - p.sources;
+  p.merged = free_tokens / 2;
+  tome::match::set_layout(p);
+  if (p.merged > 0 && batch > 0) {  // as in match.cpp: everything else launches nothing
+    const bool is_fused = tome::match::fits_one_block(p, shared_bytes, multiprocessor_bytes);
+    if (is_fused)
+      tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr);
+    if (!is_fused &&
+        !tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr)) {
+      std::snprintf(s.refused, sizeof(s.refused), "no tile fits %d bytes", shared_bytes);
+    }
+  }
+  std::snprintf(why, why_bytes, "%s", s.refused);
+  s.plan_only = false;
+  s.limit = emulator::kSharedBytes;
+  s.refused[0] = 0;
+  return s.launches;
 }
 
 // strides: x batch, row, channel; slot batch, row; size batch, row.

@@ -1,6 +1,8 @@
 // A whole image in one block: metric into shared memory, scores, selection, slots. One launch, grid = batch.
 //
 // Shared memory: rows x row_bytes of split unit vectors, then one packed best per source.
+#include <algorithm>
+
 #include "../launch.cuh"
 #include "select.cuh"
 
@@ -81,21 +83,23 @@ __global__ __launch_bounds__(kThreads, 2) void match_fused_kernel(const Params p
 }
 
 template <class T, bool kAligned>
-void launch(const Params& p, cudaStream_t stream) {
+void launch(const Params& p, int max_shared_bytes, cudaStream_t stream) {
   const int bytes = static_cast<int>(shared_bytes(p));
-  launch_kernel(match_fused_kernel<T, kAligned>, p.batch, kThreads, bytes, stream, p);
+  const int most = max_shared_bytes - kStorageBytes;
+  launch_kernel(match_fused_kernel<T, kAligned>, p.batch, kThreads, bytes, most, stream, p);
 }
 
 }  // namespace
 
-bool fits_one_block(const Params& p, int max_shared_bytes) {
-  return shared_bytes(p) + static_cast<int64_t>(sizeof(SelectStorage)) <= max_shared_bytes;
+bool fits_one_block(const Params& p, int max_shared_bytes, int multiprocessor_bytes) {
+  const int available = std::min(max_shared_bytes, multiprocessor_bytes / 2 - kReservedBytes);
+  return shared_bytes(p) + kStorageBytes <= available;
 }
 
-void launch_fused(const Params& p, Dtype dtype, bool aligned, cudaStream_t stream) {
+void launch_fused(const Params& p, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream) {
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    aligned ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
+    aligned ? launch<T, true>(p, max_shared_bytes, stream) : launch<T, false>(p, max_shared_bytes, stream);
   });
 }
 

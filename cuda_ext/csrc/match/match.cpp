@@ -1,7 +1,6 @@
 // Host side of matching: checks, shapes, scratch memory, choice of the path.
 #include "match.h"
 
-#include <algorithm>
 #include <limits>
 
 #include "../ops.h"
@@ -60,11 +59,9 @@ Tensor run(Params p, const Tensor& keys) {
                                   {p.batch_stride, p.head_stride, p.token_stride});
   const int device = keys.get_device_index();
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  // One block per image pays while two blocks share a multiprocessor, so that one loads while the other
-  // scores.
-  const int half = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) / 2;
-  if (match::fits_one_block(p, std::min(limit, half - match::kReservedBytes))) {
-    match::launch_fused(p, dtype, aligned, stream);
+  const int multiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (match::fits_one_block(p, limit, multiprocessor)) {
+    match::launch_fused(p, dtype, aligned, limit, stream);
     check_launch();
     return slot;
   }

@@ -54,8 +54,10 @@ inline void set_layout(Params& params) {
   while (params.row_lanes * kLaneChannels < params.padded) params.row_lanes *= 2;
 }
 
-bool fits_one_block(const Params& params, int max_shared_bytes);
-void launch_fused(const Params& params, Dtype dtype, bool aligned, cudaStream_t stream);
+// The path of one block per image pays while two blocks share a multiprocessor, so that one loads while the
+// other scores. The two limits are the GPU's: bytes per block and bytes per multiprocessor.
+bool fits_one_block(const Params& params, int max_shared_bytes, int multiprocessor_bytes);
+void launch_fused(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
 // False where the GPU has too little shared memory for even the smallest tile.
 bool launch_tiled(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
 

@@ -17,6 +17,7 @@ struct SelectStorage {
   int2 warp_counts[kMaxWarps];  // above and equal to the threshold
   int digit, above;
 };
+constexpr int kStorageBytes = (sizeof(SelectStorage) + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
 
 // The order of the r-th best source, and in `equal` how many sources of just that order merge. r >= 1.
 template <int kThreads>

@@ -122,8 +122,6 @@ __device__ __forceinline__ void score_block(const Params& p, int b, int first_ro
   }
 }
 
-constexpr int kStorageBytes = (sizeof(SelectStorage) + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
-
 // The selection reads the scores five times; from device memory that would be five times its latency.
 template <int kThreads>
 __device__ __forceinline__ void copy_best(const unsigned long long* best_ptr, int sources,
@@ -179,7 +177,8 @@ bool try_score(const Params& p, int max_shared_bytes, cudaStream_t stream) {
   const int bytes = Traits::shared_bytes(p.padded);
   if (bytes + kAccessBytes > max_shared_bytes) return false;
   const int64_t blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;
-  launch_kernel(match_score_kernel<Traits>, blocks * p.batch, Traits::kThreads, bytes, stream, p);
+  launch_kernel(match_score_kernel<Traits>, blocks * p.batch, Traits::kThreads, bytes,
+                max_shared_bytes - kAccessBytes, stream, p);
   return true;
 }
 
@@ -191,7 +190,7 @@ bool launch_tiled(const Params& p, Dtype dtype, bool aligned, int max_shared_byt
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     launch_kernel(aligned ? match_metric_kernel<T, true> : match_metric_kernel<T, false>, blocks,
-                  kMetricThreads, 0, stream, p);
+                  kMetricThreads, 0, 0, stream, p);
   });
   // The largest tile that fits: wide metrics on GPUs with little shared memory take the smaller ones.
   return try_score<Traits<128, 64>>(p, max_shared_bytes, stream) ||

@@ -159,7 +159,7 @@ __global__ __launch_bounds__(kThreads, kMinBlocks<kPacks>) void gather_kernel(co
 template <class T, int kCount, int kPacks>
 void launch(const GatherParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs * p.batch;
-  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kThreads, 0, stream, p);
+  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kThreads, 0, 0, stream, p);
 }
 
 template <class T>

@@ -58,7 +58,7 @@ __global__ __launch_bounds__(kThreads) void spread_kernel(const SpreadParams p) 
 template <class T, int kCount>
 void launch(const SpreadParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.batch * p.length + kWarps - 1) / kWarps;
-  launch_kernel(spread_kernel<T, kCount>, blocks, kThreads, 0, stream, p);
+  launch_kernel(spread_kernel<T, kCount>, blocks, kThreads, 0, 0, stream, p);
 }
 
 }  // namespace
