@@ -23,9 +23,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("reference", "tests", "cuda_ext")]
 
+from cuda_emulator.judge import TOLERANCE, bipartite_positions, judge  # noqa: E402
+
 import tome_cuda  # noqa: E402
 import tome_reference  # noqa: E402
-from cuda_emulator.judge import TOLERANCE, bipartite_positions, judge  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -48,9 +49,7 @@ def expect(is_right: bool, what: str) -> None:
         print("FAILED", what, flush=True)
 
 
-def make_keys(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, kind: str, generator: torch.Generator
-) -> Tensor:
+def make_keys(shape: tuple[int, ...], dtype: torch.dtype, layout: str, kind: str, generator: torch.Generator) -> Tensor:
     """Keys [B, H, N, D] on the GPU: how they lie and what they hold."""
     keys = torch.randn(shape, device="cuda", generator=generator)
     n = shape[2]
@@ -174,14 +173,10 @@ def check_merging(count: int, seed: int) -> None:
         floor = ROUNDING[dtype] * (float(truth.abs().max()) + 1e-30)
         expect(torch.equal(total, wanted), f"{name}: sizes")
         expect(error(ours, truth) <= error(theirs, truth) + floor, f"{name}: {error(ours, truth):.2e}")
-        members = torch.zeros(b, m, device="cuda").scatter_add(
-            1, slot.long(), torch.ones(b, n, device="cuda")
-        )
+        members = torch.zeros(b, m, device="cuda").scatter_add(1, slot.long(), torch.ones(b, n, device="cuda"))
         alone = members.gather(1, slot.long()) == 1
         expect(torch.equal(tome_cuda.unmerge(ours, slot)[alone], x[alone]), f"{name}: a lone token changed")
-        expect(
-            torch.equal(tome_cuda.unmerge(ours, slot), tome_reference.unmerge(ours, slot)), f"{name}: unmerge"
-        )
+        expect(torch.equal(tome_cuda.unmerge(ours, slot), tome_reference.unmerge(ours, slot)), f"{name}: unmerge")
         grad = torch.randn(b, m, c, device="cuda", generator=generator).to(dtype)
         (g_ours,) = torch.autograd.grad(ours, xs[0], grad)
         (g_theirs,) = torch.autograd.grad(theirs, xs[1], grad)
@@ -196,9 +191,7 @@ def check_merging(count: int, seed: int) -> None:
             leaf = y.clone().requires_grad_()
             sums.append(torch.autograd.grad(backend.unmerge(leaf, slot), leaf, back)[0])
         index_c = slot.long()[:, :, None].expand(-1, -1, c)
-        exact = torch.zeros(b, m, c, device="cuda", dtype=torch.float64).scatter_add(
-            1, index_c, back.double()
-        )
+        exact = torch.zeros(b, m, c, device="cuda", dtype=torch.float64).scatter_add(1, index_c, back.double())
         floor = ROUNDING[dtype] * float(exact.abs().max())
         expect(error(sums[0], exact) <= error(sums[1], exact) + floor, f"{name}: unmerge gradient")
     print(f"merging: {count} cases")
@@ -216,9 +209,7 @@ def check_runs() -> None:
         x, keys = layer(b, n, c, d)
         size = torch.randint(1, 9, (b, n), device="cuda").float()
 
-        def step(
-            x: Tensor = x, keys: Tensor = keys, size: Tensor = size, n: int = n, r: int = r
-        ) -> list[Tensor]:
+        def step(x: Tensor = x, keys: Tensor = keys, size: Tensor = size, n: int = n, r: int = r) -> list[Tensor]:
             slot = tome_cuda.match(keys, r)
             merged, total = tome_cuda.merge(x, slot, n - r, size)
             return [slot, merged, total, tome_cuda.unmerge(merged, slot)]
@@ -233,9 +224,7 @@ def check_runs() -> None:
             with torch.cuda.stream(stream):
                 results.append(step())
         torch.cuda.synchronize()
-        expect(
-            all(all(map(torch.equal, first, result)) for result in results), f"[{b}, {n}]: two streams differ"
-        )
+        expect(all(all(map(torch.equal, first, result)) for result in results), f"[{b}, {n}]: two streams differ")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = step()
@@ -310,9 +299,7 @@ def check_large() -> None:
     merged, total = tome_cuda.merge(x, slot, n // 2)
     alone, _ = tome_cuda.merge(x[-1:].clone(), slot[-1:], n // 2)
     expect(torch.equal(merged[-1:], alone) and bool((total == 2).all()), "merge beyond 2^31 elements")
-    expect(
-        error(merged[-1, -3:], x[-1].view(n // 2, 2, c)[-3:].double().mean(dim=1)) < 2e-3, "merge, last rows"
-    )
+    expect(error(merged[-1, -3:], x[-1].view(n // 2, 2, c)[-3:].double().mean(dim=1)) < 2e-3, "merge, last rows")
     restored = tome_cuda.unmerge(merged, slot)
     expect(torch.equal(restored[-1, -2], merged[-1, -1]), "unmerge beyond 2^31 elements")
     del x, merged, restored, alone
@@ -387,10 +374,7 @@ def time_layers() -> None:
         merged = [tome_cuda.merge(x, slot, n - r, sizes)[0] for (x, _), slot in zip(sets, slots, strict=True)]
         match_us = microseconds([lambda k=k: tome_cuda.match(k, r) for _, k in sets])
         merge_us = microseconds(
-            [
-                lambda x=x, s=s: tome_cuda.merge(x, s, n - r, sizes)
-                for (x, _), s in zip(sets, slots, strict=True)
-            ]
+            [lambda x=x, s=s: tome_cuda.merge(x, s, n - r, sizes) for (x, _), s in zip(sets, slots, strict=True)]
         )
         unmerge_us = microseconds(
             [lambda y=y, s=s: tome_cuda.unmerge(y, s) for y, s in zip(merged, slots, strict=True)]
@@ -420,9 +404,7 @@ def time_layers() -> None:
 
 def main() -> int:
     """Run what was asked for; 1 where something failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("--check", "--odd-shapes", "--time"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--cases", type=int, default=400, help="drawn cases for matching and for merging")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import cuda_emulator as emulator
 import pytest
-import tome_reference
 import torch
 from cuda_emulator.guard import at_the_end
 from cuda_emulator.judge import bipartite_positions, judge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+import tome_reference
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 
@@ -46,12 +47,7 @@ def keys(draw: st.DrawFn, kinds: tuple[str, ...]) -> tuple[Tensor, str]:
     value = value.to(dtype)
     layout = draw(st.sampled_from(["dense", "packed", "sparse"]))
     if layout == "packed":
-        value = (
-            torch.stack([value, value, value], dim=1)
-            .permute(0, 3, 1, 2, 4)
-            .contiguous()[:, :, 1]
-            .transpose(1, 2)
-        )
+        value = torch.stack([value, value, value], dim=1).permute(0, 3, 1, 2, 4).contiguous()[:, :, 1].transpose(1, 2)
     elif layout == "sparse":
         value = value.repeat_interleave(2, dim=-1)[..., ::2]
     return at_the_end(value), kind
@@ -141,9 +137,7 @@ def test_listed(drawn: tuple[Tensor, str], r: int, prefix: int, path: tuple[bool
     r = min(r, tome_reference.max_r(n, prefix))
     if r == 0:
         return
-    order = (
-        torch.rand(batch, n - prefix, generator=torch.Generator().manual_seed(seed)).argsort(dim=1) + prefix
-    )
+    order = torch.rand(batch, n - prefix, generator=torch.Generator().manual_seed(seed)).argsort(dim=1) + prefix
     sources, targets = order[:, :r].contiguous(), order[:, r:].sort(dim=1).values.contiguous()
     slot = emulator.match(
         *(value, r, n - prefix - r, r, prefix, emulator.LISTED),
@@ -159,9 +153,7 @@ def test_listed(drawn: tuple[Tensor, str], r: int, prefix: int, path: tuple[bool
 def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """x [B, N, C], a map onto [0, M), M, and sizes."""
     batch, n = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 31, 32, 33, 65, 197, 600]))
-    channels = draw(
-        st.sampled_from([1, 3, 7, 8, 16, 24, 96, 256, 264, 520] + ([768, 1032, 1280] if n < 100 else []))
-    )
+    channels = draw(st.sampled_from([1, 3, 7, 8, 16, 24, 96, 256, 264, 520] + ([768, 1032, 1280] if n < 100 else [])))
     tokens = draw(st.sampled_from([1, n, max(1, n // 2), max(1, n - 1)]))
     crowded = draw(st.sampled_from([1, tokens]))
     generator = torch.Generator().manual_seed(draw(SEEDS))
@@ -209,9 +201,7 @@ def test_merge(drawn: tuple[Tensor, Tensor, int, Tensor | None], block_outputs: 
 
 @SLOW
 @given(groups(), st.sampled_from([8, 32]), SEEDS)
-def test_the_other_three(
-    drawn: tuple[Tensor, Tensor, int, Tensor | None], block_outputs: int, seed: int
-) -> None:
+def test_the_other_three(drawn: tuple[Tensor, Tensor, int, Tensor | None], block_outputs: int, seed: int) -> None:
     x, slot, tokens, size = drawn
     _, total = tome_reference.merge(x, slot, tokens, size)
     generator = torch.Generator().manual_seed(seed)
@@ -247,9 +237,7 @@ def test_the_order_of_threads_changes_no_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(2, 3, 130, 24, generator=generator).half()
     slots = [
-        emulator.match(value, *sets(130, 1), 30, 1, tiled=tiled, seed=seed)
-        for tiled in (0, 1)
-        for seed in range(5)
+        emulator.match(value, *sets(130, 1), 30, 1, tiled=tiled, seed=seed) for tiled in (0, 1) for seed in range(5)
     ]
     assert all(torch.equal(slot, slots[0]) for slot in slots)
     x = torch.randn(2, 130, 40, generator=generator)

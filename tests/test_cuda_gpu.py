@@ -9,18 +9,17 @@ import os
 from collections.abc import Callable
 
 import pytest
-import tome_cuda
-import tome_reference
 import torch
 from cuda_emulator.judge import bipartite_positions, judge
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import tome_cuda
+import tome_reference
+
 REASON = (
-    tome_cuda.why_not("merge", torch.empty(0, 0, 0, device="cuda"))
-    if torch.cuda.is_available()
-    else "no CUDA GPU here"
+    tome_cuda.why_not("merge", torch.empty(0, 0, 0, device="cuda")) if torch.cuda.is_available() else "no CUDA GPU here"
 )
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
@@ -93,9 +92,7 @@ RS = st.one_of(st.integers(0, 40), st.sampled_from([10**6]))
 def test_exact_keys_give_equal_slots(value: Tensor, r: int, prefix: int) -> None:
     prefix = min(prefix, value.shape[2])
     assert torch.equal(tome_cuda.match(value, r, prefix), tome_reference.match(value, r, prefix))
-    assert torch.equal(
-        tome_cuda.kth_match(value, r + 1, prefix), tome_reference.kth_match(value, r + 1, prefix)
-    )
+    assert torch.equal(tome_cuda.kth_match(value, r + 1, prefix), tome_reference.kth_match(value, r + 1, prefix))
     ours = tome_cuda.random_match(value, r, prefix, generator(r))
     assert torch.equal(ours, tome_reference.random_match(value, r, prefix, generator(r)))
 
@@ -150,9 +147,7 @@ def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None
     assert not total.requires_grad
     assert error(merged, truth) <= error(expected, truth) + floor * float(truth.abs().max())
 
-    counts = torch.zeros(total.shape, device="cuda").scatter_add(
-        1, slot.long(), torch.ones_like(slot).float()
-    )
+    counts = torch.zeros(total.shape, device="cuda").scatter_add(1, slot.long(), torch.ones_like(slot).float())
     alone = counts.gather(1, slot.long()) == 1
     restored = tome_cuda.unmerge(merged, slot)
     assert torch.equal(restored, tome_reference.unmerge(merged, slot))
@@ -270,7 +265,7 @@ def test_gradients_of_gradients() -> None:
     x = torch.randn(2, 7, 3, device="cuda", requires_grad=True)
     slot = tome_cuda.match(x, 2)
     size = torch.rand(2, 7, device="cuda") + 1
-    merge: Callable[[Tensor], Tensor] = lambda x: tome_cuda.merge(x, slot, 5, size)[0]  # noqa: E731
+    merge: Callable[[Tensor], Tensor] = lambda x: tome_cuda.merge(x, slot, 5, size)[0]
     for function, leaf in (
         (merge, x),
         (lambda y: tome_cuda.unmerge(y, slot), merge(x).detach().requires_grad_()),

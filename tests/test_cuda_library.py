@@ -10,11 +10,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
 from tome_cuda import library
 
-SYMBOLS = (
-    Path(__file__).parent / "cuda_data" / "torch-2.11-symbols.txt"
-)  # the C interface of the oldest torch
+SYMBOLS = Path(__file__).parent / "cuda_data" / "torch-2.11-symbols.txt"  # the C interface of the oldest torch
 ALLOWED_LIBRARIES = {
     *("libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"),
     *("libdl.so.2", "librt.so.1", "libpthread.so.0", "ld-linux-x86-64.so.2"),

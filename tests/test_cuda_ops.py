@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tome_cuda
-import tome_reference
 import torch
-from tome_cuda import library, ops
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tome_cuda
+import tome_reference
+from tome_cuda import library, ops
 
 NAMES = ("match", "kth_match", "random_match", "max_r", "merge", "unmerge")
 
@@ -56,9 +57,7 @@ def test_signature_and_docstring_are_the_reference_s(name: str) -> None:
         (lambda: tome_cuda.unmerge(meta(1, 4, 2), meta_slot(2, 4)), ValueError),
     ],
 )
-def test_bad_arguments_raise_before_anything_is_loaded(
-    call: Callable[[], object], kind: type[Exception]
-) -> None:
+def test_bad_arguments_raise_before_anything_is_loaded(call: Callable[[], object], kind: type[Exception]) -> None:
     with pytest.raises(kind):
         call()
 

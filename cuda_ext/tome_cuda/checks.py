@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of which the kernels lack the last
+MAX_CHANNELS = 256  # of a metric
 INTEGERS = (int, torch.SymInt)
 
 
@@ -18,12 +19,14 @@ def _tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Ten
 
 
 def floating(name: str, value: object, dims: tuple[int, ...], layout: str) -> None:
-    """A floating-point tensor with one of the ranks ``dims``, on a GPU."""
+    """A floating-point tensor with one of the ranks ``dims``, of a dtype and on a device that the kernels know."""
     tensor = _tensor(name, value, dims, layout)
     if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    if tensor.dtype is torch.float64:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32 for the kernels, got {tensor.dtype}")
     if tensor.device.type not in ("cuda", "meta"):
-        raise ValueError(f"{name} must be on a CUDA device, got {tensor.device}")
+        raise ValueError(f"{name} must be on a CUDA device for the kernels, got {tensor.device}")
 
 
 def integer(name: str, value: object, low: int, high: int | torch.SymInt | None = None) -> None:
@@ -40,8 +43,8 @@ def keys(value: Tensor, prefix: int) -> None:
     floating("keys", value, (3, 4), "[B, N, D] or [B, H, N, D]")
     if value.shape[-1] == 0 or (value.dim() == 4 and value.shape[1] == 0):
         raise ValueError(f"keys need at least one channel and one head, got shape {tuple(value.shape)}")
-    if value.shape[-1] > 256:
-        raise ValueError(f"keys can have at most 256 channels, got shape {tuple(value.shape)}")
+    if value.shape[-1] > MAX_CHANNELS:
+        raise ValueError(f"keys can have at most {MAX_CHANNELS} channels, got shape {tuple(value.shape)}")
     integer("prefix", prefix, 0, value.shape[-2])
 
 

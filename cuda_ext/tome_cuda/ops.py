@@ -33,6 +33,7 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("r", r, 0)
@@ -56,6 +57,7 @@ def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, k or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("k", k, 1)
@@ -79,6 +81,7 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
     """
     checks.keys(keys, prefix)
     checks.integer("r", r, 0)
@@ -111,6 +114,7 @@ def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> t
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape or device; on the CPU also a slot map that is not onto
         [0, tokens).
+
     """
     checks.merging(x, slot, tokens, size)
     merged, total = _ops().merge(x, slot, tokens, None if size is None else size.detach())
@@ -129,6 +133,7 @@ def unmerge(x: Tensor, slot: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape or device.
+
     """
     checks.floating("x", x, (3,), "[B, M, C]")
     checks.slot(slot, x.shape[0], x.device)
@@ -152,13 +157,14 @@ def register() -> bool:
 
     Raises:
         LibraryError: there is no library, or it can't be loaded.
+
     """
     return _register()
 
 
 @functools.cache
 def _register() -> bool:
-    library.build_info()
+    library.info()
     torch.library.register_fake("tome_cuda::bipartite_match", _match_fake)
     torch.library.register_fake("tome_cuda::kth_match", _kth_match_fake)
     torch.library.register_fake("tome_cuda::listed_match", _listed_match_fake)
@@ -170,9 +176,7 @@ def _register() -> bool:
     register_autograd("tome_cuda::merge", _merge_grad, setup_context=_merge_context)
     register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
     register_autograd("tome_cuda::unmerge", _unmerge_grad, setup_context=_unmerge_context)
-    register_autograd(
-        "tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context
-    )
+    register_autograd("tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context)
     return True
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tome_cuda import library
+from tome_cuda import checks, library
 
 OPERATIONS = ("match", "kth_match", "random_match", "merge", "unmerge")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_CHANNELS = 256  # of a metric
 
 
 def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
@@ -25,9 +23,10 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
 
     Returns:
         None, or one sentence.
+
     """
     if op_name not in OPERATIONS:
-        return f"tome_cuda has no operation {op_name!r}"
+        return f"the extension has no kernel for {op_name}"
     tensor = args[0] if args else kwargs.get("x" if op_name in ("merge", "unmerge") else "keys")
     if not isinstance(tensor, Tensor):
         return None
@@ -35,10 +34,10 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
         return f"the tokens are on {tensor.device.type}, and the kernels run on CUDA devices only"
     if tensor.layout is not torch.strided:
         return f"the tokens are {tensor.layout}, and the kernels read strided tensors only"
-    if tensor.dtype not in DTYPES:
-        return f"the tokens are {tensor.dtype}, and the kernels know float32, float16 and bfloat16"
-    if op_name not in ("merge", "unmerge") and tensor.dim() > 0 and tensor.shape[-1] > MAX_CHANNELS:
-        return f"the metric has {tensor.shape[-1]} channels, and the kernels take at most {MAX_CHANNELS}"
+    if tensor.dtype is torch.float64:
+        return "the tokens are torch.float64, and the kernels know float32, float16 and bfloat16"
+    if op_name not in ("merge", "unmerge") and tensor.dim() > 0 and tensor.shape[-1] > checks.MAX_CHANNELS:
+        return f"the metric has {tensor.shape[-1]} channels, and the kernels take at most {checks.MAX_CHANNELS}"
     reason: str | None = library.missing() or library.unsupported_device(_index(tensor))
     return reason
 
