@@ -1,17 +1,18 @@
-"""Check and time the kernels on a GPU: python benchmarks/gpu_check.py [--check] [--odd-shapes] [--time]
+"""Check the kernels on a GPU: python benchmarks/gpu_check.py [--check] [--odd-shapes].
 
 --check       agreement with the reference and with float64 over odd shapes, dtypes and layouts; gradients,
               graphs, determinism, borders, large offsets. Exits 1 where something is proven wrong.
---odd-shapes  every kernel once on small odd shapes, nothing else: for compute-sanitizer, with
-              PYTORCH_NO_CUDA_MEMORY_CACHING=1 so that it sees every allocation's true end.
---time        match, merge and unmerge against the copy bandwidth of the same run; the table comes last.
+--odd-shapes  every kernel on small odd shapes, nothing else: for compute-sanitizer, with
+              PYTORCH_NO_CUDA_MEMORY_CACHING=1 so that it sees every allocation's true end. --share I/K runs every
+              K-th shape from the I-th on: all of them take racecheck many minutes.
+
+``nox -s bench`` times the operations.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,14 +33,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SIZES = (1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 129, 197, 577, 1000)
 CHANNELS = (1, 3, 8, 16, 20, 32, 64, 72, 80, 128, 200, 256)
-# B, N, C, head dim, r: the layers that the speed targets are stated for.
-LAYERS = (
-    (256, 197, 768, 64, 16),
-    (64, 577, 1024, 64, 23),
-    (32, 1369, 1280, 80, 40),
-    (8, 4096, 640, 64, 2048),
-)
-
 failures: list[str] = []
 
 
@@ -310,119 +303,49 @@ def check_large() -> None:
     expect(torch.equal(slots[-1:], tome_cuda.match(keys[-1:].clone(), 1000)), "match beyond 2^31 elements")
 
 
-def odd_shapes() -> None:
+def odd_shapes(first: int, step: int) -> None:
     """Every kernel and path once or more, small enough for compute-sanitizer."""
     generator = torch.Generator("cuda").manual_seed(0)
-    for dtype, layout, n, d in itertools.product(
-        DTYPES, ("dense", "packed", "misaligned", "sparse"), (3, 17, 197), (3, 16, 72)
-    ):
+    layouts = ("dense", "packed", "misaligned", "sparse")
+    short = itertools.product((3, 17, 197), (3, 16, 72), layouts, DTYPES)
+    long = itertools.product((577, 1030), (1, 64, 80, 200, 256), ("packed",), DTYPES)
+    for n, d, layout, dtype in itertools.islice(itertools.chain(short, long), first, None, step):
         keys = make_keys((2, 3, n, d), dtype, layout, "real", generator)
-        tome_cuda.match(keys, max(1, n // 3))
-        tome_cuda.kth_match(keys, 2)
-        tome_cuda.random_match(keys, max(1, n // 3))
-    for dtype, n, d in itertools.product(DTYPES, (577, 1030), (64, 80, 200, 256)):
-        keys = make_keys((2, 2, n, d), dtype, "packed", "real", generator)
         tome_cuda.match(keys, n // 3)
-    for dtype, n, c in itertools.product(DTYPES, (1, 33, 197, 1100), (1, 8, 100, 264, 768, 1024, 1280)):
+        if n < 200:
+            tome_cuda.kth_match(keys, 2)
+            tome_cuda.random_match(keys, n // 3)
+    rows = itertools.product((1, 33, 197, 1100), (1, 8, 100, 264, 768, 1024, 1280), DTYPES)
+    for n, c, dtype in itertools.islice(rows, first, None, step):
         for m in {1, max(1, n // 2), n}:
             slot = random_slots(2, n, m, generator)
             x = torch.randn(2, n, c, device="cuda").to(dtype).requires_grad_()
             merged, _ = tome_cuda.merge(x, slot, m, torch.rand(2, n, device="cuda") + 1)
             tome_cuda.unmerge(merged, slot).sum().backward()
     torch.cuda.synchronize()
-    print("odd shapes: done")
-
-
-def microseconds(calls: list[Callable[[], object]], repeats: int = 15) -> float:
-    """The median time of one call: a graph runs all of them (on different inputs) a few times over."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    rounds = 5
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    for _ in range(5):
-        graph.replay()
-    times = []
-    for _ in range(repeats):
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        graph.replay()
-        events[1].record()
-        torch.cuda.synchronize()
-        times.append(events[0].elapsed_time(events[1]) * 1e3 / rounds / len(calls))
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per microsecond of a large copy, read and written."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / microseconds([lambda: target.copy_(source)])
-
-
-def time_layers() -> None:
-    bandwidth = copy_bandwidth()
-    lines = []
-    for b, n, c, d, r in LAYERS:
-        sets = [layer(b, n, c, d) for _ in range(3)]
-        sizes = torch.ones(b, n, device="cuda")
-        slots = [tome_cuda.match(keys, r) for _, keys in sets]
-        merged = [tome_cuda.merge(x, slot, n - r, sizes)[0] for (x, _), slot in zip(sets, slots, strict=True)]
-        match_us = microseconds([lambda k=k: tome_cuda.match(k, r) for _, k in sets])
-        merge_us = microseconds(
-            [lambda x=x, s=s: tome_cuda.merge(x, s, n - r, sizes) for (x, _), s in zip(sets, slots, strict=True)]
-        )
-        unmerge_us = microseconds(
-            [lambda y=y, s=s: tome_cuda.unmerge(y, s) for y, s in zip(merged, slots, strict=True)]
-        )
-
-        def plain(x: Tensor, keys: Tensor, n: int = n, r: int = r, sizes: Tensor = sizes) -> object:
-            return tome_reference.merge(x, tome_reference.match(keys, r), n - r, sizes)
-
-        plain_us = microseconds([lambda x=x, k=k: plain(x, k) for x, k in sets], 5)
-        match_bytes = 2 * b * n * c + 4 * b * n
-        merge_bytes = 2 * b * (2 * n - r) * c + 4 * b * (3 * n - r)
-        unmerge_bytes = 2 * b * (2 * n - r) * c + 4 * b * n
-        floor = (match_bytes + merge_bytes) / bandwidth
-        both = match_us + merge_us
-        lines.append(
-            f"| {b}, {n}, {c}, {d}, {r} | {match_us:.1f} ({match_bytes / match_us / 1e6:.2f}) "
-            f"| {merge_us:.1f} ({merge_bytes / merge_us / 1e6:.2f}) "
-            f"| {unmerge_us:.1f} ({unmerge_bytes / unmerge_us / 1e6:.2f}) "
-            f"| {floor:.1f} | {both / floor:.2f} | {plain_us:.0f} | {plain_us / both:.1f}x |"
-        )
-        del sets, slots, merged
-    print(f"\ncopy bandwidth {bandwidth / 1e6:.2f} TB/s")
-    print("| B, N, C, head dim, r | match us (TB/s) | merge | unmerge | floor us | match + merge over floor "
-          "| reference us | speed-up |\n| --- | --- | --- | --- | --- | --- | --- | --- |")  # fmt: skip
-    print("\n".join(lines))
+    print(f"odd shapes, share {first}/{step}: done")
 
 
 def main() -> int:
     """Run what was asked for; 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("--check", "--odd-shapes", "--time"):
+    for flag in ("--check", "--odd-shapes"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--share", default="0/1", metavar="I/K", help="which of the odd shapes to run")
     parser.add_argument("--cases", type=int, default=400, help="drawn cases for matching and for merging")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    reason = tome_cuda.why_not("merge", torch.empty(0, 0, 0, device="cuda"))
+    reason = tome_cuda.unavailable()
     if reason is not None:
         print(reason)
         return 1
     print(torch.cuda.get_device_name(), "torch", torch.__version__, tome_cuda.build_info())
     if options.odd_shapes:
-        odd_shapes()
+        odd_shapes(*map(int, options.share.split("/")))
     if options.check:
         check_matching(options.cases, options.seed)
         check_merging(options.cases, options.seed)
         check_runs()
-    if options.time:
-        time_layers()
     print(f"{len(failures)} failed" if failures else "all right")
     return 1 if failures else 0
 

@@ -1,33 +1,26 @@
-"""The kernels on a GPU: agreement with the reference, laws, hostile inputs, determinism, graphs, compilation.
-
-TOME_EXAMPLES sets how many examples each property draws (50 by default; a recorded run takes 2000).
+"""The kernels on a GPU beyond the laws of every backend: agreement with the reference on long and wide inputs,
+several layers, determinism, streams, graphs, compilation, registration.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from backends import NO_EXTENSION
 from cuda_emulator.judge import bipartite_positions, judge
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tome_cuda
 import tome_reference
 
-REASON = (
-    tome_cuda.why_not("merge", torch.empty(0, 0, 0, device="cuda")) if torch.cuda.is_available() else "no CUDA GPU here"
-)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = NO_EXTENSION
 
-ON_GPU = settings(
-    deadline=None,
-    max_examples=int(os.environ.get("TOME_EXAMPLES", "50")),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SEEDS = st.integers(0, 2**31 - 1)
@@ -87,7 +80,6 @@ def keys(draw: st.DrawFn, exact: bool) -> Tensor:
 RS = st.one_of(st.integers(0, 40), st.sampled_from([10**6]))
 
 
-@ON_GPU
 @given(keys(exact=True), RS, st.integers(0, 5))
 def test_exact_keys_give_equal_slots(value: Tensor, r: int, prefix: int) -> None:
     prefix = min(prefix, value.shape[2])
@@ -97,7 +89,6 @@ def test_exact_keys_give_equal_slots(value: Tensor, r: int, prefix: int) -> None
     assert torch.equal(ours, tome_reference.random_match(value, r, prefix, generator(r)))
 
 
-@ON_GPU
 @given(keys(exact=False), RS, st.integers(0, 5))
 def test_real_keys_differ_in_near_ties_only(value: Tensor, r: int, prefix: int) -> None:
     batch, _, n, _ = value.shape
@@ -134,7 +125,6 @@ def error(value: Tensor, truth: Tensor) -> float:
     return float((value.detach().double() - truth.detach()).abs().max())
 
 
-@ON_GPU
 @given(groups(), SEEDS)
 def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None], seed: int) -> None:
     x, slot, tokens, size = drawn
@@ -144,14 +134,9 @@ def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None
     expected, expected_total = tome_reference.merge(theirs, slot, tokens, size)
     truth, _ = tome_reference.merge(x.double(), slot, tokens, size)
     assert torch.equal(total, expected_total)
-    assert not total.requires_grad
     assert error(merged, truth) <= error(expected, truth) + floor * float(truth.abs().max())
 
-    counts = torch.zeros(total.shape, device="cuda").scatter_add(1, slot.long(), torch.ones_like(slot).float())
-    alone = counts.gather(1, slot.long()) == 1
-    restored = tome_cuda.unmerge(merged, slot)
-    assert torch.equal(restored, tome_reference.unmerge(merged, slot))
-    assert torch.equal(restored[alone], x[alone])
+    assert torch.equal(tome_cuda.unmerge(merged, slot), tome_reference.unmerge(merged, slot))
 
     random = generator(seed)
     grad = torch.randn(merged.shape, device="cuda", generator=random).to(x.dtype)
@@ -168,7 +153,6 @@ def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None
     assert error(ours_grad, exact) <= error(theirs_grad, exact) + floor * float(exact.abs().max())
 
 
-@ON_GPU
 @given(keys(exact=False), st.lists(st.integers(1, 30), min_size=1, max_size=4), SEEDS)
 def test_laws_over_several_layers(value: Tensor, schedule: list[int], seed: int) -> None:
     batch, heads, n, d = value.shape
@@ -239,6 +223,9 @@ def test_a_graph_replays_on_new_inputs(shape: tuple[int, int, int, int], r: int)
 
 
 def test_compiles_without_breaks_or_recompiles() -> None:
+    with warnings.catch_warnings():  # importing the compiler of some versions of torch uses what torch deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._inductor.compile_fx")
     torch._dynamo.reset()
 
     def block(x: Tensor, value: Tensor, size: Tensor) -> Tensor:

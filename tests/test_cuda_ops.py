@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import tome
 import tome_cuda
 import tome_reference
+from tome import backend
 from tome_cuda import library, ops
 
 NAMES = ("match", "kth_match", "random_match", "max_r", "merge", "unmerge")
@@ -98,7 +100,8 @@ def test_operators_are_registered_for_cuda_and_autograd(fake: FakeTensorMode) ->
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("attention", (), "no operation"),
+        ("attention", (torch.zeros(1, 1, 4, 2),) * 3, "no kernel for attention"),
+        ("merge_add_norm", (torch.zeros(1, 4, 2),) * 2, "no kernel for merge_add_norm"),
         ("match", (torch.zeros(1, 4, 2), 1), "cpu"),
         ("merge", (torch.zeros(1, 4, 2),), "cpu"),
         ("unmerge", (torch.zeros(1, 4, 2),), "cpu"),
@@ -125,35 +128,91 @@ def test_why_not_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tome_cuda.why_not("match", keys=fine, r=1) is None
 
 
-def test_why_not_gives_the_fix_where_the_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "find", lambda: None)
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine with the library, a GPU of compute capability 9.0 and a driver for it, to take things away from."""
+    told = library.BuildInfo("here.so", "2.11", "13.2", "4.2.0", ("90a-real", "80-virtual"))
+    monkeypatch.setattr(library, "_load", lambda: library._Loaded(told, None))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(library, "_driver_version", lambda: (13, 0))
+    library._unsupported_device.cache_clear()
+    yield monkeypatch
+    library._unsupported_device.cache_clear()
+
+
+def test_nothing_stands_in_the_way_of_a_whole_machine(machine: pytest.MonkeyPatch) -> None:
+    assert tome_cuda.unavailable() is None
+
+
+def test_one_gpu_of_several_is_enough(machine: pytest.MonkeyPatch) -> None:
+    machine.setattr(torch.cuda, "device_count", lambda: 2)
+    machine.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (9, 0))[index])
+    assert tome_cuda.unavailable() is None
+    assert "not for Some GPU (7.5)" in str(library.unsupported_device(0))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "reason", "fix"),
+    [
+        (torch.version, "cuda", None, "built without CUDA", "pytorch.org"),
+        (torch.cuda, "is_available", lambda: False, "can use no GPU", "CUDA_VISIBLE_DEVICES"),
+        (torch.cuda, "device_count", lambda: 0, "can use no GPU", "CUDA_VISIBLE_DEVICES"),
+        (library, "_driver_version", lambda: (12, 8), "the driver supports CUDA 12.8", "update the driver"),
+        (
+            torch.cuda,
+            "get_device_capability",
+            lambda index: (7, 5),
+            "not for Some GPU (7.5)",
+            "TOME_CUDA_ARCHS=75-real",
+        ),
+    ],
+)
+def test_what_a_machine_lacks_is_told(
+    machine: pytest.MonkeyPatch, owner: object, name: str, value: object, reason: str, fix: str
+) -> None:
+    machine.setattr(owner, name, value)
+    told = str(tome_cuda.unavailable())
+    assert reason in told
+    assert ". Fix: " in told
+    assert fix in told.split(". Fix: ")[1]
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """The library is looked for once more, and again after the test."""
     library._load.cache_clear()
-    try:
-        assert "TOME_BUILD_CUDA=1" in str(library.missing())
-        with pytest.raises(tome_cuda.LibraryError, match="TOME_BUILD_CUDA=1"):
-            tome_cuda.build_info()
-    finally:
-        library._load.cache_clear()
+    yield
+    library._load.cache_clear()
 
 
-def test_a_broken_library_gives_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    broken = Path(str(tmp_path)) / "_kernels.abi3.so"
+@pytest.mark.usefixtures("fresh")
+def test_a_missing_library_gives_the_reason_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find", lambda: None)
+    told = "not built. Fix: TOME_BUILD_CUDA=1 pip install"
+    assert told in str(tome_cuda.unavailable())
+    assert tome_cuda.build_info() == {}
+    with pytest.raises(tome_cuda.LibraryError, match=told):
+        library.info()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_broken_library_gives_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "_kernels.abi3.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setattr(library, "find", lambda: broken)
-    library._load.cache_clear()
-    try:
-        assert "can't be loaded" in str(library.missing())
-    finally:
-        library._load.cache_clear()
+    assert "cannot be loaded" in str(tome_cuda.unavailable())
+    assert tome_cuda.build_info() == {}
 
 
-def test_an_old_torch_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fresh")
+def test_an_old_torch_gives_a_reason_and_loads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "find", lambda: tmp_path / "never opened")
     monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
-    library._load.cache_clear()
-    try:
-        assert "2.11" in str(library.missing())
-    finally:
-        library._load.cache_clear()
+    assert "need torch >= 2.11, this is 2.10.0+cu128" in str(tome_cuda.unavailable())
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -176,3 +235,22 @@ def test_compiles_without_breaks_or_recompiles(backend: str) -> None:
             assert (out.shape, total.shape, total.requires_grad) == (x.shape, (2, 6), False)
             out.sum().backward()
             assert x.grad is not None
+
+
+def test_the_choice_of_a_backend_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph under an explicit choice, attention on the reference between operations that have kernels."""
+    if library.missing() is not None:
+        pytest.skip(str(library.missing()))
+    monkeypatch.setattr(backend, "_extension_problem", lambda: None)
+    monkeypatch.setattr(tome_cuda, "why_not", lambda op, *args: None)
+    torch._dynamo.reset()
+
+    def block(x: Tensor, keys: Tensor) -> Tensor:
+        slot = tome.ops.match(keys, 3)
+        x, size = tome.ops.merge(x, slot, 6)
+        keys = keys[:, :, :6]
+        return x + tome.ops.attention(keys, keys, keys, size).transpose(1, 2).reshape(x.shape)
+
+    with tome.use_backend("cuda"):
+        out = torch.compile(block, fullgraph=True, backend="aot_eager")(meta(2, 9, 12), meta(2, 3, 9, 4))
+    assert out.shape == (2, 6, 12)

@@ -74,7 +74,8 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
         keys: as for :func:`match`.
         r: how many tokens to merge; clipped to (N - prefix) // 2.
         prefix: how many leading tokens stay untouched.
-        generator: the source of randomness, on the device of ``keys``; None for PyTorch's default.
+        generator: the source of randomness, on the device of ``keys``; None for PyTorch's default. One
+            ``torch.rand(B, N - prefix)`` is drawn, and the r tokens with the smallest numbers are merged.
 
     Returns:
         slot, int32 [B, N], onto [0, N - r); kept tokens stay in ascending order.
