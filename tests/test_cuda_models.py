@@ -1,6 +1,6 @@
 """Whole models on both backends: the same logits, up to what the dtype itself leaves open.
 
-Logits of the kernels may lie no further from float64's (in the mean) than the reference's own do, plus a floor of rounding.
+Logits of the kernels may lie no further from float64's than the reference's own do, plus a floor of rounding.
 """
 
 from __future__ import annotations
