@@ -67,7 +67,7 @@ def oldest(session: nox.Session) -> None:
 @shared
 def gpu(session: nox.Session) -> None:
     """Build the kernels and run the whole suite on a GPU; where they cannot run this session fails, not skips."""
-    session.env.setdefault("TOME_BUILD_CUDA", "1")
+    session.env["TOME_BUILD_CUDA"] = "1"
     install(session, "test", "cuda-wheel")
     session.run("python", "-c", "import tome_cuda, sys; sys.exit(tome_cuda.unavailable())")
     session.run("pytest", *session.posargs)
