@@ -14,8 +14,8 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint", "types", "test"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
-# torch is large: the sessions that need it work in one environment.
-shared = nox.session(venv_location=".nox/torch", reuse_venv=True)
+# torch is large: environments are kept, and uv links its files into all of them from one cache.
+nox.options.reuse_venv = "yes"
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -46,14 +46,14 @@ def build(session: nox.Session) -> None:
         session.run("pytest", "tests/test_cuda_library.py", "tests/test_cuda_ops.py", *session.posargs)
 
 
-@shared
+@nox.session
 def test(session: nox.Session) -> None:
     """Run the tests; what needs a GPU is skipped where there is none, and counted."""
     install(session, "test")
     session.run("pytest", *session.posargs)
 
 
-@nox.session(venv_location=".nox/oldest", reuse_venv=True)
+@nox.session
 def oldest(session: nox.Session) -> None:
     """Run the tests on the oldest versions of everything that pyproject.toml claims to work with."""
     project = PROJECT["project"]
@@ -64,7 +64,7 @@ def oldest(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
-@shared
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Build the kernels and run the whole suite on a GPU; where they cannot run this session fails, not skips."""
     session.env["TOME_BUILD_CUDA"] = "1"
@@ -73,21 +73,21 @@ def gpu(session: nox.Session) -> None:
     session.run("pytest", *session.posargs)
 
 
-@shared
+@nox.session
 def bench(session: nox.Session) -> None:
     """Time every operation on every backend, with its byte floor; figures go to .benchmarks/ as JSON."""
     install(session, "bench")
     session.run("pytest", "benchmarks", "--benchmark-autosave", "--benchmark-storage=.benchmarks", *session.posargs)
 
 
-@shared
+@nox.session
 def demo(session: nox.Session) -> None:
     """Train a small ViT on digits, merge its tokens without retraining, print the table and draw the pictures."""
     install(session, "demo")
     session.run("python", "benchmarks/demo.py", *session.posargs)
 
 
-@nox.session(venv_location=".nox/lint", reuse_venv=True)
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
@@ -95,7 +95,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
-@shared
+@nox.session
 def types(session: nox.Session) -> None:
     """Check types of the packages, strictly."""
     install(session, "types")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 import torch
@@ -59,7 +61,10 @@ def peak_memory(call: Call, device: torch.device) -> int:
             call()
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with (
+            _quiet_stderr(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+        ):
             call()
     held = peak = 0
     results = profile.profiler.kineto_results if profile.profiler is not None else None
@@ -93,6 +98,20 @@ def driver_version() -> str | None:
     query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what C++ code writes to stderr: the profiler reports there that it found no GPU, and more."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _seconds(call: Call, device: torch.device) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 import torch
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -187,21 +188,19 @@ def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
 
 
 def _print(results: list[Result], conditions: dict[str, str]) -> None:
-    console = Console()
-    table = Table(
-        "r", "mode", "tokens", "GFLOPs", "images/s", "median ms", "spread", "peak MiB", "speed-up", "allowed",
-        "share",
-        title="against the unpatched model with fused attention, same run",
-    )  # fmt: skip
+    console = Console(width=max(Console().width, 92))  # figures cut short are worse than a long line
+    title = "against the unpatched model with fused attention, same run"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("r", "tokens", "GFLOPs", "im/s", "ms", "spread", "MiB", "speed-up", "allowed", "share"):
+        table.add_column(name, justify="left" if name == "r" else "right", no_wrap=True)
     for row in results:
         table.add_row(
-            escape(row.r),
-            row.mode,
-            f"{row.tokens[0]} -> {row.tokens[-1]}",
+            escape(row.r) if row.mode == "eager" else f"{escape(row.r)} {row.mode}",
+            f"{row.tokens[0]}-{row.tokens[-1]}",
             f"{row.gflops:.2f}",
-            f"{row.images_per_second:.1f}",
-            f"{row.median_ms:.2f}",
-            f"{row.spread_percent:.1f} %",
+            f"{row.images_per_second:.5g}",
+            f"{row.median_ms:.4g}",
+            f"{row.spread_percent:.1f}%",
             f"{row.peak_mib:.0f}",
             f"{row.speedup:.2f}x",
             f"{row.allowed:.2f}x",
@@ -209,8 +208,8 @@ def _print(results: list[Result], conditions: dict[str, str]) -> None:
         )
     console.print(table)
     console.print(
-        "speed-up: measured. allowed: FLOPs unpatched / FLOPs merged. share: speed-up / allowed. "
-        "spread: quartile distance / median.",
+        "ms: median of a batch. spread: quartile distance / median. MiB: most memory that a pass adds. speed-up: "
+        "measured. allowed: FLOPs unpatched / FLOPs merged. share: speed-up / allowed.",
         soft_wrap=True,
     )
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
