@@ -41,6 +41,7 @@ def build(session: nox.Session) -> None:
         session.error(f"{wheel.name} should hold {'a' if with_kernels else 'no'} library")
     if with_kernels:
         session.install(str(wheel), *nox.project.dependency_groups(PROJECT, "cuda-wheel"))
+        session.install("--force-reinstall", "--no-deps", str(wheel))  # the environment may hold an earlier build
         # Without a library that loads, its tests would skip.
         session.run("python", "-c", "import tome_cuda; assert tome_cuda.build_info(), tome_cuda.unavailable()")
         session.run("pytest", "tests/test_cuda_library.py", "tests/test_cuda_ops.py", *session.posargs)
