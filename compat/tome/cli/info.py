@@ -44,7 +44,7 @@ def command() -> None:
 
 
 def _facts(library: dict[str, str]) -> dict[str, str]:
-    facts = {p: metadata.version(p) for p in ("token-merging", "torch", "timm")}
+    facts = {p: metadata.version(p) for p in ("token-merging", "timm")} | {"torch": torch.__version__}
     facts["python"] = f"{platform.python_version()} on {platform.platform()}"
     facts["CUDA of torch"] = torch.version.cuda or "none"
     facts.update(library)
