@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import nox
@@ -25,15 +26,25 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the wheel into dist/ (pure Python; with TOME_BUILD_CUDA=1 with the kernels) and import what it holds."""
+    """Build the wheel into dist/; with TOME_BUILD_CUDA=1 with the kernels, whose library is then inspected."""
     shutil.rmtree("dist", ignore_errors=True)
-    session.install("build")
-    session.run("python", "-m", "build", "--wheel", "--outdir", "dist")
+    session.install("build[uv]")
+    session.run("python", "-m", "build", "--wheel", "--installer", "uv", "--outdir", "dist")
     (wheel,) = Path("dist").glob("*.whl")
-    expected = "linux" if os.environ.get("TOME_BUILD_CUDA") else "none-any"
+    with_kernels = bool(os.environ.get("TOME_BUILD_CUDA"))
+    expected = "py3-none-linux" if with_kernels else "py3-none-any"
     if expected not in wheel.name:
         session.error(f"{wheel.name} is not a {expected} wheel")
     session.run("python", "-m", "zipfile", "--list", str(wheel))
+    names = zipfile.ZipFile(wheel).namelist()
+    if with_kernels != any(name.endswith(".so") for name in names):
+        session.error(f"{wheel.name} should hold {'a' if with_kernels else 'no'} library")
+    if with_kernels:
+        session.install(str(wheel), *nox.project.dependency_groups(PROJECT, "cuda-wheel"))
+        session.install("--force-reinstall", "--no-deps", str(wheel))  # the environment may hold an earlier build
+        # Without a library that loads, its tests would skip.
+        session.run("python", "-c", "import tome_cuda; assert tome_cuda.build_info(), tome_cuda.unavailable()")
+        session.run("pytest", "tests/test_cuda_library.py", "tests/test_cuda_ops.py", *session.posargs)
 
 
 @nox.session
@@ -56,9 +67,10 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Run the whole suite where a GPU is present; without one this session fails instead of skipping."""
-    install(session, "test")
-    session.run("python", "-c", "import torch; assert torch.cuda.is_available(), 'this session needs an NVIDIA GPU'")
+    """Build the kernels and run the whole suite on a GPU; where they cannot run this session fails, not skips."""
+    session.env["TOME_BUILD_CUDA"] = "1"
+    install(session, "test", "cuda-wheel")
+    session.run("python", "-c", "import tome_cuda, sys; sys.exit(tome_cuda.unavailable())")
     session.run("pytest", *session.posargs)
 
 

@@ -19,11 +19,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @pytest.fixture(params=BACKENDS, scope="module")
-def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """A device, with the backend under test chosen for it."""
-    name, device = request.param
-    with use_backend(name):
-        yield torch.device(device)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A device; the backend under test is chosen for the time of the test."""
+    return torch.device(request.param[1])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Choose the backend of the ``device`` fixture, and for nothing but the test: the fixture outlives it."""
+    chosen = getattr(item, "callspec", None) and item.callspec.params.get("device")
+    with use_backend(chosen[0] if isinstance(chosen, tuple) else None):
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -40,8 +40,8 @@ class Case:
         else:
             keys = torch.randn(shape, generator=generator)
             keys = _featured(keys, self.feature, generator)
-        keys = keys.to(self.dtype)
-        return strided(keys if self.heads else keys[:, 0], self.layout).to(device)
+        keys = keys.to(self.dtype).to(device)  # first: moving a strided view would make it contiguous
+        return strided(keys if self.heads else keys[:, 0], self.layout)
 
     @property
     def merged(self) -> int:
@@ -77,13 +77,13 @@ def _featured(keys: Tensor, feature: str, generator: torch.Generator) -> Tensor:
 def strided(x: Tensor, layout: str) -> Tensor:
     """The same values, laid out as told."""
     if layout == "packed":  # as one of q, k, v in the output of one linear layer
-        packed = torch.full((*x.shape[:-1], 3, x.shape[-1]), torch.nan, dtype=x.dtype)
+        packed = x.new_full((*x.shape[:-1], 3, x.shape[-1]), torch.nan)
         packed[..., 1, :] = x
         return packed[..., 1, :]
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "stepped":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
         wide[..., 1::2] = x
         return wide[..., 1::2]
     return x.contiguous()
@@ -136,7 +136,7 @@ class Map:
         order = torch.rand(self.batch, self.n, generator=generator).argsort(dim=1)
         slot = slot.gather(1, order).to(torch.int32)
         size = torch.randint(1, 40, (self.batch, self.n), generator=generator).float()
-        return strided(x, self.layout).to(device), slot.to(device), size.to(device) if self.sized else None
+        return strided(x.to(device), self.layout), slot.to(device), size.to(device) if self.sized else None
 
 
 @st.composite

@@ -1,12 +1,16 @@
 """Who computes an operation: the pure PyTorch reference or the CUDA extension.
 
 ``TOME_BACKEND=auto|reference|cuda`` and :func:`set_backend` choose for the process, :func:`use_backend` for one
-thread. ``auto`` takes the extension for CUDA tensors where it can and the reference elsewhere; an explicit ``cuda``
-that cannot run raises and never falls back.
+thread. ``auto`` takes the extension for CUDA tensors where it can and the reference elsewhere. An explicit ``cuda``
+raises where the extension cannot be used at all, and where it has the operation but cannot run it on these inputs
+(their device, dtype, width); it never falls back. Operations that the extension has no kernel for (``tome info`` lists
+them) run on the reference under every choice: a model needs all of them, and a choice that no model could make would
+be none.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -98,7 +102,10 @@ def implementation(op: str, *args: object) -> ModuleType:
             raise BackendError(f"the CUDA backend cannot run {op}: {missing}")
         _warn_once(missing)
         return tome_reference
-    extension = importlib.import_module("tome_cuda")
+    import tome_cuda as extension  # here, so that torch.compile can trace it and importing tome loads no kernels
+
+    if not hasattr(extension, op):
+        return tome_reference
     reason: str | None = extension.why_not(op, *args)
     if reason is None:
         return extension
@@ -109,11 +116,16 @@ def implementation(op: str, *args: object) -> ModuleType:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def extension_problem() -> str | None:
-    """None where the CUDA extension is usable, else the reason and the command that mends it."""
+    """None where the CUDA extension is usable, else the reason and what mends it."""
+    return _extension_problem()
+
+
+@functools.cache  # every operation asks, and neither wheels nor GPUs change while a process runs
+def _extension_problem() -> str | None:
     if importlib.util.find_spec("tome_cuda") is None:
         return f"the CUDA extension is not installed. Fix: {INSTALL}"
     reason: str | None = importlib.import_module("tome_cuda").unavailable()
-    return None if reason is None else f"{reason}. Fix: {INSTALL}"
+    return reason
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped

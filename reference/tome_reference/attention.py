@@ -34,6 +34,8 @@ def attention(
 
     """
     checks.attention(q, k, v, size, dropout_p)
+    if q.numel() == 0:
+        return q.clone()  # on a GPU torch's own function fails on an empty batch
     bias = None if size is None else size_bias(size).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 

@@ -18,7 +18,7 @@ from tome_reference import max_r
 RANDOM_WEIGHTS = "--random-weights"
 
 
-class ScheduleType(click.ParamType[schedule.Schedule]):
+class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in older versions of click
     """``8``, ``8,-1.0``, ``[8,8,4]`` or ``0.05``."""
 
     name = "schedule"
@@ -36,7 +36,7 @@ class ScheduleType(click.ParamType[schedule.Schedule]):
         return cast(schedule.Schedule, r)
 
 
-class DeviceType(click.ParamType[torch.device]):
+class DeviceType(click.ParamType):  # type: ignore[type-arg]
     """cpu, cuda or cuda:1."""
 
     name = "device"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import import_module, metadata
+from importlib.util import find_spec
 
 import click
 import torch
@@ -29,25 +30,24 @@ def command() -> None:
         raise click.UsageError(f"TOME_BACKEND: {error}") from error
     console = Console()
     missing = backend.extension_problem()
-    extension = None if missing is not None else import_module("tome_cuda")
+    extension = import_module("tome_cuda") if find_spec("tome_cuda") is not None else None
     table = Table("operation", "reference", "cuda", title=f"backend: {chosen}")
     for op in (name for name in ops.__all__ if name != "max_r"):
         has = extension is not None and hasattr(extension, op)
-        table.add_row(op, "available", "available" if has else "no")
+        state = "no kernel: runs on the reference" if not has else "available" if missing is None else "cannot run"
+        table.add_row(op, "available", state)
     console.print(table)
     if missing is not None:
         console.print(f"cuda: {escape(missing)}", soft_wrap=True)
-    for name, value in _facts(extension is not None).items():
+    for name, value in _facts({} if extension is None else extension.build_info()).items():
         console.print(f"{name:<22}{escape(value)}", soft_wrap=True)
 
 
-def _facts(extension: bool) -> dict[str, str]:
-    facts = {"token-merging": metadata.version("token-merging"), "torch": torch.__version__}
-    facts["timm"] = metadata.version("timm")
+def _facts(library: dict[str, str]) -> dict[str, str]:
+    facts = {p: metadata.version(p) for p in ("token-merging", "timm")} | {"torch": torch.__version__}
     facts["python"] = f"{platform.python_version()} on {platform.platform()}"
     facts["CUDA of torch"] = torch.version.cuda or "none"
-    if extension:
-        facts.update(import_module("tome_cuda").build_info())
+    facts.update(library)
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)

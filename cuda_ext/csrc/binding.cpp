@@ -1,0 +1,35 @@
+// Every schema, and the kernels that implement it. Fakes and autograd: tome_cuda/ops.py.
+#include "ops.h"
+
+#ifndef TOME_ARCHS
+#error "TOME_ARCHS names the architectures of this build"
+#endif
+
+STABLE_TORCH_LIBRARY(tome_cuda, m) {
+  m.def("bipartite_match(Tensor keys, SymInt r, SymInt prefix) -> Tensor");
+  m.def("kth_match(Tensor keys, SymInt k, SymInt prefix) -> Tensor");
+  m.def("listed_match(Tensor keys, Tensor sources, Tensor targets, SymInt prefix) -> Tensor");
+  m.def("merge(Tensor x, Tensor slot, SymInt tokens, Tensor? size) -> (Tensor, Tensor)");
+  m.def("merge_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor");
+  m.def("unmerge(Tensor x, Tensor slot) -> Tensor");
+  m.def("unmerge_backward(Tensor grad, Tensor slot, SymInt tokens) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
+  m.impl("bipartite_match", TORCH_BOX(&tome::bipartite_match));
+  m.impl("kth_match", TORCH_BOX(&tome::kth_match));
+  m.impl("listed_match", TORCH_BOX(&tome::listed_match));
+  m.impl("merge", TORCH_BOX(&tome::merge));
+  m.impl("merge_backward", TORCH_BOX(&tome::merge_backward));
+  m.impl("unmerge", TORCH_BOX(&tome::unmerge));
+  m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
+}
+
+#define TOME_STRING(...) #__VA_ARGS__
+#define TOME_EXPAND(...) TOME_STRING(__VA_ARGS__)
+
+// Read through ctypes before any operator runs, on machines with and without a GPU.
+extern "C" __attribute__((visibility("default"))) const char* tome_cuda_build_info() {
+  return "{\"torch\": \"2.11\", \"cuda\": \"" TOME_EXPAND(TOME_CUDA_VERSION) "\", \"cutlass\": \""
+         TOME_EXPAND(TOME_CUTLASS_VERSION) "\", \"archs\": \"" TOME_EXPAND(TOME_ARCHS) "\"}";
+}

@@ -1,0 +1,42 @@
+// Kernel launches without the <<< >>> syntax, so that a plain C++ compiler can read the kernels too: the
+// tests run them on a CPU, one fibre per thread (tests/cuda_emulator).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace tome {
+
+// The dynamic shared memory of the block.
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(16) char shared[];
+  return shared;
+}
+
+// A block may use 48 KiB of shared memory, static and dynamic together, without asking. A kernel's static
+// share isn't known here, so every kernel keeps its own below this reserve (tests/test_cuda_library.py).
+constexpr int kGrantedBytes = 48 << 10;
+constexpr int kStaticReserve = 8 << 10;
+
+// `most_shared_bytes`: the most that any launch of this kernel on this GPU may need. The whole of it is asked
+// for, so that a smaller launch by another thread can't take back what this one was promised. What may go
+// wrong here is found by check_launch() right after.
+template <class Params>
+void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
+                   int most_shared_bytes, cudaStream_t stream, const Params& params) {
+  if (shared_bytes > kGrantedBytes - kStaticReserve) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
+    // Left alone, the driver may give so much to the L1 cache that one block less fits.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, params);
+}
+
+}  // namespace tome

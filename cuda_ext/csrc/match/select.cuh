@@ -1,0 +1,118 @@
+// From each source's best target to the slot map of one image, by one block.
+//
+// The r-th largest score is found by its digits (four histograms of 8 bits), then one ordered pass counts the
+// merged and the kept sources before each source. Integer counts only: the result depends on no timing.
+#pragma once
+
+#include "score.cuh"
+
+namespace tome::match {
+
+constexpr int kDigitBits = 8;
+constexpr int kDigits = 1 << kDigitBits;
+constexpr int kMaxWarps = 32;
+
+struct SelectStorage {
+  int histogram[kDigits];
+  int2 warp_counts[kMaxWarps];  // above and equal to the threshold
+  int digit, above;
+};
+constexpr int kStorageBytes = (sizeof(SelectStorage) + kAccessBytes - 1) / kAccessBytes * kAccessBytes;
+
+// The order of the r-th best source, and in `equal` how many sources of just that order merge. r >= 1.
+template <int kThreads>
+__device__ __forceinline__ uint32_t find_threshold(const unsigned long long* best, int sources, int r,
+                                                   SelectStorage& shared, int& equal) {
+  uint32_t threshold = 0;
+  for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    for (int d = threadIdx.x; d < kDigits; d += kThreads) shared.histogram[d] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < sources; i += kThreads) {
+      const uint32_t order = best_order(best[i]);
+      // Shifted twice: a shift by 32 at the first digit would be undefined.
+      if ((order >> shift >> kDigitBits) == (threshold >> shift >> kDigitBits)) {
+        atomicAdd(&shared.histogram[(order >> shift) % kDigits], 1);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarpSize) {
+      constexpr int kLaneDigits = kDigits / kWarpSize;
+      const int lane = threadIdx.x;
+      int count = 0;
+      for (int d = 0; d < kLaneDigits; ++d) count += shared.histogram[lane * kLaneDigits + d];
+      int above = count;  // a suffix sum over the lanes
+      for (int step = 1; step < kWarpSize; step *= 2) {
+        const int other = __shfl_down_sync(kFullWarp, above, step);
+        if (lane + step < kWarpSize) above += other;
+      }
+      above -= count;
+      for (int d = kLaneDigits - 1; d >= 0; --d) {
+        const int here = shared.histogram[lane * kLaneDigits + d];
+        if (above < r && r <= above + here) {
+          shared.digit = lane * kLaneDigits + d;
+          shared.above = above;
+        }
+        above += here;
+      }
+    }
+    __syncthreads();
+    threshold |= static_cast<uint32_t>(shared.digit) << shift;
+    r -= shared.above;
+  }
+  equal = r;
+  return threshold;
+}
+
+// Write the slots of image b. `best` holds the packed best of every source, in shared or device memory. Every
+// thread of the block takes part.
+template <int kThreads>
+__device__ __forceinline__ void write_slots(const Params& p, int b, const unsigned long long* best,
+                                            SelectStorage& shared) {
+  static_assert(kThreads % kWarpSize == 0 && kThreads <= kMaxWarps * kWarpSize);
+  int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
+  const int first_target = p.prefix + p.sources - p.merged;
+  for (int i = threadIdx.x; i < p.prefix; i += kThreads) slot_ptr[i] = i;
+  for (int j = threadIdx.x; j < p.targets; j += kThreads) {
+    slot_ptr[row_position(p, b, p.sources + j)] = first_target + j;
+  }
+  if (p.merged == p.sources) {
+    for (int i = threadIdx.x; i < p.sources; i += kThreads) {
+      slot_ptr[row_position(p, b, i)] = first_target + best_index(best[i]);
+    }
+    return;
+  }
+
+  int equal = 0;
+  const uint32_t threshold = find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  int2 before = make_int2(0, 0);
+  for (int base = 0; base < p.sources; base += kThreads) {
+    const int i = base + threadIdx.x;
+    const unsigned long long mine = i < p.sources ? best[i] : 0;
+    const bool is_above = i < p.sources && best_order(mine) > threshold;
+    const bool is_equal = i < p.sources && best_order(mine) == threshold;
+    const unsigned above_mask = __ballot_sync(kFullWarp, is_above);
+    const unsigned equal_mask = __ballot_sync(kFullWarp, is_equal);
+    if (lane == 0) shared.warp_counts[warp] = make_int2(__popc(above_mask), __popc(equal_mask));
+    __syncthreads();
+    int2 here = before;
+    for (int w = 0; w < kThreads / kWarpSize; ++w) {
+      const int2 count = shared.warp_counts[w];
+      if (w < warp) here = make_int2(here.x + count.x, here.y + count.y);
+      before = make_int2(before.x + count.x, before.y + count.y);
+    }
+    const unsigned lower_lanes = (1u << lane) - 1;
+    const int above_before = here.x + __popc(above_mask & lower_lanes);
+    const int equal_before = here.y + __popc(equal_mask & lower_lanes);
+    if (i < p.sources) {
+      const bool is_merged = is_above || (is_equal && equal_before < equal);
+      const int merged_before = above_before + min(equal_before, equal);
+      slot_ptr[row_position(p, b, i)] =
+          is_merged ? first_target + best_index(mine) : p.prefix + i - merged_before;
+    }
+    __syncthreads();  // the counts are overwritten by the next round
+  }
+}
+
+}  // namespace tome::match

@@ -1,0 +1,22 @@
+// Every operation of the library, host side. Shapes and dtypes are in binding.cpp's schemas and in ops.py.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "stable.h"
+
+namespace tome {
+
+Tensor bipartite_match(const Tensor& keys, int64_t r, int64_t prefix);
+Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix);
+Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t prefix);
+
+std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& slot, int64_t tokens,
+                                 const std::optional<Tensor>& size);
+Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optional<Tensor>& size,
+                      const Tensor& total);
+Tensor unmerge(const Tensor& x, const Tensor& slot);
+Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
+
+}  // namespace tome

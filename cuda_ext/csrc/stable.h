@@ -1,0 +1,83 @@
+// The only header that names torch::stable: tensors, allocation, the current stream, checks.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "dtype.h"
+
+namespace tome {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+// Makes a tensor's device current, for PyTorch and for the CUDA runtime inside this library, which keeps a
+// device of its own.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
+  }
+
+ private:
+  DeviceGuard guard_;
+};
+
+#define TOME_CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
+
+// PyTorch's current stream: what a caller under torch.cuda.stream() or a graph capture expects. The id of
+// torch::stable::accelerator::Stream is not a handle, so it can't be used here.
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Allocations go through PyTorch, so that its caching allocator and its graph pools own the memory.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const std::vector<int64_t> shape(sizes);
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
+                                  dtype);
+}
+
+inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+
+inline Dtype floating_dtype(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat;
+    case ScalarType::Half:
+      return Dtype::kHalf;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    default:
+      TOME_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+  return Dtype::kFloat;
+}
+
+inline void check_tensor(const Tensor& tensor, const char* name, int64_t dims) {
+  TOME_CHECK(tensor.is_cuda(), name, " must be a CUDA tensor");
+  TOME_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
+}
+
+inline void check_like(const Tensor& tensor, const char* name, const Tensor& other, ScalarType dtype) {
+  TOME_CHECK(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
+             " must be on the device of the tokens");
+  TOME_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+}
+
+}  // namespace tome

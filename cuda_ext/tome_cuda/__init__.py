@@ -1,0 +1,23 @@
+"""Token merging in CUDA: the operations of ``tome_reference`` as kernels for NVIDIA GPUs.
+
+Importing this package loads no library and asks for no GPU. The first call of an operation, or of
+:func:`build_info`, loads the kernels. :func:`unavailable` says why they can't run on this machine at all, and
+:func:`why_not` why an operation can't run on given arguments.
+"""
+
+from tome_cuda.library import LibraryError, build_info, unavailable
+from tome_cuda.ops import kth_match, match, max_r, merge, random_match, unmerge
+from tome_cuda.predicates import why_not
+
+__all__ = [
+    "LibraryError",
+    "build_info",
+    "kth_match",
+    "match",
+    "max_r",
+    "merge",
+    "random_match",
+    "unavailable",
+    "unmerge",
+    "why_not",
+]

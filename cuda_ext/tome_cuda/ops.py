@@ -1,0 +1,256 @@
+"""The operations on top of the kernels, and what torch needs to know of the kernels: fakes and autograd."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tome_cuda import checks, library
+
+
+def max_r(n: int, prefix: int) -> int:
+    """The most tokens that one bipartite matching of ``n`` tokens can merge: half the unprotected ones."""
+    return (n - prefix) // 2
+
+
+def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
+    """Bipartite soft matching (section 3, "Bipartite Soft Matching").
+
+    Tokens at even positions form set A, at odd positions set B. Each A token is paired with its most similar B
+    token and the ``r`` best pairs are merged. Output order: prefix, unmerged A ascending, B ascending.
+
+    Args:
+        keys: [B, N, D], or [B, H, N, D] whose mean over heads is the metric; floating point, any strides.
+        r: how many tokens to merge; clipped to (N - prefix) // 2. 0 gives the identity.
+        prefix: how many leading tokens (class, distillation, registers) are neither sources nor targets.
+
+    Returns:
+        slot, int32 [B, N], onto [0, N - r). On equal scores the lowest index wins, both for a token's best
+        target and for the choice of the r pairs. A zero vector scores 0, NaN scores -inf.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
+    """
+    checks.keys(keys, prefix)
+    checks.integer("r", r, 0)
+    r = min(r, max_r(keys.shape[-2], prefix))
+    if r == 0:
+        return _identity(keys)
+    return _ops().bipartite_match(keys.detach(), r, prefix)  # type: ignore[no-any-return]
+
+
+def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
+    """K-th bipartite matching: of each run of ``k`` tokens the last is a target, all others merge into their best.
+
+    Args:
+        keys: as for :func:`match`.
+        k: the length of a run; clipped to N - prefix, so that one target remains. 1 gives the identity.
+        prefix: how many leading tokens stay untouched; runs are counted behind them.
+
+    Returns:
+        slot, int32 [B, N], onto [0, prefix + (N - prefix) // k); kept tokens stay in ascending order, and a last
+        run shorter than k merges into the targets before it.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, k or prefix.
+
+    """
+    checks.keys(keys, prefix)
+    checks.integer("k", k, 1)
+    k = min(k, keys.shape[-2] - prefix)
+    if k <= 1:
+        return _identity(keys)
+    return _ops().kth_match(keys.detach(), k, prefix)  # type: ignore[no-any-return]
+
+
+def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generator | None = None) -> Tensor:
+    """Random matching: ``r`` tokens drawn at random in each image merge into their best among the others.
+
+    Args:
+        keys: as for :func:`match`.
+        r: how many tokens to merge; clipped to (N - prefix) // 2.
+        prefix: how many leading tokens stay untouched.
+        generator: the source of randomness, on the device of ``keys``; None for PyTorch's default. One
+            ``torch.rand(B, N - prefix)`` is drawn, and the r tokens with the smallest numbers are merged.
+
+    Returns:
+        slot, int32 [B, N], onto [0, N - r); kept tokens stay in ascending order.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, r or prefix.
+
+    """
+    checks.keys(keys, prefix)
+    checks.integer("r", r, 0)
+    n = keys.shape[-2]
+    r = min(r, max_r(n, prefix))
+    if r == 0:
+        return _identity(keys)
+    drawn = torch.rand(keys.shape[0], n - prefix, device=keys.device, generator=generator).argsort(dim=1)
+    sources = prefix + drawn[:, :r]
+    targets = prefix + drawn[:, r:].sort(dim=1).values
+    return _ops().listed_match(  # type: ignore[no-any-return]
+        keys.detach(), sources.contiguous(), targets.contiguous(), prefix
+    )
+
+
+def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Merge tokens: output m is the size-weighted mean of the tokens with ``slot == m``.
+
+    Args:
+        x: [B, N, C], floating point, any strides.
+        slot: int32 [B, N], onto [0, tokens) in every row.
+        tokens: M, the number of tokens that remain.
+        size: float32 [B, N], how many original tokens each token stands for; None for one each.
+
+    Returns:
+        x [B, M, C] in the dtype of x, summed in float32 and rounded once; a token that is merged with no other
+        keeps its bits. size float32 [B, M], the sums of the sizes. Gradients flow to x; sizes are counts and
+        have none.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device; on the CPU also a slot map that is not onto
+        [0, tokens).
+
+    """
+    checks.merging(x, slot, tokens, size)
+    merged, total = _ops().merge(x, slot, tokens, None if size is None else size.detach())
+    return merged, total.detach()
+
+
+def unmerge(x: Tensor, slot: Tensor) -> Tensor:
+    """Undo a merge: token i of the restored sequence is output token ``slot[i]``.
+
+    Args:
+        x: [B, M, C], floating point, any strides.
+        slot: int32 [B, N] with values in [0, M).
+
+    Returns:
+        [B, N, C] in the dtype of x. Gradients flow to x.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device.
+
+    """
+    checks.floating("x", x, (3,), "[B, M, C]")
+    checks.slot(slot, x.shape[0], x.device)
+    return _ops().unmerge(x, slot)  # type: ignore[no-any-return]
+
+
+def _identity(keys: Tensor) -> Tensor:
+    n = keys.shape[-2]
+    return torch.arange(n, dtype=torch.int32, device=keys.device).expand(keys.shape[0], n).contiguous()
+
+
+def _ops() -> Any:
+    """The operators, loaded and registered."""
+    register()
+    return torch.ops.tome_cuda
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def register() -> bool:
+    """Load the library and tell torch the fakes and gradients of its operators, once.
+
+    Raises:
+        LibraryError: there is no library, or it can't be loaded.
+
+    """
+    return _register()
+
+
+@functools.cache
+def _register() -> bool:
+    library.info()
+    torch.library.register_fake("tome_cuda::bipartite_match", _match_fake)
+    torch.library.register_fake("tome_cuda::kth_match", _kth_match_fake)
+    torch.library.register_fake("tome_cuda::listed_match", _listed_match_fake)
+    torch.library.register_fake("tome_cuda::merge", _merge_fake)
+    torch.library.register_fake("tome_cuda::merge_backward", _merge_backward_fake)
+    torch.library.register_fake("tome_cuda::unmerge", _unmerge_fake)
+    torch.library.register_fake("tome_cuda::unmerge_backward", _unmerge_backward_fake)
+    register_autograd = torch.library.register_autograd
+    register_autograd("tome_cuda::merge", _merge_grad, setup_context=_merge_context)
+    register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
+    register_autograd("tome_cuda::unmerge", _unmerge_grad, setup_context=_unmerge_context)
+    register_autograd("tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context)
+    return True
+
+
+def _match_fake(keys: Tensor, r: int, prefix: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+
+
+def _kth_match_fake(keys: Tensor, k: int, prefix: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+
+
+def _listed_match_fake(keys: Tensor, sources: Tensor, targets: Tensor, prefix: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+
+
+def _merge_fake(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    merged = x.new_empty((x.shape[0], tokens, x.shape[2]))
+    return merged, x.new_empty((x.shape[0], tokens), dtype=torch.float32)
+
+
+def _merge_backward_fake(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[0], slot.shape[1], grad.shape[2]))
+
+
+def _unmerge_fake(x: Tensor, slot: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], slot.shape[1], x.shape[2]))
+
+
+def _unmerge_backward_fake(grad: Tensor, slot: Tensor, tokens: int) -> Tensor:
+    return grad.new_empty((grad.shape[0], tokens, grad.shape[2]))
+
+
+# A merge is linear in x, and so is each step back: the gradient of a gradient is the forward step again.
+
+
+def _merge_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, slot, _, size = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(slot, size, output[1])
+
+
+def _merge_grad(ctx: Any, grad: Tensor, _total_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    slot, size, total = ctx.saved_tensors
+    return torch.ops.tome_cuda.merge_backward(grad, slot, size, total), None, None, None
+
+
+def _merge_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, slot, size, _ = inputs
+    ctx.tokens = grad.shape[1]
+    ctx.save_for_backward(slot, size)
+
+
+def _merge_grad_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    slot, size = ctx.saved_tensors
+    return torch.ops.tome_cuda.merge(grad, slot, ctx.tokens, size)[0], None, None, None
+
+
+def _unmerge_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, slot = inputs
+    ctx.tokens = x.shape[1]
+    ctx.save_for_backward(slot)
+
+
+def _unmerge_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (slot,) = ctx.saved_tensors
+    return torch.ops.tome_cuda.unmerge_backward(grad, slot, ctx.tokens), None
+
+
+def _unmerge_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, slot, _ = inputs
+    ctx.save_for_backward(slot)
+
+
+def _unmerge_grad_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (slot,) = ctx.saved_tensors
+    return torch.ops.tome_cuda.unmerge(grad, slot), None, None

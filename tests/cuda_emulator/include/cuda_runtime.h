@@ -1,0 +1,290 @@
+// As much of CUDA as the kernels use, on a CPU: every thread of a block is a fibre, blocks run one after the
+// other. Fibres run in a shuffled order and are switched at barriers and warp collectives, so a missing
+// barrier shows as a wrong result. Copies by cp.async happen as late as the program allows, shared memory
+// starts as NaN.
+#pragma once
+
+#include <ucontext.h>
+
+#include <math.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __forceinline__ inline
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+enum {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaSharedmemCarveoutMaxShared
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct int2 {
+  int x, y;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace tome {
+extern char shared[];
+}
+
+namespace emulator {
+
+constexpr size_t kSharedBytes = 227 << 10;
+// Shared memory that needs no asking, static and dynamic together, and what a kernel's static share may be:
+// it is not known here, so tests/test_cuda_library.py holds every kernel below it.
+constexpr size_t kGrantedBytes = 48 << 10;
+constexpr size_t kStaticBytes = 8 << 10;
+constexpr int kWarp = 32;
+
+struct Copy {
+  const void* from;
+  void* to;
+};
+
+struct Warp {
+  unsigned char payload[kWarp][64];
+  int arrived = 0, generation = 0;
+};
+
+struct Fibre {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool is_done = false;
+  dim3 thread;
+  std::vector<std::vector<Copy>> groups;  // committed groups of asynchronous copies
+  std::vector<Copy> open;
+};
+
+struct State {
+  std::vector<Fibre> fibres;
+  std::vector<Warp> warps;
+  ucontext_t scheduler;
+  Fibre* running = nullptr;
+  int live = 0, arrived = 0, generation = 0;
+  dim3 block, threads;
+  std::function<void()> body;
+  std::mt19937 random{1};
+  std::map<void*, size_t> asked;  // dynamic shared memory that a kernel was promised
+  size_t limit = kSharedBytes;    // of one block of the imagined GPU
+  bool plan_only = false;
+  int launches = 0;
+  char refused[200] = "";  // the last launch that CUDA would refuse
+};
+
+inline State& state() {
+  static State instance;
+  return instance;
+}
+
+inline void yield() { swapcontext(&state().running->context, &state().scheduler); }
+
+inline void enter() {
+  State& s = state();
+  s.body();
+  s.running->is_done = true;
+  --s.live;
+  swapcontext(&s.running->context, &s.scheduler);
+}
+
+inline void run_block(unsigned block, int threads) {
+  State& s = state();
+  s.block = dim3(block);
+  s.threads = dim3(threads);
+  s.fibres.resize(std::max<size_t>(s.fibres.size(), threads));
+  s.warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+  s.live = threads;
+  s.arrived = 0;
+  std::memset(tome::shared, 0xff, kSharedBytes);
+  std::vector<int> order(threads);
+  for (int t = 0; t < threads; ++t) {
+    order[t] = t;
+    Fibre& f = s.fibres[t];
+    f.stack.resize(128 << 10);
+    f.is_done = false;
+    f.thread = dim3(t, 0, 0);
+    f.groups.clear();
+    f.open.clear();
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+  }
+  std::shuffle(order.begin(), order.end(), s.random);
+  for (int rounds = 0; s.live > 0; ++rounds) {
+    if (rounds > 100000000) {
+      std::fprintf(stderr, "a block never ends\n");
+      std::abort();
+    }
+    for (const int t : order) {
+      if (s.fibres[t].is_done) continue;
+      s.running = &s.fibres[t];
+      swapcontext(&s.scheduler, &s.running->context);
+    }
+  }
+}
+
+inline Warp& warp() { return state().warps[state().running->thread.x / kWarp]; }
+
+inline void sync_warp() {
+  Warp& w = warp();
+  const int generation = w.generation;
+  if (++w.arrived == kWarp) {
+    w.arrived = 0;
+    ++w.generation;
+  } else {
+    while (w.generation == generation) yield();
+  }
+}
+
+// Every lane shows a value; `read` then sees all of them.
+template <class T, class F>
+auto exchange(const T& mine, F&& read) {
+  static_assert(sizeof(T) <= 64);
+  std::memcpy(warp().payload[state().running->thread.x % kWarp], &mine, sizeof(T));
+  sync_warp();
+  T all[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) std::memcpy(&all[lane], warp().payload[lane], sizeof(T));
+  sync_warp();
+  return read(all);
+}
+
+inline int lane() { return state().running->thread.x % kWarp; }
+
+}  // namespace emulator
+
+#define threadIdx (emulator::state().running->thread)
+#define blockIdx (emulator::state().block)
+
+inline void __syncthreads() {
+  emulator::State& s = emulator::state();
+  const int generation = s.generation;
+  if (++s.arrived == s.live) {
+    s.arrived = 0;
+    ++s.generation;
+  } else {
+    while (s.generation == generation) emulator::yield();
+  }
+}
+inline void __threadfence() {}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::exchange(value, [&](const T* all) { return all[emulator::lane() ^ mask]; });
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, int step) {
+  return emulator::exchange(value, [&](const T* all) {
+    return emulator::lane() + step < 32 ? all[emulator::lane() + step] : value;
+  });
+}
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return emulator::exchange(value, [](const bool* all) {
+    unsigned mask = 0;
+    for (int lane = 0; lane < 32; ++lane) mask |= static_cast<unsigned>(all[lane]) << lane;
+    return mask;
+  });
+}
+inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, value) != 0; }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+template <class T>
+T __ldg(const T* ptr) {
+  if (reinterpret_cast<uintptr_t>(ptr) % sizeof(T) != 0) {
+    std::fprintf(stderr, "misaligned load of %zu bytes\n", sizeof(T));
+    std::abort();
+  }
+  return *ptr;
+}
+using std::max;
+using std::min;
+template <class T>
+T atomicAdd(T* ptr, T value) {
+  const T old = *ptr;
+  *ptr += value;
+  return old;
+}
+template <class T>
+T atomicMax(T* ptr, T value) {
+  const T old = *ptr;
+  *ptr = std::max(old, value);
+  return old;
+}
+
+template <class P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P), int attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    emulator::state().asked[reinterpret_cast<void*>(kernel)] = value;
+  }
+  return 0;
+}
+// With plan_only a launch is judged as CUDA would and nothing runs.
+template <class P>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P), const P& params) {
+  emulator::State& s = emulator::state();
+  const auto found = s.asked.find(reinterpret_cast<void*>(kernel));
+  const size_t asked = found == s.asked.end() ? 0 : found->second;
+  const unsigned threads = config->blockDim.x;
+  const size_t bytes = config->dynamicSmemBytes;
+  const bool is_granted = bytes + emulator::kStaticBytes <= emulator::kGrantedBytes || bytes <= asked;
+  const unsigned blocks = config->gridDim.x;
+  if (blocks == 0 || blocks > 0x7fffffffu || threads == 0 || threads > 1024 ||
+      threads % emulator::kWarp != 0 || bytes > s.limit || !is_granted) {
+    std::snprintf(s.refused, sizeof(s.refused), "grid %u, block %u, %zu bytes of %zu, asked for %zu", blocks,
+                  threads, bytes, s.limit, asked);
+  }
+  ++s.launches;
+  if (s.plan_only) return 0;
+  if (s.refused[0] != 0) {
+    std::fprintf(stderr, "CUDA would refuse this launch: %s\n", s.refused);
+    std::abort();
+  }
+  s.body = [=] { kernel(params); };
+  for (unsigned block = 0; block < config->gridDim.x; ++block) {
+    emulator::run_block(block, static_cast<int>(config->blockDim.x));
+  }
+  return 0;
+}

@@ -1,0 +1,306 @@
+"""The kernels on a GPU beyond the laws of every backend: agreement with the reference on long and wide inputs,
+several layers, determinism, streams, graphs, compilation, registration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from backends import NO_EXTENSION
+from cuda_emulator.judge import bipartite_positions, judge
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tome_cuda
+import tome_reference
+
+pytestmark = NO_EXTENSION
+
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SEEDS = st.integers(0, 2**31 - 1)
+LENGTHS = st.one_of(st.sampled_from([1, 2, 3, 15, 16, 17, 63, 64, 65, 197, 577]), st.integers(1, 2000))
+WIDTHS = st.one_of(st.sampled_from([8, 16, 32, 64, 72, 80, 128, 256]), st.integers(1, 256))
+EXACT_WIDTHS = st.sampled_from([1, 4, 16, 64, 256])  # norms are powers of two, so that scores are exact
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(seed)
+
+
+def lay(value: Tensor, layout: str) -> Tensor:
+    """The same values, lying differently."""
+    if layout == "packed":
+        packed = torch.stack([value + 1, value, value + 2], dim=1).permute(0, 3, 1, 2, 4).contiguous()
+        return packed[:, :, 1].transpose(1, 2)
+    if layout == "misaligned":
+        return torch.cat([value.new_zeros(1), value.reshape(-1)])[1:].view(value.shape)
+    if layout == "sparse":
+        return value.repeat_interleave(2, dim=-1)[..., ::2]
+    return value
+
+
+LAYOUTS = st.sampled_from(["dense", "packed", "misaligned", "sparse"])
+
+
+@st.composite
+def keys(draw: st.DrawFn, exact: bool) -> Tensor:
+    """Keys [B, H, N, D], at most a few million numbers."""
+    n, d = draw(LENGTHS), draw(EXACT_WIDTHS if exact else WIDTHS)
+    heads = draw(st.sampled_from([1, 2, 4] if exact else [1, 2, 3, 12]))
+    batch = min(draw(st.sampled_from([1, 2, 3, 64])), max(1, 2_000_000 // (n * d * heads)))
+    random, dtype = generator(draw(SEEDS)), draw(DTYPES)
+    if exact:  # every head the same: their sum is a power of two times one head
+        signs = torch.randn(batch, 1, n, d, device="cuda", generator=random) > 0
+        value = torch.where(signs, 1.0, -1.0).expand(batch, heads, n, d).contiguous()
+    else:
+        value = torch.randn(batch, heads, n, d, device="cuda", generator=random)
+        kind = draw(st.sampled_from(["plain", "plain", "duplicates", "hostile", "tiny", "huge", "equal"]))
+        if kind == "duplicates":
+            value = value[:, :, torch.randint(max(1, n // 3), (n,), device="cuda", generator=random)]
+        elif kind == "hostile":
+            chance = torch.rand(value.shape[:-1], device="cuda", generator=random)
+            value[chance < 0.1] = torch.nan
+            value[(chance > 0.1) & (chance < 0.2)] = 0.0
+            value[(chance > 0.2) & (chance < 0.25)] = torch.inf
+        elif kind == "tiny":
+            value = value * (1e-4 if dtype is torch.float16 else 1e-38)
+        elif kind == "huge":
+            value = value * (1e3 if dtype is torch.float16 else 1e30)
+        elif kind == "equal":
+            value = value[:, :, :1].expand_as(value).contiguous()
+    return lay(value.to(dtype), draw(LAYOUTS))
+
+
+RS = st.one_of(st.integers(0, 40), st.sampled_from([10**6]))
+
+
+@given(keys(exact=True), RS, st.integers(0, 5))
+def test_exact_keys_give_equal_slots(value: Tensor, r: int, prefix: int) -> None:
+    prefix = min(prefix, value.shape[2])
+    assert torch.equal(tome_cuda.match(value, r, prefix), tome_reference.match(value, r, prefix))
+    assert torch.equal(tome_cuda.kth_match(value, r + 1, prefix), tome_reference.kth_match(value, r + 1, prefix))
+    ours = tome_cuda.random_match(value, r, prefix, generator(r))
+    assert torch.equal(ours, tome_reference.random_match(value, r, prefix, generator(r)))
+
+
+@given(keys(exact=False), RS, st.integers(0, 5))
+def test_real_keys_differ_in_near_ties_only(value: Tensor, r: int, prefix: int) -> None:
+    batch, _, n, _ = value.shape
+    prefix = min(prefix, n)
+    before = value.nan_to_num()
+    slot = tome_cuda.match(value, r, prefix)
+    assert torch.equal(value.nan_to_num(), before)
+    merged = min(r, tome_reference.max_r(n, prefix))
+    if merged == 0:
+        assert torch.equal(slot, tome_reference.match(value, r, prefix))
+        return
+    verdict = judge(value, slot, *bipartite_positions(batch, n, prefix, value.device), merged, prefix)
+    assert verdict.is_right(), verdict
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor | None]:
+    """x [B, N, C], a map onto [0, M), M, and sizes, above one as a rule."""
+    batch, n = draw(st.sampled_from([1, 2, 5])), draw(LENGTHS)
+    channels = draw(st.one_of(st.sampled_from([8, 64, 384, 768, 1024, 1280]), st.integers(1, 1300)))
+    tokens = draw(st.one_of(st.integers(1, n), st.sampled_from([1, n, max(1, n // 2)])))
+    crowded = draw(st.sampled_from([1, tokens]))
+    random = generator(draw(SEEDS))
+    rest = torch.randint(crowded, (batch, n - tokens), device="cuda", generator=random)
+    slot = torch.cat([torch.arange(tokens, device="cuda").expand(batch, -1), rest], dim=1)
+    order = torch.rand(batch, n, device="cuda", generator=random).argsort(dim=1)
+    x = torch.randn(batch, 1, n, channels, device="cuda", generator=random).to(draw(DTYPES))
+    x = lay(x, draw(LAYOUTS))[:, 0]
+    size = torch.randint(1, 300, (batch, n), device="cuda", generator=random).float()
+    return x, slot.gather(1, order).int(), tokens, draw(st.sampled_from([size, size, None]))
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    return float((value.detach().double() - truth.detach()).abs().max())
+
+
+@given(groups(), SEEDS)
+def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None], seed: int) -> None:
+    x, slot, tokens, size = drawn
+    floor = ROUNDING[x.dtype]
+    ours, theirs = (x.detach().requires_grad_() for _ in range(2))
+    merged, total = tome_cuda.merge(ours, slot, tokens, size)
+    expected, expected_total = tome_reference.merge(theirs, slot, tokens, size)
+    truth, _ = tome_reference.merge(x.double(), slot, tokens, size)
+    assert torch.equal(total, expected_total)
+    assert error(merged, truth) <= error(expected, truth) + floor * float(truth.abs().max())
+
+    assert torch.equal(tome_cuda.unmerge(merged, slot), tome_reference.unmerge(merged, slot))
+
+    random = generator(seed)
+    grad = torch.randn(merged.shape, device="cuda", generator=random).to(x.dtype)
+    (ours_grad,) = torch.autograd.grad(merged, ours, grad)
+    (theirs_grad,) = torch.autograd.grad(expected, theirs, grad)
+    assert error(ours_grad, theirs_grad.double()) <= 4 * floor * float(theirs_grad.abs().max())
+
+    back = torch.randn(x.shape, device="cuda", generator=random).to(x.dtype)
+    leaves = [merged.detach().clone().requires_grad_() for _ in range(2)]
+    (ours_grad,) = torch.autograd.grad(tome_cuda.unmerge(leaves[0], slot), leaves[0], back)
+    (theirs_grad,) = torch.autograd.grad(tome_reference.unmerge(leaves[1], slot), leaves[1], back)
+    index = slot.long()[:, :, None].expand_as(x)
+    exact = torch.zeros(merged.shape, dtype=torch.float64, device="cuda").scatter_add(1, index, back.double())
+    assert error(ours_grad, exact) <= error(theirs_grad, exact) + floor * float(exact.abs().max())
+
+
+@given(keys(exact=False), st.lists(st.integers(1, 30), min_size=1, max_size=4), SEEDS)
+def test_laws_over_several_layers(value: Tensor, schedule: list[int], seed: int) -> None:
+    batch, heads, n, d = value.shape
+    x = value.nan_to_num(0.0, 1.0, -1.0).float().clamp(-9, 9).transpose(1, 2).reshape(batch, n, heads * d)
+    slots, size, mass = None, None, x.double().sum(dim=1)
+    prefix = min(1, n)
+    for r in schedule:
+        metric = x.view(batch, x.shape[1], heads, d).transpose(1, 2)
+        slot = tome_cuda.match(metric, r, prefix)
+        tokens = x.shape[1] - min(r, tome_reference.max_r(x.shape[1], prefix))
+        assert bool((slot.sort(dim=1).values.diff(dim=1) <= 1).all())
+        assert bool((slot[:, :prefix] == 0).all())
+        assert int(slot.max()) == tokens - 1
+        x, size = tome_cuda.merge(x, slot, tokens, size)
+        slots = slot if slots is None else slot.gather(1, slots.long())
+        assert bool((size.sum(dim=1) == n).all())
+    assert size is not None
+    assert slots is not None
+    counts = torch.zeros_like(size).scatter_add(1, slots.long(), torch.ones(slots.shape, device="cuda"))
+    assert torch.equal(counts, size)
+    total = (x.double() * size[:, :, None]).sum(dim=1)
+    torch.testing.assert_close(total, mass, rtol=1e-4, atol=1e-3 * n)
+
+
+def step(x: Tensor, value: Tensor, r: int, size: Tensor | None) -> list[Tensor]:
+    slot = tome_cuda.match(value, r)
+    merged, total = tome_cuda.merge(x, slot, x.shape[1] - r, size)
+    return [slot, merged, total, tome_cuda.unmerge(merged, slot)]
+
+
+def layer(b: int, n: int, c: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = torch.randn(b, n, 3, c // d, d, device="cuda").half()
+    size = torch.randint(1, 9, (b, n), device="cuda").float()
+    return torch.randn(b, n, c, device="cuda").half(), qkv[:, :, 1].transpose(1, 2), size
+
+
+SHAPES = pytest.mark.parametrize(
+    ("shape", "r"), [((4, 197, 768, 64), 16), ((2, 577, 1024, 64), 23), ((2, 1369, 1280, 80), 40)]
+)
+
+
+@SHAPES
+def test_a_hundred_runs_and_two_streams_give_the_same_bits(shape: tuple[int, int, int, int], r: int) -> None:
+    x, value, size = layer(*shape)
+    first = step(x, value, r, size)
+    for _ in range(100):
+        assert all(map(torch.equal, first, step(x, value, r, size)))
+    torch.cuda.synchronize()
+    results = []
+    for stream in [torch.cuda.Stream(), torch.cuda.Stream()] * 5:
+        with torch.cuda.stream(stream):
+            results.append(step(x, value, r, size))
+    torch.cuda.synchronize()
+    assert all(all(map(torch.equal, first, result)) for result in results)
+
+
+@SHAPES
+def test_a_graph_replays_on_new_inputs(shape: tuple[int, int, int, int], r: int) -> None:
+    x, value, size = layer(*shape)
+    step(x, value, r, size)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(x, value, r, size)
+    for old, new in zip((x, value, size), layer(*shape), strict=True):
+        old.copy_(new)
+    graph.replay()
+    assert all(map(torch.equal, captured, step(x, value, r, size)))
+
+
+def test_compiles_without_breaks_or_recompiles() -> None:
+    with warnings.catch_warnings():  # importing the compiler of some versions of torch uses what torch deprecates
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._inductor.compile_fx")
+    torch._dynamo.reset()
+
+    def block(x: Tensor, value: Tensor, size: Tensor) -> Tensor:
+        return step(x * 2, value, 16, size)[3].relu()
+
+    compiled = torch.compile(block, fullgraph=True, mode="reduce-overhead")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(4):
+            x, value, size = layer(4, 197, 768, 64)
+            x.requires_grad_()
+            out = compiled(x, value, size).clone()
+            torch.testing.assert_close(out, block(x, value, size))
+            out.sum().backward()
+
+
+def test_autocast_leaves_dtypes_alone() -> None:
+    x, value, size = layer(2, 33, 64, 16)
+    with torch.autocast("cuda", torch.float16):
+        outs = step(x.float(), value, 5, size)
+    assert [out.dtype for out in outs] == [torch.int32, torch.float32, torch.float32, torch.float32]
+
+
+def test_gradients_of_gradients() -> None:
+    x = torch.randn(2, 7, 3, device="cuda", requires_grad=True)
+    slot = tome_cuda.match(x, 2)
+    size = torch.rand(2, 7, device="cuda") + 1
+    merge: Callable[[Tensor], Tensor] = lambda x: tome_cuda.merge(x, slot, 5, size)[0]
+    for function, leaf in (
+        (merge, x),
+        (lambda y: tome_cuda.unmerge(y, slot), merge(x).detach().requires_grad_()),
+    ):
+        seed = torch.randn_like(function(leaf)).requires_grad_()
+        (grad,) = torch.autograd.grad(function(leaf), leaf, seed, create_graph=True)
+        probe = torch.randn_like(grad)
+        # Linear in the seed: the derivative by it is the forward step of the probe.
+        (second,) = torch.autograd.grad(grad, seed, probe)
+        torch.testing.assert_close(second, function(probe))
+
+
+@pytest.mark.parametrize("name", ["bipartite_match", "kth_match", "listed_match", "merge", "merge_backward",
+                                  "unmerge", "unmerge_backward"])  # fmt: skip
+def test_opcheck(name: str) -> None:
+    x = torch.randn(2, 9, 24, device="cuda", requires_grad=True)
+    value = torch.randn(2, 3, 9, 16, device="cuda")
+    slot, size = tome_cuda.match(value, 3), torch.rand(2, 9, device="cuda") + 1
+    merged, total = tome_cuda.merge(x, slot, 6, size)
+    y = merged.detach().requires_grad_()
+    positions = torch.arange(1, 9, device="cuda").repeat(2, 1)
+    arguments = {
+        "bipartite_match": (value, 3, 1),
+        "kth_match": (value, 2, 1),
+        "listed_match": (value, positions[:, :3].contiguous(), positions[:, 3:].contiguous(), 1),
+        "merge": (x, slot, 6, size),
+        "merge_backward": (y, slot, size, total),
+        "unmerge": (y, slot),
+        "unmerge_backward": (x, slot, 6),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.tome_cuda, name).default, arguments)
+
+
+def test_empty_tensors() -> None:
+    assert tome_cuda.match(torch.empty(0, 9, 4, device="cuda"), 2).shape == (0, 9)
+    assert tome_cuda.match(torch.empty(2, 0, 4, device="cuda"), 2, 0).shape == (2, 0)
+    for b, n, c, m in ((0, 4, 3, 2), (2, 0, 3, 0), (2, 4, 0, 3)):
+        slot = (torch.arange(n, device="cuda").int() % max(1, m)).expand(b, n)
+        merged, total = tome_cuda.merge(torch.empty(b, n, c, device="cuda"), slot, m)
+        assert (merged.shape, total.shape) == ((b, m, c), (b, m))
+        assert torch.equal(total, tome_reference.merge(torch.empty(b, n, c, device="cuda"), slot, m)[1])
+        assert tome_cuda.unmerge(merged, slot).shape == (b, n, c)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+def test_a_second_gpu() -> None:
+    x, value, size = layer(2, 197, 768, 64)
+    other = [t.to("cuda:1") for t in (x, value, size)]
+    for ours, theirs in zip(step(x, value, 16, size), step(other[0], other[1], 16, other[2]), strict=True):
+        assert theirs.device.index == 1
+        assert torch.equal(ours, theirs.to(ours.device))
