@@ -203,7 +203,7 @@ def check_runs() -> None:
         size = torch.randint(1, 9, (b, n), device="cuda").float()
 
         def step(x: Tensor = x, keys: Tensor = keys, size: Tensor = size, n: int = n, r: int = r) -> list[Tensor]:
-            slot = tome_cuda.match(keys, r)
+            slot = tome_cuda.match(keys, r, 0)
             merged, total = tome_cuda.merge(x, slot, n - r, size)
             return [slot, merged, total, tome_cuda.unmerge(merged, slot)]
 

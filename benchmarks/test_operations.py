@@ -51,13 +51,13 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     x, branch = (torch.randn(b, n, channels, device=device).to(dtype) for _ in range(2))
     size = torch.randint(1, 5, (b, n), device=device).float()
-    slot, tokens = ops.match(k, shape.r), n - shape.r
+    slot, tokens = ops.match(k, shape.r, 0), n - shape.r  # no prefix: the last shape merges half of all tokens
     weight = torch.ones(channels, device=device, dtype=dtype)
     merged = x[:, :tokens].contiguous()
     return {
-        "match": (lambda: ops.match(k, shape.r), [k]),
-        "kth_match": (lambda: ops.kth_match(k, 2), [k]),
-        "random_match": (lambda: ops.random_match(k, shape.r), [k]),
+        "match": (lambda: ops.match(k, shape.r, 0), [k]),
+        "kth_match": (lambda: ops.kth_match(k, 2, 0), [k]),
+        "random_match": (lambda: ops.random_match(k, shape.r, 0), [k]),
         "merge": (lambda: ops.merge(x, slot, tokens, size), [x, slot, size]),
         "unmerge": (lambda: ops.unmerge(merged, slot), [merged, slot]),
         "attention": (lambda: ops.attention(q, k, v, size), [q, k, v, size]),

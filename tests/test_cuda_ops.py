@@ -113,6 +113,7 @@ def test_why_not(name: str, arguments: tuple[object, ...], reason: str) -> None:
     assert reason in told
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="torch fakes no second GPU where there is just one")
 def test_why_not_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "missing", lambda: None)
     monkeypatch.setattr(library, "unsupported_device", lambda index: "the wrong GPU" if index == 1 else None)
