@@ -72,7 +72,7 @@ def test_the_same_logits(host, dtype, autocast, r):
     assert ours.shape == theirs.shape
 
     entering, _ = timm_vit.cost(model)
-    assert model._tome_last.size.shape[1] == schedule.plan(r, 4, entering, model.num_prefix_tokens).tokens[-1]
+    assert model._tome_info["size"].shape[1] == schedule.plan(r, 4, entering, model.num_prefix_tokens).tokens[-1]
 
     # Root mean squares over a batch: in half precision rounding makes either backend choose a few other pairs than
     # float64 does, and one image with another pair says nothing.

@@ -27,7 +27,8 @@ INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
 
 
 class _Thread(threading.local):
-    name: str | None = None
+    def __init__(self) -> None:
+        self.name: str | None = None  # of the instance: torch.compile watches no class attribute
 
 
 _thread = _Thread()

@@ -184,7 +184,7 @@ def _graphed(call: measure.Call) -> measure.Call:
 
 def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
     height, width = model.patch_embed.img_size
-    return model.in_chans, height, width
+    return model.patch_embed.proj.in_channels, height, width
 
 
 def _print(results: list[Result], conditions: dict[str, str]) -> None:

@@ -89,7 +89,7 @@ class PatchedViT(VisionTransformer):
     """What both patched model classes add to timm's."""
 
     _tome: ModelSettings
-    _tome_last: Tokens | None
+    _tome_last: tuple[Tensor | None, Tensor | None]  # size and slot map behind the last pass
 
     @property
     def r(self) -> schedule.Schedule:
@@ -107,13 +107,12 @@ class PatchedViT(VisionTransformer):
 
     @property
     def _tome_info(self) -> Mapping[str, Any]:
-        last = self._tome_last
-        batch_size = None if last is None or last.size is None else last.size[:, :, None]
+        size, slot = self._tome_last
         return MappingProxyType(
             {
                 "r": [b._tome_r if isinstance(b._tome_r, int) else float(b._tome_r) for b in self.blocks],
-                "size": batch_size,
-                "source": None if last is None or last.slot is None else adjacency(last.slot),
+                "size": None if size is None else size[:, :, None],
+                "source": None if slot is None else adjacency(slot),
                 "trace_source": self._tome.trace_source,
                 "prop_attn": self._tome.prop_attn,
                 "class_token": self.cls_token is not None,
@@ -123,7 +122,7 @@ class PatchedViT(VisionTransformer):
 
     def __getstate__(self) -> dict[str, Any]:
         # The record of the last pass is no part of the model: it may be large and lie on another device.
-        return {**self.__dict__, "_tome_last": None}
+        return {**self.__dict__, "_tome_last": (None, None)}
 
     def forward_tokens(self, x: Tensor, trace: bool = False) -> Tokens:
         """Images [B, 3, H, W] -> the tokens behind the last block, before the final norm.
@@ -246,7 +245,7 @@ class PatchedViT(VisionTransformer):
                 tokens = block(tokens) if backend is None else _run_block(block, backend, tokens)
             yield tokens
         if not torch.compiler.is_compiling() or self._tome.trace_source:
-            self._tome_last = tokens._replace(x=tokens.x.new_empty(0))
+            self._tome_last = (tokens.size, tokens.slot)
 
     def _size_of(self, x: Tensor, pool_type: str) -> Tensor | None:
         """The sizes that forward_features left on its result."""
@@ -318,7 +317,7 @@ def apply_patch(
         block.__class__ = BLOCKS.get(type(block), type(block))
     inner.__class__ = MODELS[original]
     inner._tome = ModelSettings(0, trace_source, prop_attn, backend)
-    inner._tome_last = None
+    inner._tome_last = (None, None)
     inner.r = 0
     if isinstance(model, FeatureGetterNet):
         model.__class__ = ToMeFeatureGetterNet
