@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 
 import torch
@@ -39,14 +39,15 @@ def time_calls(
 ) -> dict[str, list[float]]:
     """Seconds of each of ``runs`` calls of each variant, after ``warm_up`` calls that are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode(), Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("measuring", total=(warm_up + runs) * len(calls))
+    with torch.inference_mode(), Progress(transient=True) if progress else nullcontext() as bar:
+        task = None if bar is None else bar.add_task("measuring", total=(warm_up + runs) * len(calls))
         for run in range(warm_up + runs):
             for name, call in calls.items():
                 elapsed = _seconds(call, device)
                 if run >= warm_up:
                     seconds[name].append(elapsed)
-                bar.update(task, advance=1, description=f"measuring {name}".rstrip())
+                if bar is not None and task is not None:
+                    bar.update(task, advance=1, description=f"measuring {name}".rstrip())
     return seconds
 
 
@@ -63,7 +64,9 @@ def peak_memory(call: Call, device: torch.device) -> int:
             return torch.cuda.max_memory_allocated(device) - before
         with (
             _quiet_stderr(),
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+            torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            ) as profile,
         ):
             call()
     held = peak = 0
