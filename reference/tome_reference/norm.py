@@ -20,6 +20,7 @@ def merge_add_norm(
     bias: Tensor | None,
     eps: float,
     gamma: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """X := merge(x + gamma * branch); y = layer_norm(x).
 
@@ -33,9 +34,10 @@ def merge_add_norm(
         bias: [C], the LayerNorm's shift, or None for 0.
         eps: added to the variance.
         gamma: [C], LayerScale's factor, or None for 1.
+        norm_dtype: the dtype of y, for a reader that would round it anyway (autocast); None is the dtype of x.
 
     Returns:
-        x [B, M, C] and y [B, M, C] in the dtype of x, size float32 [B, M]. Gradients flow to x, branch, weight,
+        x [B, M, C] in its dtype, y [B, M, C] in norm_dtype, size float32 [B, M]. Gradients flow to x, branch, weight,
         bias and gamma.
 
     Raises:
@@ -54,7 +56,7 @@ def merge_add_norm(
     dtypes = [p.dtype for p in (weight, bias) if p is not None and p.dtype != x.dtype]
     wide = x.to(torch.promote_types(x.dtype, torch.float32)) if dtypes else x
     y = F.layer_norm(wide, (x.shape[2],), _to(weight, wide), _to(bias, wide), eps)
-    return x, y.to(x.dtype), size
+    return x, y.to(norm_dtype or x.dtype), size
 
 
 def _to(parameter: Tensor | None, like: Tensor) -> Tensor | None:

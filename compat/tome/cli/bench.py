@@ -27,7 +27,7 @@ from tome.cli.common import (
     create_model,
     default_device,
 )
-from tome.patch import UnsupportedModelError, timm_vit
+from tome.patch import UnsupportedModelError, timm_cost, timm_vit
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EPILOG = """\b
@@ -103,7 +103,7 @@ def command(
     set_fused_attn(True)
     model = create_model(model_name, pretrained=False).to(device, DTYPES[dtype])
     try:
-        tokens, cost = timm_vit.cost(patch.unpatch(patch.timm(model)))
+        tokens, cost = timm_cost.cost(patch.unpatch(patch.timm(model)))
     except UnsupportedModelError as error:
         raise click.UsageError(str(error)) from error
     depth, prefix = len(model.blocks), model.num_prefix_tokens
