@@ -24,6 +24,7 @@ import torch
 import tome_reference
 
 CHOICES = ("auto", "reference", "cuda")
+PART = "part"  # a record of :func:`recorded` that is no operation: what follows is of the part its reason names
 INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
 
 
@@ -127,7 +128,7 @@ def implementation(op: str, *args: object) -> ModuleType:
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """Collect what the operations of this thread run on, and why: what ``tome info MODEL`` prints."""
+    """Collect what the operations of this thread run on, and why (:mod:`tome.report`)."""
     outer, _thread.calls = _thread.calls, []
     try:
         yield _thread.calls

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tome.backend import get_backend
+from tome.backend import get_backend, report
 
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -22,8 +22,10 @@ class PatchConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         height, width = self.kernel_size
         whole = x.dim() == 4 and x.shape[2] % height == 0 and x.shape[3] % width == 0
-        if not whole or not pays(x) or (x.requires_grad and torch.is_grad_enabled()):
+        if not pays(x) or not whole or (x.requires_grad and torch.is_grad_enabled()):
+            report("convolution", "torch")
             return super().forward(x)
+        report("matrix product", "torch")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y: Tensor = F.linear(patches(x, height, width), self.weight.flatten(1), self.bias)

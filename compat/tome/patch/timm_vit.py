@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tome import ops, schedule
-from tome.backend import get_backend, use_backend
+from tome.backend import PART, get_backend, report, use_backend
 from tome.patch.block import MergingBlock, Norm, Tokens, UnsupportedModelError, has_hooks, plain_norm
 from tome.patch.embed import PatchConv2d, is_patch_conv, pays
 from tome.patch.timm_block import BLOCKS, PLAIN_NORMS, check_block
@@ -185,6 +185,7 @@ class PatchedViT(VisionTransformer):
         return taken if intermediates_only else (result["image_features"], taken)
 
     def _embed(self, x: Tensor, trace: bool) -> Tokens:
+        report(PART, None, "patch_embed")
         with use_backend(self._tome.backend):
             x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         return Tokens.start(x, trace or self._tome.trace_source)
@@ -208,6 +209,7 @@ class PatchedViT(VisionTransformer):
         for i, block in enumerate(self.blocks):
             if i == blocks:
                 break
+            report(PART, None, f"blocks.{i}")
             norm = self._norm_behind(i)
             if self.grad_checkpointing:
                 call = partial(_run_block, block, backend or get_backend(), next_norm=norm)
