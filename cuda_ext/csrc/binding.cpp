@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("merge_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor");
   m.def("unmerge(Tensor x, Tensor slot) -> Tensor");
   m.def("unmerge_backward(Tensor grad, Tensor slot, SymInt tokens) -> Tensor");
+  m.def(
+      "merge_add_norm(Tensor x, Tensor branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
+      "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
@@ -23,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("merge_backward", TORCH_BOX(&tome::merge_backward));
   m.impl("unmerge", TORCH_BOX(&tome::unmerge));
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
+  m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
 }
 
 #define TOME_STRING(...) #__VA_ARGS__

@@ -141,6 +141,52 @@ def unmerge(x: Tensor, slot: Tensor) -> Tensor:
     return _ops().unmerge(x, slot)  # type: ignore[no-any-return]
 
 
+def merge_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    slot: Tensor | None,
+    tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """X := merge(x + gamma * branch); y = layer_norm(x).
+
+    Args:
+        x: [B, N, C], the residual stream.
+        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast).
+        slot: int32 [B, N], onto [0, tokens); None merges nothing, and ``tokens`` is then N.
+        tokens: M, the number of tokens that remain.
+        size: float32 [B, N] or None for one each; returned as it is where nothing is merged.
+        weight: [C], the LayerNorm's scale, or None for 1.
+        bias: [C], the LayerNorm's shift, or None for 0.
+        eps: added to the variance.
+        gamma: [C], LayerScale's factor, or None for 1.
+        norm_dtype: the dtype of y, such as that of the linear layer behind it under autocast; None for that of x.
+
+    Returns:
+        x [B, M, C] in the dtype of x, y [B, M, C] in ``norm_dtype``, size float32 [B, M]. Gradients flow to x, branch,
+        weight, bias and gamma.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
+
+    """
+    checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps, norm_dtype)
+    if slot is None:
+        checks.integer("tokens", tokens, x.shape[1], x.shape[1])
+        checks.size(size, x.shape[0], x.shape[1], x.device)
+    else:
+        checks.merging(x, slot, tokens, size)
+    counts = None if slot is None or size is None else size.detach()
+    norm_dtype = x.dtype if norm_dtype is None else norm_dtype
+    merged, y, total, _ = _ops().merge_add_norm(x, branch, slot, tokens, counts, weight, bias, eps, gamma, norm_dtype)
+    return merged, y, size if slot is None else total.detach()
+
+
 def _identity(keys: Tensor) -> Tensor:
     n = keys.shape[-2]
     return torch.arange(n, dtype=torch.int32, device=keys.device).expand(keys.shape[0], n).contiguous()
@@ -173,6 +219,7 @@ def _register() -> bool:
     torch.library.register_fake("tome_cuda::merge_backward", _merge_backward_fake)
     torch.library.register_fake("tome_cuda::unmerge", _unmerge_fake)
     torch.library.register_fake("tome_cuda::unmerge_backward", _unmerge_backward_fake)
+    torch.library.register_fake("tome_cuda::merge_add_norm", _merge_add_norm_fake)
     register_autograd = torch.library.register_autograd
     register_autograd("tome_cuda::merge", _merge_grad, setup_context=_merge_context)
     register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
@@ -208,6 +255,24 @@ def _unmerge_fake(x: Tensor, slot: Tensor) -> Tensor:
 
 def _unmerge_backward_fake(grad: Tensor, slot: Tensor, tokens: int) -> Tensor:
     return grad.new_empty((grad.shape[0], tokens, grad.shape[2]))
+
+
+def _merge_add_norm_fake(
+    x: Tensor,
+    branch: Tensor,
+    slot: Tensor | None,
+    tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None,
+    norm_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], tokens, x.shape[2])
+    total = x.new_empty((0 if slot is None else x.shape[0], tokens), dtype=torch.float32)
+    stats = x.new_empty((x.shape[0], tokens, 2), dtype=torch.float32)
+    return x.new_empty(shape), x.new_empty(shape, dtype=norm_dtype), total, stats
 
 
 # A merge is linear in x, and so is each step back: the gradient of a gradient is the forward step again.

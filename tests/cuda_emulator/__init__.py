@@ -18,7 +18,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda_ext" / "csrc"
-SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu")
+SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu")
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BIPARTITE, RUNS, LISTED = range(3)
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="cuda-emulator-") as folder:
         objects = []
         for source in (*(KERNELS / name for name in SOURCES), HERE / "emulated.cpp"):
-            objects.append(f"{folder}/{source.stem}.o")
+            objects.append(f"{folder}/{len(objects)}.o")
             command = ["g++", *FLAGS, f"-I{HERE / 'include'}", f"-I{KERNELS}", "-x", "c++", "-c", str(source)]
             subprocess.run([*command, "-o", objects[-1]], check=True)
         subprocess.run(["g++", "-shared", "-o", f"{folder}/emulated.so", *objects], check=True)
@@ -71,14 +71,14 @@ def _longs(*values: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _is_aligned(tensor: Tensor) -> bool:
+def _is_aligned(tensor: Tensor, boundary: int = 16) -> bool:
     size = tensor.element_size()
     row = tensor.shape[-1] * size
     return (
         tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and row % 16 == 0
-        and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+        and tensor.data_ptr() % boundary == 0
+        and row % boundary == 0
+        and all(stride * size % boundary == 0 for stride in tensor.stride()[:-1])
     )
 
 
@@ -176,3 +176,39 @@ def spread(x: Tensor, slot: Tensor, size: Tensor | None, total: Tensor | None, s
         *(int(_is_aligned(x) and _is_aligned(out.tensor)), seed),
     )
     return out.check()
+
+
+def merge_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    slot: Tensor | None,
+    tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
+    block_outputs: int = 32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The merged x, y, the sizes and the statistics (mean, 1 / standard deviation) of every row."""
+    batch, length, channels = x.shape
+    out = Guarded((batch, tokens, channels), x.dtype)
+    y = Guarded((batch, tokens, channels), norm_dtype or x.dtype)
+    total, stats = Guarded((batch, tokens), torch.float32), Guarded((batch, tokens, 2), torch.float32)
+    parameters = (gamma, weight, bias)
+    strides = [*x.stride(), *branch.stride()]
+    for table in (slot, size):
+        strides += (0, 0) if table is None else table.stride()
+    strides += [0 if value is None else value.stride(0) for value in parameters]
+    dtypes = [x.dtype, branch.dtype, y.tensor.dtype, *(x.dtype if v is None else v.dtype for v in parameters)]
+    aligned = _is_aligned(x) and _is_aligned(branch, 16 * branch.element_size() // x.element_size())
+    aligned &= all(v is None or (v.stride(0) == 1 and v.data_ptr() % 16 == 0) for v in parameters)
+    library().emulated_norm(
+        *(_address(t) for t in (x, branch, out.tensor, y.tensor, None if slot is None else total.tensor)),
+        *(_address(t) for t in (stats.tensor, slot, size, *parameters)),
+        *(_longs(*strides), (ctypes.c_int * 6)(*(DTYPES[dtype] for dtype in dtypes)), ctypes.c_float(eps)),
+        *(batch, length, tokens, channels, block_outputs, int(aligned), seed),
+    )
+    return out.check(), y.check(), total.check(), stats.check()

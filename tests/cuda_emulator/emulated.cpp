@@ -3,6 +3,7 @@
 
 #include "match/match.h"
 #include "merge/merge.h"
+#include "norm/norm.h"
 
 namespace tome {
 alignas(16) char shared[emulator::kSharedBytes];
@@ -125,4 +126,34 @@ extern "C" void emulated_spread(const void* x, void* out, const float* total, co
   p.tokens = tokens;
   p.channels = channels;
   tome::merge_ops::launch_spread(p, static_cast<Dtype>(dtype), aligned != 0, nullptr);
+}
+
+// strides: x batch, row, channel; branch the same; slot and size batch, row; gamma, weight, bias. dtypes: x,
+// branch, y, gamma, weight, bias.
+extern "C" void emulated_norm(const void* x, const void* branch, void* out, void* y, float* total, float* stats,
+                              const int32_t* slot, const float* size, const void* gamma, const void* weight,
+                              const void* bias, const int64_t* strides, const int* dtypes, float eps, int batch,
+                              int length, int tokens, int channels, int block_outputs, int aligned,
+                              unsigned seed) {
+  emulator::state().random.seed(seed);
+  tome::norm::NormParams p{};
+  p.merge.x = {const_cast<void*>(x), strides[0], strides[1], strides[2]};
+  p.merge.out = {out, static_cast<int64_t>(tokens) * channels, channels, 1};
+  p.merge.total_ptr = total;
+  p.merge.slot = {slot, strides[6], strides[7]};
+  p.merge.size = {size, strides[8], strides[9]};
+  p.merge.batch = batch;
+  p.merge.length = length;
+  p.merge.tokens = tokens;
+  p.merge.channels = channels;
+  p.merge.block_outputs = block_outputs;
+  p.branch = {const_cast<void*>(branch), strides[3], strides[4], strides[5]};
+  p.y_ptr = y;
+  p.stats_ptr = reinterpret_cast<float2*>(stats);
+  p.y_dtype = static_cast<Dtype>(dtypes[2]);
+  p.gamma = {gamma, strides[10], static_cast<Dtype>(dtypes[3])};
+  p.weight = {weight, strides[11], static_cast<Dtype>(dtypes[4])};
+  p.bias = {bias, strides[12], static_cast<Dtype>(dtypes[5])};
+  p.eps = eps;
+  tome::norm::launch_norm(p, static_cast<Dtype>(dtypes[0]), static_cast<Dtype>(dtypes[1]), aligned != 0, nullptr);
 }

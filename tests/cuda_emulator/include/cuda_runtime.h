@@ -43,6 +43,9 @@ struct dim3 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct uint2 {
+  unsigned x, y;
+};
 struct float2 {
   float x, y;
 };
@@ -50,6 +53,7 @@ struct int2 {
   int x, y;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
 struct cudaLaunchConfig_t {
@@ -202,6 +206,7 @@ inline void __syncthreads() {
   }
 }
 inline void __threadfence() {}
+inline void __syncwarp() { emulator::sync_warp(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -225,6 +230,7 @@ inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, v
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline unsigned __float_as_uint(float x) {
   unsigned bits;

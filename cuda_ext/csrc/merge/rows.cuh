@@ -1,0 +1,222 @@
+// The rows of a merge, one warp per output row: shared by merge and merge_add_norm, which differ in what a
+// token's row is (x, or x + gamma * branch) and in what happens to a finished row.
+//
+// A Rows type supplies, for packs of kCount channels:
+//   Fetched                             what is loaded for a pack of a token
+//   fetch(token, channel)               -> Fetched
+//   value(fetched, channel, v)          the pack of the token's row, in float32
+//   finish(output, rows)                a finished row that lies in registers
+//   store(output, channel, v), finish_stored(output)   the same, pack by pack
+#pragma once
+
+#include <type_traits>
+
+#include "members.cuh"
+
+namespace tome::merge_ops {
+
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// A row as it lies in a warp: pack k of lane l holds the channels from (32 * k + l) * kCount on.
+template <int kPacks, int kCount>
+using RowPart = float[kPacks][kCount];
+
+template <int kCount>
+__device__ __forceinline__ int lane_channel() {
+  return static_cast<int>(threadIdx.x % kWarpSize) * kCount;
+}
+
+// Rows that take too many registers, long groups and empty ones: pack by pack over all members. Compensated
+// (Kahan) addition, as hundreds of plain float32 additions would lose bits that the definition's tree of
+// additions keeps.
+template <class Rows>
+__device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& rows, const Storage& shared,
+                                             int64_t b, int first, int output) {
+  constexpr int kCount = Rows::kCount;
+  constexpr int kStep = kWarpSize * kCount;
+  constexpr int kPacks = kCount == 1 ? 8 : 1;  // packs of a member in flight
+  constexpr int kInFlight = 2;                 // members
+  const bool has_map = p.slot.data_ptr != nullptr;
+  const int count = has_map ? shared.count[output] : 1;
+  const bool is_listed = count <= kShortGroup;
+  float total = 0.0f;
+  if (!is_listed) {
+    scan_members(p, b, first + output, [&](int base, unsigned mask) {
+      for (; mask != 0; mask &= mask - 1) total += token_size(p, b, base + __ffs(mask) - 1);
+    });
+    if (p.total_ptr != nullptr && threadIdx.x % kWarpSize == 0) p.total_ptr[b * p.tokens + first + output] = total;
+  }
+#pragma unroll 1
+  for (int channel = lane_channel<kCount>(); channel - lane_channel<kCount>() < p.channels;
+       channel += kPacks * kStep) {
+    float sum[kPacks][kCount], lost[kPacks][kCount];
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        sum[k][c] = -0.0f;  // what leaves the sign of a lone -0 alone
+        lost[k][c] = 0.0f;
+      }
+    }
+    const auto add = [&](int base, unsigned mask) {
+#pragma unroll 1
+      while (mask != 0) {
+        typename Rows::Fetched fetched[kInFlight][kPacks];
+        float weight[kInFlight];
+        const int members = min(__popc(mask), kInFlight);
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          if (j >= members) break;
+          const int i = base + __ffs(mask) - 1;
+          mask &= mask - 1;
+          int token = i;
+          weight[j] = 1.0f;
+          if (has_map && is_listed) {
+            token = shared.token[output][i];
+            weight[j] = shared.weight[output][i];
+          } else if (!has_map) {
+            token = first + output;
+          } else if (p.total_ptr != nullptr) {
+            weight[j] = token_size(p, b, token) / total;
+          }
+#pragma unroll
+          for (int k = 0; k < kPacks; ++k) {
+            if (channel + k * kStep < p.channels) fetched[j][k] = rows.fetch(token, channel + k * kStep);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          if (j >= members) break;
+#pragma unroll
+          for (int k = 0; k < kPacks; ++k) {
+            if (channel + k * kStep >= p.channels) break;
+            float x[kCount];
+            rows.value(fetched[j][k], channel + k * kStep, x);
+#pragma unroll
+            for (int c = 0; c < kCount; ++c) {
+              const float term = fmaf(weight[j], x[c], -lost[k][c]);
+              const float next = sum[k][c] + term;
+              lost[k][c] = (next - sum[k][c]) - term;
+              sum[k][c] = next;
+            }
+          }
+        }
+      }
+    };
+    if (is_listed) {
+      add(0, (1u << count) - 1);
+    } else {
+      scan_members(p, b, first + output, add);
+    }
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (channel + k * kStep < p.channels) rows.store(output, channel + k * kStep, sum[k]);
+    }
+  }
+  rows.finish_stored(output);
+}
+
+// All output rows of the block. The members of a warp's rows form one stream: while one of them is added and its
+// row finished, the next is under way.
+template <int kPacks, class Rows>
+__device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows, Storage& shared, int64_t b,
+                                           int first, int outputs) {
+  constexpr int kCount = Rows::kCount;
+  constexpr int kStep = kWarpSize * kCount;
+  const int channel = lane_channel<kCount>();
+  const int warp = threadIdx.x / kWarpSize;
+  const bool has_map = p.slot.data_ptr != nullptr;
+  const bool fits = p.channels <= kPacks * kStep;
+  if (has_map) {
+    list_members(p, b, first, outputs, shared);
+    order_members(p, b, first, outputs, shared);
+  }
+  const auto is_fast = [&](int output) {
+    return fits && (!has_map || static_cast<unsigned>(shared.count[output]) - 1u < kShortGroup);
+  };
+  bool is_all_fast = true;
+  const auto next_fast = [&](int output) {
+    while (output < outputs && !is_fast(output)) {
+      is_all_fast = false;
+      output += kWarps;
+    }
+    return output;
+  };
+  typename Rows::Fetched fetched[kPacks];
+  const auto fetch = [&](int output, int member) {
+    const int token = has_map ? shared.token[output][member] : first + output;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (channel + k * kStep < p.channels) fetched[k] = rows.fetch(token, channel + k * kStep);
+    }
+  };
+  RowPart<kPacks, kCount> sum;
+  int output = next_fast(warp);
+  int member = 0;
+  if (output < outputs) fetch(output, 0);
+#pragma unroll 1
+  while (output < outputs) {
+    const float weight = has_map ? shared.weight[output][member] : 1.0f;
+    if (member == 0) {
+#pragma unroll
+      for (int k = 0; k < kPacks; ++k) {
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) sum[k][c] = -0.0f;  // what leaves the sign of a lone -0 alone
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (channel + k * kStep < p.channels) {
+        float x[kCount];
+        rows.value(fetched[k], channel + k * kStep, x);
+#pragma unroll
+        for (int c = 0; c < kCount; ++c) sum[k][c] = fmaf(weight, x[c], sum[k][c]);
+      }
+    }
+    const int done = output;
+    ++member;
+    const bool is_last = !has_map || member == shared.count[output];
+    if (is_last) {
+      output = next_fast(output + kWarps);
+      member = 0;
+    }
+    if (output < outputs) fetch(output, member);
+    if (is_last) rows.template finish<kPacks>(done, sum);
+  }
+  if (is_all_fast) return;
+
+  // In a loop of their own: together the two would need half as many registers again.
+#pragma unroll 1
+  for (output = warp; output < outputs; output += kWarps) {
+    if (!is_fast(output)) merge_slowly(p, rows, shared, b, first, output);
+  }
+}
+
+// Calls launch(kCount, kPacks) with the narrowest kernel that holds a row of T in registers; where there is none,
+// with one whose rows all go slowly.
+template <class T, class Launch>
+void dispatch_packs(int channels, bool aligned, Launch&& launch) {
+  const auto among = [&](auto count, auto... packs) {
+    constexpr int kStep = kWarpSize * decltype(count)::value;
+    bool is_launched = false;
+    const auto try_packs = [&](auto pack) {
+      if (is_launched || channels > decltype(pack)::value * kStep) return;
+      is_launched = true;
+      launch(count, pack);
+    };
+    (try_packs(packs), ...);
+    if (!is_launched) launch(count, Constant<1>{});
+  };
+  if (!aligned) {
+    among(Constant<1>{}, Constant<1>{}, Constant<8>{}, Constant<40>{});
+  } else if constexpr (sizeof(T) == 4) {
+    among(Constant<4>{}, Constant<1>{}, Constant<3>{}, Constant<4>{}, Constant<6>{}, Constant<8>{},
+          Constant<10>{});
+  } else {
+    among(Constant<8>{}, Constant<1>{}, Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<5>{},
+          Constant<8>{});
+  }
+}
+
+}  // namespace tome::merge_ops

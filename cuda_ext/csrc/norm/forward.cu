@@ -1,0 +1,187 @@
+// x'[m] = sum of w_i (x_i + gamma * branch_i) over the tokens i with slot i = m, rounded once; y = layer_norm(x').
+// One launch: everything is read once and written once. Blocks, members and the order of the sums are those of
+// a merge (merge/rows.cuh); a row stays in the registers of its warp until y is written.
+//
+// y is the norm of x' as rounded, so that it doesn't depend on the path that summed the row, and its gradient
+// can be taken at x'. The variance is the mean of centred squares.
+#include "../launch.cuh"
+#include "../merge/rows.cuh"
+#include "vector.cuh"
+
+namespace tome::norm {
+namespace {
+
+using merge_ops::kThreads;
+using merge_ops::lane_channel;
+using merge_ops::RowPart;
+
+template <class T, class U, int kCount_>
+struct NormRows {
+  static constexpr int kCount = kCount_;
+  static constexpr int kStep = kWarpSize * kCount;
+  struct Fetched {
+    Pack<T, kCount> x;
+    Pack<U, kCount> branch;
+  };
+  const NormParams& p;
+  const T* x_ptr;  // of the image
+  const U* branch_ptr;
+  int64_t first_row;  // of the block, among all output rows
+
+  __device__ __forceinline__ Fetched fetch(int token, int channel) const {
+    const View& x = p.merge.x;
+    const int64_t x_stride = kCount == 1 ? x.channel_stride : 1;
+    const int64_t branch_stride = kCount == 1 ? p.branch.channel_stride : 1;
+    return {load_pack<T, kCount>(x_ptr + token * x.row_stride + channel * x_stride),
+            load_pack<U, kCount>(branch_ptr + token * p.branch.row_stride + channel * branch_stride)};
+  }
+  __device__ __forceinline__ void value(const Fetched& fetched, int channel, float (&v)[kCount]) const {
+    float branch[kCount];
+    unpack(fetched.x, v);
+    unpack(fetched.branch, branch);
+    if (p.gamma.data_ptr == nullptr) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) v[c] += branch[c];
+    } else {
+      float gamma[kCount];
+      load_vector(p.gamma, channel, gamma);
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) v[c] = fmaf(gamma[c], branch[c], v[c]);
+    }
+  }
+  __device__ __forceinline__ T* merged_ptr(int output, int channel) const {
+    return static_cast<T*>(p.merge.out.data_ptr) + (first_row + output) * p.merge.channels + channel;
+  }
+  __device__ __forceinline__ void store(int output, int channel, const float (&v)[kCount]) const {
+    store_pack(merged_ptr(output, channel), to_pack<T>(v));
+  }
+
+  // The three passes over a row take its packs in the same order and add alike, wherever the row lies.
+  __device__ __forceinline__ static float pack_sum(const float (&v)[kCount]) {
+    float sum[kCount];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) sum[c] = v[c];
+#pragma unroll
+    for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int c = 0; c < half; ++c) sum[c] += sum[c + half];
+    }
+    return sum[0];
+  }
+  __device__ __forceinline__ static float square_sum(const float (&v)[kCount], float mean) {
+    float square[kCount];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) square[c] = (v[c] - mean) * (v[c] - mean);
+    return pack_sum(square);
+  }
+  __device__ __forceinline__ float deviation(float squares) const {
+    return rsqrtf(squares / static_cast<float>(p.merge.channels) + p.eps);
+  }
+  __device__ __forceinline__ void store_stats(int output, float mean, float rstd) const {
+    if (threadIdx.x % kWarpSize == 0) p.stats_ptr[first_row + output] = make_float2(mean, rstd);
+  }
+  __device__ __forceinline__ void store_norm(int output, int channel, const float (&v)[kCount], float mean,
+                                             float rstd) const {
+    float y[kCount];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) y[c] = (v[c] - mean) * rstd;
+    float parameter[kCount];
+    if (p.weight.data_ptr != nullptr) {
+      load_vector(p.weight, channel, parameter);
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) y[c] *= parameter[c];
+    }
+    if (p.bias.data_ptr != nullptr) {
+      load_vector(p.bias, channel, parameter);
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) y[c] += parameter[c];
+    }
+    store_as(p.y_dtype, p.y_ptr, (first_row + output) * p.merge.channels + channel, y);
+  }
+
+  template <int kPacks>
+  __device__ __forceinline__ void finish(int output, RowPart<kPacks, kCount>& row) const {
+    const int channel = lane_channel<kCount>();
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (channel + k * kStep < p.merge.channels) {
+        const Pack<T, kCount> rounded = to_pack<T>(row[k]);
+        store_pack(merged_ptr(output, channel + k * kStep), rounded);
+        unpack(rounded, row[k]);
+        sum += pack_sum(row[k]);
+      }
+    }
+    const float mean = warp_sum(sum) / static_cast<float>(p.merge.channels);
+    float squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (channel + k * kStep < p.merge.channels) squares += square_sum(row[k], mean);
+    }
+    const float rstd = deviation(warp_sum(squares));
+    store_stats(output, mean, rstd);
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+      if (channel + k * kStep < p.merge.channels) store_norm(output, channel + k * kStep, row[k], mean, rstd);
+    }
+  }
+
+  // The same from memory, where every lane finds what it has written itself.
+  template <class Visit>
+  __device__ __forceinline__ void each_stored(int output, Visit&& visit) const {
+#pragma unroll 4
+    for (int channel = lane_channel<kCount>(); channel < p.merge.channels; channel += kStep) {
+      float v[kCount];
+      unpack(load_pack<T, kCount, false>(merged_ptr(output, channel)), v);
+      visit(channel, v);
+    }
+  }
+  __device__ __forceinline__ void finish_stored(int output) const {
+    float sum = 0.0f;
+    each_stored(output, [&](int, const float(&v)[kCount]) { sum += pack_sum(v); });
+    const float mean = warp_sum(sum) / static_cast<float>(p.merge.channels);
+    float squares = 0.0f;
+    each_stored(output, [&](int, const float(&v)[kCount]) { squares += square_sum(v, mean); });
+    const float rstd = deviation(warp_sum(squares));
+    store_stats(output, mean, rstd);
+    each_stored(output, [&](int channel, const float(&v)[kCount]) { store_norm(output, channel, v, mean, rstd); });
+  }
+};
+
+// Blocks per multiprocessor that registers must allow; more would spill.
+template <int kCount, int kPacks>
+constexpr int kMinBlocks = kCount > 1 && kCount * kPacks <= 32 ? 2 : 1;
+
+template <class T, class U, int kCount, int kPacks>
+__global__ __launch_bounds__(kThreads, kMinBlocks<kCount, kPacks>) void norm_kernel(const NormParams p) {
+  static __shared__ merge_ops::Storage shared;
+  const GatherParams& merge = p.merge;
+  const int blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs;  // per image
+  const int64_t b = blockIdx.x / blocks;
+  const int first = static_cast<int>(blockIdx.x % blocks) * merge.block_outputs;
+  const NormRows<T, U, kCount> rows{p, static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
+                                    static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride,
+                                    b * merge.tokens + first};
+  merge_ops::merge_rows<kPacks>(merge, rows, shared, b, first, min(merge.block_outputs, merge.tokens - first));
+}
+
+template <class T, class U>
+void launch(const NormParams& p, bool aligned, cudaStream_t stream) {
+  const GatherParams& merge = p.merge;
+  const int64_t blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs * merge.batch;
+  merge_ops::dispatch_packs<T>(merge.channels, aligned, [&](auto count, auto packs) {
+    launch_kernel(norm_kernel<T, U, decltype(count)::value, decltype(packs)::value>, blocks, kThreads, 0, 0,
+                  stream, p);
+  });
+}
+
+}  // namespace
+
+void launch_norm(const NormParams& p, Dtype dtype, Dtype branch_dtype, bool aligned, cudaStream_t stream) {
+  dispatch(branch_dtype, [&](auto tag) {
+    using U = typename decltype(tag)::type;
+    dtype == Dtype::kFloat ? launch<float, U>(p, aligned, stream) : launch<U, U>(p, aligned, stream);
+  });
+}
+
+}  // namespace tome::norm
