@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("merge_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor");
   m.def("unmerge(Tensor x, Tensor slot) -> Tensor");
   m.def("unmerge_backward(Tensor grad, Tensor slot, SymInt tokens) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
@@ -23,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("merge_backward", TORCH_BOX(&tome::merge_backward));
   m.impl("unmerge", TORCH_BOX(&tome::unmerge));
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
+  m.impl("attention", TORCH_BOX(&tome::attention));
 }
 
 #define TOME_STRING(...) #__VA_ARGS__

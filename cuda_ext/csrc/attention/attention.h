@@ -16,20 +16,24 @@ struct Heads {
 };
 
 struct AttentionParams {
-  Heads q, k, v;          // all rows start on 16-byte boundaries
+  Heads q, k, v;
   void* out_ptr;          // [batch, queries, heads, head_dim], contiguous
   const float* size_ptr;  // [batch, keys]; null: plain attention
   int64_t size_batch_stride, size_stride;
   int64_t batch;
   int heads, queries, keys, head_dim;
-  float scale;
+  float scale;      // above kLeastScale
+  bool is_aligned;  // every row of q, k and v starts on a 16-byte boundary
 };
 
 // mma.sync: every architecture, every length, head dimensions of is_head_dim().
 void launch_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 
-// wgmma: compute capability 9.0 only, for long sequences.
+// wgmma: compute capability 9.0 and aligned rows only, for long sequences.
 void launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
+
+// The bias enters a score before the scale does, so it is divided by it: this keeps the quotient finite.
+constexpr float kLeastScale = 1e-30f;
 
 constexpr bool is_head_dim(int64_t head_dim) {
   return head_dim == 32 || head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 96 ||
