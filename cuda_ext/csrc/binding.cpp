@@ -13,7 +13,8 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("merge_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor");
   m.def("unmerge(Tensor x, Tensor slot) -> Tensor");
   m.def("unmerge_backward(Tensor grad, Tensor slot, SymInt tokens) -> Tensor");
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale) -> Tensor");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool training) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {

@@ -19,8 +19,8 @@ Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optiona
 Tensor unmerge(const Tensor& x, const Tensor& slot);
 Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
 
-// [B, Nq, H, D], for q [B, H, Nq, D].
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
-                 double scale);
+// [B, Nq, H, D] for q [B, H, Nq, D], and for the gradient the log-sum-exp of each row.
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& size, double scale, bool training);
 
 }  // namespace tome

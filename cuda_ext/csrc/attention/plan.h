@@ -44,6 +44,11 @@ __host__ __device__ inline const T* head_address(const Heads& heads, int64_t b, 
   return static_cast<const T*>(heads.data_ptr) + b * heads.batch_stride + h * heads.head_stride;
 }
 
+__host__ __device__ inline float* lse_address(const AttentionParams& p, int64_t head, int row) {
+  if (p.lse_ptr == nullptr) return nullptr;
+  return p.lse_ptr + head * ((p.queries + kLseRows - 1) / kLseRows * kLseRows) + row;
+}
+
 template <class F>
 void dispatch_half(Dtype dtype, F&& f) {
   if (dtype == Dtype::kHalf) return f(TypeTag<__half>{});

@@ -93,8 +93,9 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
     if (tile < end) copy_queries(tile);  // the next queries travel meanwhile
     cute::cp_async_fence();
     state.template walk<kActive>(keys, values, bias, plan.padded / kKeyStep, c, slack);
-    state.template finish<kActive>(out_ptr + from * kTileRows * row_stride, row_stride,
-                                   p.queries - from * kTileRows);
+    const int row = from * kTileRows;
+    state.template finish<kActive>(out_ptr + row * row_stride, lse_address(p, head, row), row_stride,
+                                   p.queries - row, p.scale);
     cute::cp_async_wait<0>();
     __syncwarp();
   };

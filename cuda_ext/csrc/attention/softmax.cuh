@@ -130,9 +130,10 @@ struct WarpState {
     if (steps > 0) step<kActive, 2>(k_ptr, v_ptr, bias_ptr, c, slack);
   }
 
-  // Write the first `rows` queries at out_ptr. The weights of no key: 0 / 0 is NaN, as softmax has it.
+  // Write the first `rows` queries at out_ptr, and their log-sum-exps unless lse_ptr is null. Where all keys have
+  // weight zero 0 / 0 is NaN, as softmax has it.
   template <int kActive>
-  __device__ __forceinline__ void finish(T* out_ptr, int64_t row_stride, int rows) {
+  __device__ __forceinline__ void finish(T* out_ptr, float* lse_ptr, int64_t row_stride, int rows, float scale) {
     const int lane = threadIdx.x % kWarpSize;
     const bool is_odd = lane % 2 != 0;
 #pragma unroll
@@ -145,6 +146,9 @@ struct WarpState {
         const float factor = 1.0f / total;
         const int row = m * kTileRows + half * 8 + lane / 4;
         T* row_ptr = out_ptr + row * row_stride;
+        if (lse_ptr != nullptr && lane % 4 == 0 && row < rows) {
+          lse_ptr[row] = reference[m][half] * scale + logf(total);
+        }
         // Neighbouring threads exchange halves, so that each row's 32 bytes are written together.
 #pragma unroll
         for (int j = 0; j + 1 < kOutTiles; j += 2) {

@@ -100,7 +100,7 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
     if constexpr (kActive > 0) {
       const int64_t row_stride = static_cast<int64_t>(p.heads) * kHeadDim;
       T* out_ptr = static_cast<T*>(p.out_ptr) + (b * p.queries + first_row) * row_stride + h * kHeadDim;
-      state.template finish<kActive>(out_ptr, row_stride, rows);
+      state.template finish<kActive>(out_ptr, lse_address(p, head, first_row), row_stride, rows, p.scale);
     }
   };
   if (kRowTiles > 1 && rows > kTileRows) {
