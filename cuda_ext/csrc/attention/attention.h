@@ -38,6 +38,8 @@ constexpr float kLeastScale = 1e-30f;
 
 constexpr int kLseRows = 32;  // as torch's gradient of memory-efficient attention reads them
 
+constexpr int64_t lse_rows(int64_t queries) { return (queries + kLseRows - 1) / kLseRows * kLseRows; }
+
 constexpr bool is_head_dim(int64_t head_dim) {
   return head_dim == 32 || head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 96 ||
          head_dim == 128;

@@ -9,6 +9,10 @@ namespace tome::attention_ops {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
+constexpr int kTileRows = 16;   // queries of one product
+constexpr int kMaxRows = 32;    // queries of a warp
+constexpr int kKeyStep = 16;    // keys of one product of weights and values
+constexpr int kBlockKeys = 32;  // keys that lie together in shared memory
 constexpr int kTeamKeys = 128;  // keys of the heads that share a block
 
 template <int kValue>
@@ -26,7 +30,7 @@ struct ResidentParams {
   AttentionParams attention;
   int teams;   // heads of a block: 1, 2 or 4
   int splits;  // blocks of a head; 1 where a block has several
-  int padded;  // keys rounded up to one product
+  int key_blocks;
 };
 
 struct StreamedParams {
@@ -34,9 +38,13 @@ struct StreamedParams {
   int row_blocks;  // blocks of a head
 };
 
+// 32 keys and values in half precision, their bias in float32, twice.
+__host__ __device__ constexpr int key_block_bytes(int head_dim) { return kBlockKeys * (4 * head_dim + 8); }
+
+// The queries of all warps.
 template <int kHeadDim>
-__host__ __device__ constexpr int head_bytes(int padded) {
-  return padded * (2 * kHeadDim * 2 + 8);  // keys and values in half precision, twice the bias in float32
+__host__ __device__ constexpr int queries_bytes() {
+  return kWarps * Traits<kHeadDim>::kRowTiles * kTileRows * kHeadDim * 2;
 }
 
 template <class T>
@@ -45,8 +53,7 @@ __host__ __device__ inline const T* head_address(const Heads& heads, int64_t b, 
 }
 
 __host__ __device__ inline float* lse_address(const AttentionParams& p, int64_t head, int row) {
-  if (p.lse_ptr == nullptr) return nullptr;
-  return p.lse_ptr + head * ((p.queries + kLseRows - 1) / kLseRows * kLseRows) + row;
+  return p.lse_ptr == nullptr ? nullptr : p.lse_ptr + head * lse_rows(p.queries) + row;
 }
 
 template <class F>

@@ -9,13 +9,11 @@
 #include <cute/arch/mma_sm80.hpp>
 
 #include "../vector.cuh"
-#include "attention.h"
+#include "plan.h"
 
 namespace tome::attention_ops {
 
-constexpr int kTileRows = 16;  // queries of one product
-constexpr int kTileKeys = 8;   // keys of one product of queries and keys
-constexpr int kKeyStep = 16;   // keys of one product of weights and values
+constexpr int kTileKeys = 8;  // keys of one product of queries and keys
 constexpr int kChunkChannels = 8;
 
 template <int kHeadDim>
@@ -28,6 +26,20 @@ struct RowLayout {
   __device__ static __forceinline__ int offset(int row, int chunk) {
     return row * kBytes + (chunk ^ (row / (8 / kClash) % kClash)) * kAccessBytes;
   }
+  // From the offset of a row's chunk 0 or 1 to the chunk `even` further on: one register serves all.
+  __device__ static __forceinline__ int further(int offset, int even) {
+    return (offset ^ even % kClash * kAccessBytes) + even / kClash * kClash * kAccessBytes;
+  }
+};
+
+// Keys lie in blocks of 32: their rows, the rows of their values, their bias.
+template <int kHeadDim>
+struct KeyBlock {
+  using Layout = RowLayout<kHeadDim>;
+  static constexpr int kValues = kBlockKeys * Layout::kBytes;
+  static constexpr int kBias = 2 * kValues;
+  static constexpr int kBytes = key_block_bytes(kHeadDim);
+  static_assert(kBytes % (Layout::kClash * kAccessBytes) == 0, "chunks are exchanged within aligned groups");
 };
 
 template <class T>
@@ -91,18 +103,20 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// Copy rows first, first + 1, ... of one head to shared memory, by kThreads threads of which this is number
-// `thread`. Rows past `last` repeat it, or where kZeros are zero.
-template <class T, int kHeadDim, int kThreads, bool kZeros>
+// Copy rows [first, first + count) of one head to shared memory, by kThreads threads of which this is number
+// `thread`; rows past `last` are zero. Rows lie in runs of kRun, kRunBytes apart.
+template <class T, int kHeadDim, int kThreads, int kRun, int kRunBytes>
 __device__ __forceinline__ void copy_rows(const T* head_ptr, int64_t row_stride, int first, int count, int last,
                                           bool is_aligned, int thread, char* shared_ptr) {
   using Layout = RowLayout<kHeadDim>;
-  for (int i = thread; i < count * Layout::kChunks; i += kThreads) {
-    const int row = i / Layout::kChunks;
-    const int chunk = i % Layout::kChunks;
-    const T* from = head_ptr + min(first + row, last) * row_stride + chunk * kChunkChannels;
-    char* to = shared_ptr + Layout::offset(row, chunk);
-    if (kZeros && first + row > last) {
+  constexpr int kRows = kThreads / Layout::kChunks;  // at a time; some threads are left over
+  const int chunk = thread % Layout::kChunks;
+  int row = thread / Layout::kChunks;
+  if (row >= kRows) return;
+  const T* from = head_ptr + (first + row) * row_stride + chunk * kChunkChannels;
+  for (; row < count; row += kRows, from += kRows * row_stride) {
+    char* to = shared_ptr + row / kRun * kRunBytes + Layout::offset(row % kRun, chunk);
+    if (first + row > last) {
       *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     } else if (is_aligned) {
       cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(as_chunk(reinterpret_cast<const char*>(from)),
@@ -116,16 +130,46 @@ __device__ __forceinline__ void copy_rows(const T* head_ptr, int64_t row_stride,
   }
 }
 
-// What size adds to the scores of two neighbouring keys, in the order in which accumulators start:
-// log(size) / scale, and -inf behind the last key.
-__device__ __forceinline__ float key_bias(const AttentionParams& p, const float* size_ptr, int key,
-                                          float inverse_scale) {
-  if (key >= p.keys) return -INFINITY;
-  return size_ptr == nullptr ? 0.0f : logf(__ldg(size_ptr + key * p.size_stride)) * inverse_scale;
+template <class T, int kHeadDim, int kThreads>
+__device__ __forceinline__ void copy_keys(const AttentionParams& p, int b, int h, int first, int count, int thread,
+                                          char* shared_ptr) {
+  using Block = KeyBlock<kHeadDim>;
+  copy_rows<T, kHeadDim, kThreads, kBlockKeys, Block::kBytes>(head_address<T>(p.k, b, h), p.k.row_stride, first,
+                                                              count, p.keys - 1, p.is_aligned, thread, shared_ptr);
+  copy_rows<T, kHeadDim, kThreads, kBlockKeys, Block::kBytes>(head_address<T>(p.v, b, h), p.v.row_stride, first,
+                                                              count, p.keys - 1, p.is_aligned, thread,
+                                                              shared_ptr + Block::kValues);
 }
 
-__device__ __forceinline__ void store_bias(float4* bias_ptr, int pair, float even, float odd) {
-  bias_ptr[pair] = make_float4(even, odd, even, odd);
+template <class T, int kHeadDim>
+__device__ __forceinline__ void copy_queries(const AttentionParams& p, int b, int h, int first, int count,
+                                             char* shared_ptr) {
+  copy_rows<T, kHeadDim, kWarpSize, kMaxRows, 0>(head_address<T>(p.q, b, h), p.q.row_stride, first, count,
+                                                 p.queries - 1, p.is_aligned, threadIdx.x % kWarpSize, shared_ptr);
+}
+
+// What the sizes of keys `key` and `key` + 1 add to their scores before the scale: log(size) / scale, and -inf
+// behind the last key.
+__device__ __forceinline__ float2 key_bias(const AttentionParams& p, int b, int key) {
+  const float inverse_scale = __frcp_rn(p.scale);
+  float bias[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    bias[i] = key + i < p.keys ? 0.0f : -INFINITY;
+    if (p.size_ptr != nullptr && key + i < p.keys) {
+      const float size = __ldg(p.size_ptr + b * p.size_batch_stride + (key + i) * p.size_stride);
+      bias[i] = logf(size) * inverse_scale;
+    }
+  }
+  return make_float2(bias[0], bias[1]);
+}
+
+// The bias of an even key and the next one, in the order in which accumulators start.
+template <int kHeadDim>
+__device__ __forceinline__ void store_bias(char* shared_ptr, int key, float2 bias) {
+  using Block = KeyBlock<kHeadDim>;
+  char* to = shared_ptr + key / kBlockKeys * Block::kBytes + Block::kBias + key % kBlockKeys * 8;
+  *reinterpret_cast<float4*>(to) = make_float4(bias.x, bias.y, bias.x, bias.y);
 }
 
 }  // namespace tome::attention_ops

@@ -17,85 +17,62 @@ namespace {
 template <class T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention_resident_kernel(
     const ResidentParams plan) {
-  using Layout = RowLayout<kHeadDim>;
   constexpr int kRowTiles = Traits<kHeadDim>::kRowTiles;
-  constexpr int kWarpBytes = kRowTiles * kTileRows * Layout::kBytes;
   const AttentionParams& p = plan.attention;
-  const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
-  const int team_warps = kWarps / plan.teams;  // each head has a team of warps
+  const int team_warps = kWarps / plan.teams;  // each head of the block has a team of warps
   const int team = warp / team_warps;
-  const int team_thread = threadIdx.x - team * team_warps * kWarpSize;
-  const int64_t heads = p.batch * p.heads;
-  const int64_t wanted = static_cast<int64_t>(blockIdx.x / plan.splits) * plan.teams + team;
-  const int64_t head = wanted < heads ? wanted : heads - 1;
-  const int64_t b = head / p.heads;
-  const int64_t h = head % p.heads;
-  const T* q_ptr = head_address<T>(p.q, b, h);
-  const T* k_ptr = head_address<T>(p.k, b, h);
-  const T* v_ptr = head_address<T>(p.v, b, h);
-
-  char* shared = dynamic_shared();
-  char* my_queries = shared + warp * kWarpBytes;
-  char* keys = shared + kWarps * kWarpBytes + team * head_bytes<kHeadDim>(plan.padded);
-  char* values = keys + plan.padded * Layout::kBytes;
-  auto* bias = reinterpret_cast<float4*>(values + plan.padded * Layout::kBytes);
+  const int heads = static_cast<int>(p.batch) * p.heads;
+  const int wanted = blockIdx.x / plan.splits * plan.teams + team;
+  const int head = min(wanted, heads - 1);
+  const int b = head / p.heads;
+  const int h = head % p.heads;
 
   // This warp's share of the tiles, as even as can be.
   const int tiles = (p.queries + kTileRows - 1) / kTileRows;
   const int split = blockIdx.x % plan.splits;
   const int first = tiles * split / plan.splits;
   const int count = tiles * (split + 1) / plan.splits - first;
-  const int part = warp - team * team_warps;
-  int tile = first + count * part / team_warps;
-  const int end = wanted < heads ? first + count * (part + 1) / team_warps : 0;
-  const auto copy_queries = [&](int from) {
-    const int rows = min(kRowTiles, end - from) * kTileRows;
-    copy_rows<T, kHeadDim, kWarpSize, false>(q_ptr, p.q.row_stride, from * kTileRows, rows, p.queries - 1,
-                                             p.is_aligned, lane, my_queries);
-  };
+  int tile = first + count * (warp % team_warps) / team_warps;
+  const int end = wanted < heads ? first + count * (warp % team_warps + 1) / team_warps : 0;
 
-  copy_queries(tile);
-  if (plan.teams == 1) {  // the number of threads as a constant
-    copy_rows<T, kHeadDim, kThreads, true>(k_ptr, p.k.row_stride, 0, plan.padded, p.keys - 1, p.is_aligned,
-                                           threadIdx.x, keys);
-    copy_rows<T, kHeadDim, kThreads, true>(v_ptr, p.v.row_stride, 0, plan.padded, p.keys - 1, p.is_aligned,
-                                           threadIdx.x, values);
-  } else {
-    for (int row = team_thread / kWarpSize * kTileKeys; row < plan.padded; row += team_warps * kTileKeys) {
-      copy_rows<T, kHeadDim, kWarpSize, true>(k_ptr, p.k.row_stride, row, kTileKeys, p.keys - 1, p.is_aligned,
-                                              lane, keys + row * Layout::kBytes);
-      copy_rows<T, kHeadDim, kWarpSize, true>(v_ptr, p.v.row_stride, row, kTileKeys, p.keys - 1, p.is_aligned,
-                                              lane, values + row * Layout::kBytes);
+  char* shared = dynamic_shared();
+  char* queries = shared + warp * (queries_bytes<kHeadDim>() / kWarps);
+  const int keys = queries_bytes<kHeadDim>() + team * plan.key_blocks * key_block_bytes(kHeadDim);
+  const int padded = (p.keys + kKeyStep - 1) / kKeyStep * kKeyStep;
+  const auto load_queries = [&] {
+    copy_queries<T, kHeadDim>(p, b, h, tile * kTileRows, min(kRowTiles, end - tile) * kTileRows, queries);
+  };
+  load_queries();
+  if (plan.teams == 1) {
+    copy_keys<T, kHeadDim, kThreads>(p, b, h, 0, padded, threadIdx.x, shared + keys);
+  } else {  // a warp at a time, a block of keys at a time
+    for (int i = warp % team_warps; i < plan.key_blocks; i += team_warps) {
+      copy_keys<T, kHeadDim, kWarpSize>(p, b, h, i * kBlockKeys, min(kBlockKeys, padded - i * kBlockKeys),
+                                        threadIdx.x % kWarpSize, shared + keys + i * key_block_bytes(kHeadDim));
     }
   }
   cute::cp_async_fence();
-  const float* size_ptr = p.size_ptr == nullptr ? nullptr : p.size_ptr + b * p.size_batch_stride;
-  const float inverse_scale = 1.0f / p.scale;
-  for (int i = team_thread; i < plan.padded / 2; i += team_warps * kWarpSize) {
-    store_bias(bias, i, key_bias(p, size_ptr, 2 * i, inverse_scale),
-               key_bias(p, size_ptr, 2 * i + 1, inverse_scale));
+  const int team_threads = team_warps * kWarpSize;
+  for (int key = threadIdx.x % team_threads * 2; key < padded; key += 2 * team_threads) {
+    store_bias<kHeadDim>(shared + keys, key, key_bias(p, b, key));
   }
   cute::cp_async_wait<0>();
   __syncthreads();
 
   const float c = p.scale * kLog2E;
   const float slack = kSlack / c;
-  const int64_t row_stride = static_cast<int64_t>(p.heads) * kHeadDim;
-  T* out_ptr = static_cast<T*>(p.out_ptr) + b * p.queries * row_stride + h * kHeadDim;
   WarpState<T, kHeadDim, kRowTiles> state;
   const auto attend = [&](auto active) {
     constexpr int kActive = decltype(active)::value;
-    state.template start<kActive>(my_queries);
+    const int row = tile * kTileRows;
+    state.template start<kActive>(queries);
     __syncwarp();
-    const int from = tile;
     tile += kActive;
-    if (tile < end) copy_queries(tile);  // the next queries travel meanwhile
+    if (tile < end) load_queries();  // the next ones travel meanwhile
     cute::cp_async_fence();
-    state.template walk<kActive>(keys, values, bias, plan.padded / kKeyStep, c, slack);
-    const int row = from * kTileRows;
-    state.template finish<kActive>(out_ptr + row * row_stride, lse_address(p, head, row), row_stride,
-                                   p.queries - row, p.scale);
+    state.template walk<kActive>(shared, keys, padded, c, slack);
+    state.template finish<kActive>(p, b, h, row);
     cute::cp_async_wait<0>();
     __syncwarp();
   };
@@ -111,12 +88,12 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
 }  // namespace
 
 ResidentParams plan_resident(const AttentionParams& p, int multiprocessors) {
-  ResidentParams plan{p, 1, 1, (p.keys + kKeyStep - 1) / kKeyStep * kKeyStep};
+  ResidentParams plan{p, 1, 1, (p.keys + kBlockKeys - 1) / kBlockKeys};
   const int tiles = (p.queries + kTileRows - 1) / kTileRows;
   const int64_t heads = p.batch * p.heads;
   // Every multiprocessor gets a block before one gets four heads.
-  while (plan.teams < kWarps && tiles * plan.teams <= kWarps && plan.padded * plan.teams <= kTeamKeys &&
-         heads > plan.teams * multiprocessors) {
+  while (plan.teams < kWarps && tiles * plan.teams <= kWarps &&
+         plan.key_blocks * kBlockKeys * plan.teams <= kTeamKeys && heads > plan.teams * multiprocessors) {
     plan.teams *= 2;
   }
   if (plan.teams == 1) {
@@ -126,12 +103,9 @@ ResidentParams plan_resident(const AttentionParams& p, int multiprocessors) {
 }
 
 int64_t resident_bytes(const ResidentParams& plan) {
-  int64_t bytes = 0;
-  dispatch_head_dim(plan.attention.head_dim, [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    bytes = static_cast<int64_t>(kWarps) * Traits<kHeadDim>::kRowTiles * kTileRows * kHeadDim * 2 +
-            plan.teams * static_cast<int64_t>(head_bytes<kHeadDim>(plan.padded));
-  });
+  int64_t bytes = static_cast<int64_t>(plan.teams) * plan.key_blocks * key_block_bytes(plan.attention.head_dim);
+  dispatch_head_dim(plan.attention.head_dim,
+                    [&](auto head_dim) { bytes += queries_bytes<decltype(head_dim)::value>(); });
   return bytes;
 }
 

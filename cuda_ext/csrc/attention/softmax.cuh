@@ -16,6 +16,7 @@ constexpr float kSlack = 8.0f;
 template <class T, int kHeadDim, int kRowTiles>
 struct WarpState {
   using Layout = RowLayout<kHeadDim>;
+  using Block = KeyBlock<kHeadDim>;
   static constexpr int kSteps = kHeadDim / 16;
   static constexpr bool kHasFlat = kHeadDim % 16 != 0;  // a last step of 8 channels
   static constexpr int kOutTiles = kHeadDim / 8;
@@ -47,15 +48,15 @@ struct WarpState {
     }
   }
 
-  // 8 kKeyTiles keys whose rows start at k_ptr and v_ptr; c = scale log2(e), slack = kSlack / c.
+  // The first 8 kKeyTiles keys of the block at this offset; c = scale log2(e), slack = kSlack / c.
   template <int kActive, int kKeyTiles>
-  __device__ __forceinline__ void step(const char* k_ptr, const char* v_ptr, const float4* bias_ptr, float c,
-                                       float slack) {
+  __device__ __forceinline__ void step(const char* shared, int offset, float c, float slack) {
     const int lane = threadIdx.x % kWarpSize;
     float score[kActive][kKeyTiles][4];
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
-      const float4 bias = bias_ptr[n * kTileKeys / 2 + lane % 4];
+      const auto& bias = *reinterpret_cast<const float4*>(shared + offset + Block::kBias + n * kTileKeys * 8 +
+                                                          lane % 4 * kAccessBytes);
 #pragma unroll
       for (int m = 0; m < kActive; ++m) {
         score[m][n][0] = bias.x;
@@ -64,13 +65,13 @@ struct WarpState {
         score[m][n][3] = bias.w;
       }
     }
-    const int key = lane % 8 + lane / 16 * 8;
+    const int keys = offset + Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[4];
-        load_matrices(k_ptr + Layout::offset(n * kTileKeys + key, 2 * k + lane / 8 % 2), b);
+        load_matrices(shared + Layout::further(keys, 2 * k) + n * kTileKeys * Layout::kBytes, b);
 #pragma unroll
         for (int m = 0; m < kActive; ++m) {
           multiply<T>(score[m][n], q[m][k], b[0], b[1]);
@@ -82,7 +83,7 @@ struct WarpState {
 #pragma unroll
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[2];
-        load_matrices(k_ptr + Layout::offset(n * kTileKeys + lane % 16, Layout::kChunks - 1), b);
+        load_matrices(shared + offset + Layout::offset(n * kTileKeys + lane % 16, Layout::kChunks - 1), b);
 #pragma unroll
         for (int m = 0; m < kActive; ++m) {
           multiply_flat<T>(score[m][n], q_flat[m], b[0]);
@@ -91,16 +92,16 @@ struct WarpState {
       }
     }
     move_reference<kActive, kKeyTiles>(score, c, slack);
+    const int values = offset + Block::kValues + Layout::offset(lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n += 2) {
       uint32_t weight[kActive][4];
 #pragma unroll
       for (int m = 0; m < kActive; ++m) weigh(m, score[m][n], score[m][n + 1], c, weight[m]);
-      const int row = n * kTileKeys + lane % 16;
 #pragma unroll
       for (int j = 0; j + 1 < kOutTiles; j += 2) {
         uint32_t b[4];
-        load_transposed(v_ptr + Layout::offset(row, j + lane / 16), b);
+        load_transposed(shared + Layout::further(values, j) + n * kTileKeys * Layout::kBytes, b);
 #pragma unroll
         for (int m = 0; m < kActive; ++m) {
           multiply<T>(out[m][j], weight[m], b[0], b[1]);
@@ -109,46 +110,41 @@ struct WarpState {
       }
       if constexpr (kHasFlat) {
         uint32_t b[2];
-        load_transposed(v_ptr + Layout::offset(row, kOutTiles - 1), b);
+        load_transposed(shared + offset + Block::kValues + Layout::offset(n * kTileKeys + lane % 16, kOutTiles - 1),
+                        b);
 #pragma unroll
         for (int m = 0; m < kActive; ++m) multiply<T>(out[m][kOutTiles - 1], weight[m], b[0], b[1]);
       }
     }
   }
 
-  // 16 `steps` keys, 32 at a time.
+  // `keys` keys in blocks that follow each other.
   template <int kActive>
-  __device__ __forceinline__ void walk(const char* k_ptr, const char* v_ptr, const float4* bias_ptr, int steps,
-                                       float c, float slack) {
+  __device__ __forceinline__ void walk(const char* shared, int offset, int keys, float c, float slack) {
 #pragma unroll 1
-    for (; steps >= 2; steps -= 2) {
-      step<kActive, 4>(k_ptr, v_ptr, bias_ptr, c, slack);
-      k_ptr += 2 * kKeyStep * Layout::kBytes;
-      v_ptr += 2 * kKeyStep * Layout::kBytes;
-      bias_ptr += kKeyStep;
+    for (; keys > kKeyStep; keys -= kBlockKeys, offset += Block::kBytes) {
+      step<kActive, kBlockKeys / kTileKeys>(shared, offset, c, slack);
     }
-    if (steps > 0) step<kActive, 2>(k_ptr, v_ptr, bias_ptr, c, slack);
+    if (keys > 0) step<kActive, kKeyStep / kTileKeys>(shared, offset, c, slack);
   }
 
-  // Write the first `rows` queries at out_ptr, and their log-sum-exps unless lse_ptr is null. Where all keys have
-  // weight zero 0 / 0 is NaN, as softmax has it.
+  // Write the queries from `first` on. Where all keys have weight zero 0 / 0 is NaN, as softmax has it.
   template <int kActive>
-  __device__ __forceinline__ void finish(T* out_ptr, float* lse_ptr, int64_t row_stride, int rows, float scale) {
+  __device__ __forceinline__ void finish(const AttentionParams& p, int b, int h, int first) {
     const int lane = threadIdx.x % kWarpSize;
     const bool is_odd = lane % 2 != 0;
+    const int rows = p.queries - first;
+    const int64_t row_stride = static_cast<int64_t>(p.heads) * kHeadDim;
+    T* out_ptr = static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + first) * row_stride + h * kHeadDim;
+    if (p.lse_ptr != nullptr) write_lse<kActive>(p, b, h, first);
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float total = sum[m][half];
-        total += __shfl_xor_sync(kFullWarp, total, 1);
-        total += __shfl_xor_sync(kFullWarp, total, 2);
-        const float factor = 1.0f / total;
+        const float total = row_sum(m, half);
+        const float factor = __frcp_rn(total);
         const int row = m * kTileRows + half * 8 + lane / 4;
         T* row_ptr = out_ptr + row * row_stride;
-        if (lse_ptr != nullptr && lane % 4 == 0 && row < rows) {
-          lse_ptr[row] = reference[m][half] * scale + logf(total);
-        }
         // Neighbouring threads exchange halves, so that each row's 32 bytes are written together.
 #pragma unroll
         for (int j = 0; j + 1 < kOutTiles; j += 2) {
@@ -175,6 +171,32 @@ struct WarpState {
   }
 
  private:
+  __device__ __forceinline__ float row_sum(int m, int half) {
+    float total = sum[m][half];
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    return total + __shfl_xor_sync(kFullWarp, total, 2);
+  }
+
+  // Rows past the last query, up to a multiple of kLseRows, are infinite: that is how torch leaves them.
+  template <int kActive>
+  __device__ __forceinline__ void write_lse(const AttentionParams& p, int b, int h, int first) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int rows = p.queries - first;
+    const int all_rows = static_cast<int>(lse_rows(p.queries)) - first;
+    float* lse_ptr = p.lse_ptr + (static_cast<int64_t>(b) * p.heads + h) * lse_rows(p.queries) + first;
+#pragma unroll
+    for (int m = 0; m < kActive; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m * kTileRows + half * 8 + lane / 4;
+        const float lse = reference[m][half] * p.scale + logf(row_sum(m, half));
+        if (lane % 4 == 0 && row < all_rows) lse_ptr[row] = row < rows ? lse : INFINITY;
+      }
+    }
+    const int behind = kActive * kTileRows + lane;
+    if (rows <= kActive * kTileRows && behind < all_rows) lse_ptr[behind] = INFINITY;
+  }
+
   template <int kActive, int kKeyTiles>
   __device__ __forceinline__ void move_reference(const float (&score)[kActive][kKeyTiles][4], float c,
                                                  float slack) {

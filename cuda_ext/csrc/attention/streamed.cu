@@ -14,66 +14,48 @@ namespace {
 constexpr int kStageKeys = 64;
 constexpr int kStages = 3;
 
+constexpr int kStageBlocks = kStageKeys / kBlockKeys;
+
 template <int kHeadDim>
 constexpr int streamed_bytes() {
-  return kWarps * Traits<kHeadDim>::kRowTiles * kTileRows * kHeadDim * 2 +
-         kStages * head_bytes<kHeadDim>(kStageKeys);
+  return queries_bytes<kHeadDim>() + kStages * kStageBlocks * key_block_bytes(kHeadDim);
 }
 
 template <class T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention_streamed_kernel(
     const StreamedParams plan) {
-  using Layout = RowLayout<kHeadDim>;
   constexpr int kRowTiles = Traits<kHeadDim>::kRowTiles;
   constexpr int kWarpRows = kRowTiles * kTileRows;
-  constexpr int kWarpBytes = kWarpRows * Layout::kBytes;
-  constexpr int kStageBytes = head_bytes<kHeadDim>(kStageKeys);
+  constexpr int kStageBytes = kStageBlocks * key_block_bytes(kHeadDim);
   static_assert(kStageKeys / 2 <= kThreads);
   const AttentionParams& p = plan.attention;
   const int warp = threadIdx.x / kWarpSize;
-  const int64_t head = blockIdx.x / plan.row_blocks;
-  const int64_t b = head / p.heads;
-  const int64_t h = head % p.heads;
-  const T* k_ptr = head_address<T>(p.k, b, h);
-  const T* v_ptr = head_address<T>(p.v, b, h);
-  const float* size_ptr = p.size_ptr == nullptr ? nullptr : p.size_ptr + b * p.size_batch_stride;
-  const float inverse_scale = 1.0f / p.scale;
+  const int head = blockIdx.x / plan.row_blocks;
+  const int b = head / p.heads;
+  const int h = head % p.heads;
   char* shared = dynamic_shared();
-  char* my_queries = shared + warp * kWarpBytes;
-  char* stages = shared + kWarps * kWarpBytes;
-
+  char* queries = shared + warp * (queries_bytes<kHeadDim>() / kWarps);
   const int first_row = (blockIdx.x % plan.row_blocks * kWarps + warp) * kWarpRows;
-  const int rows = p.queries - first_row;  // none or less: the warp only copies
   const int tiles = (p.keys + kStageKeys - 1) / kStageKeys;
+
   // The bias of a stage is read one round before it is written, so that nobody waits for it.
   float2 bias = make_float2(0.0f, 0.0f);
   const auto read_bias = [&](int tile) {
-    const int key = tile * kStageKeys + 2 * threadIdx.x;
-    if (threadIdx.x < kStageKeys / 2) {
-      bias = make_float2(key_bias(p, size_ptr, key, inverse_scale),
-                         key_bias(p, size_ptr, key + 1, inverse_scale));
-    }
+    if (threadIdx.x < kStageKeys / 2) bias = key_bias(p, b, tile * kStageKeys + 2 * threadIdx.x);
   };
   const auto fill = [&](int tile) {
     if (tile < tiles) {
-      char* stage = stages + tile % kStages * kStageBytes;
+      char* stage = shared + queries_bytes<kHeadDim>() + tile % kStages * kStageBytes;
       const int first = tile * kStageKeys;
       const int count = min(kStageKeys, (p.keys - first + kKeyStep - 1) / kKeyStep * kKeyStep);
-      copy_rows<T, kHeadDim, kThreads, true>(k_ptr, p.k.row_stride, first, count, p.keys - 1, p.is_aligned,
-                                             threadIdx.x, stage);
-      copy_rows<T, kHeadDim, kThreads, true>(v_ptr, p.v.row_stride, first, count, p.keys - 1, p.is_aligned,
-                                             threadIdx.x, stage + kStageKeys * Layout::kBytes);
-      if (threadIdx.x < kStageKeys / 2) {
-        store_bias(reinterpret_cast<float4*>(stage + 2 * kStageKeys * Layout::kBytes), threadIdx.x, bias.x,
-                   bias.y);
-      }
+      copy_keys<T, kHeadDim, kThreads>(p, b, h, first, count, threadIdx.x, stage);
+      if (threadIdx.x < kStageKeys / 2) store_bias<kHeadDim>(stage, 2 * threadIdx.x, bias);
       read_bias(tile + 1);
     }
     cute::cp_async_fence();  // an empty group behind the last tile keeps the count of groups the same
   };
 
-  copy_rows<T, kHeadDim, kWarpSize, false>(head_address<T>(p.q, b, h), p.q.row_stride, first_row, kWarpRows,
-                                           p.queries - 1, p.is_aligned, threadIdx.x % kWarpSize, my_queries);
+  copy_queries<T, kHeadDim>(p, b, h, first_row, kWarpRows, queries);
   read_bias(0);
 #pragma unroll
   for (int tile = 0; tile < kStages - 1; ++tile) fill(tile);
@@ -89,26 +71,19 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
       __syncthreads();  // this stage is full, and everyone is done with the one that is filled next
       fill(tile + kStages - 1);
       if constexpr (kActive > 0) {
-        if (tile == 0) state.template start<kActive>(my_queries);
-        const char* stage = stages + tile % kStages * kStageBytes;
-        const int steps = min(kStageKeys, p.keys - tile * kStageKeys + kKeyStep - 1) / kKeyStep;
-        state.template walk<kActive>(stage, stage + kStageKeys * Layout::kBytes,
-                                     reinterpret_cast<const float4*>(stage + 2 * kStageKeys * Layout::kBytes),
-                                     steps, c, slack);
+        if (tile == 0) state.template start<kActive>(queries);
+        state.template walk<kActive>(shared, queries_bytes<kHeadDim>() + tile % kStages * kStageBytes,
+                                     min(kStageKeys, p.keys - tile * kStageKeys), c, slack);
       }
     }
-    if constexpr (kActive > 0) {
-      const int64_t row_stride = static_cast<int64_t>(p.heads) * kHeadDim;
-      T* out_ptr = static_cast<T*>(p.out_ptr) + (b * p.queries + first_row) * row_stride + h * kHeadDim;
-      state.template finish<kActive>(out_ptr, lse_address(p, head, first_row), row_stride, rows, p.scale);
-    }
+    if constexpr (kActive > 0) state.template finish<kActive>(p, b, h, first_row);
   };
-  if (kRowTiles > 1 && rows > kTileRows) {
+  if (kRowTiles > 1 && p.queries - first_row > kTileRows) {
     attend(Count<kRowTiles>{});
-  } else if (rows > 0) {
+  } else if (p.queries > first_row) {
     attend(Count<1>{});
   } else {
-    attend(Count<0>{});
+    attend(Count<0>{});  // the warp only copies
   }
 }
 
