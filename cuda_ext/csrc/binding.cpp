@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def(
       "merge_add_norm(Tensor x, Tensor branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool training) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("unmerge", TORCH_BOX(&tome::unmerge));
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
+  m.impl("attention", TORCH_BOX(&tome::attention));
 }
 
 #define TOME_STRING(...) #__VA_ARGS__

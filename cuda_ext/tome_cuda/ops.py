@@ -6,9 +6,10 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tome_cuda import checks, library
+from tome_cuda import checks, library, predicates
 
 
 def max_r(n: int, prefix: int) -> int:
@@ -185,6 +186,43 @@ def merge_add_norm(
     norm_dtype = x.dtype if norm_dtype is None else norm_dtype
     merged, y, total, _ = _ops().merge_add_norm(x, branch, slot, tokens, counts, weight, bias, eps, gamma, norm_dtype)
     return merged, y, size if slot is None else total.detach()
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Proportional attention: softmax(q k^T scale + log size) v.
+
+    Args:
+        q: [B, H, Nq, D], floating point, any strides.
+        k: [B, H, N, D], the dtype of q.
+        v: [B, H, N, D], the dtype of q.
+        size: float32 [B, N], positive: how many original tokens each key stands for; None is plain attention.
+        scale: the factor of the scores; None is D ** -0.5.
+        dropout_p: the probability of dropping an attention weight, in [0, 1).
+
+    Returns:
+        [B, H, Nq, D] in the dtype of q. Gradients flow to q, k and v.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape, device or probability.
+
+    """
+    checks.attention(q, k, v, size, dropout_p)
+    size = None if size is None else size.detach()
+    if q.numel() == 0:
+        return q.clone()  # on a GPU torch's own function fails on an empty batch
+    if predicates.without_kernel(q, k, v, scale, dropout_p) is not None:
+        # float32, dropout, rare head dimensions: torch computes, so that every model runs under an explicit "cuda".
+        bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = _ops().attention(q, k, v, size, scale, training)[0]
+    return out.transpose(1, 2)
 
 
 def _identity(keys: Tensor) -> Tensor:
@@ -220,11 +258,13 @@ def _register() -> bool:
     torch.library.register_fake("tome_cuda::unmerge", _unmerge_fake)
     torch.library.register_fake("tome_cuda::unmerge_backward", _unmerge_backward_fake)
     torch.library.register_fake("tome_cuda::merge_add_norm", _merge_add_norm_fake)
+    torch.library.register_fake("tome_cuda::attention", _attention_fake)
     register_autograd = torch.library.register_autograd
     register_autograd("tome_cuda::merge", _merge_grad, setup_context=_merge_context)
     register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
     register_autograd("tome_cuda::unmerge", _unmerge_grad, setup_context=_unmerge_context)
     register_autograd("tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context)
+    register_autograd("tome_cuda::attention", _attention_grad, setup_context=_attention_context)
     return True
 
 
@@ -319,3 +359,47 @@ def _unmerge_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 def _unmerge_grad_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (slot,) = ctx.saved_tensors
     return torch.ops.tome_cuda.unmerge(grad, slot), None, None
+
+
+LOGSUMEXP_ROWS = 32  # torch's gradient reads the log-sum-exps of a head in rows of this many
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, training: bool
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, head_dim = q.shape
+    rows = (queries + LOGSUMEXP_ROWS - 1) // LOGSUMEXP_ROWS * LOGSUMEXP_ROWS
+    logsumexp = q.new_empty((batch, heads, rows) if training else (0,), dtype=torch.float32)
+    return q.new_empty((batch, queries, heads, head_dim)), logsumexp
+
+
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, size, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, size, *output)
+
+
+def _attention_grad(ctx: Any, grad: Tensor, _logsumexp_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Torch's gradient of memory-efficient attention, from the log-sum-exps of our own forward pass."""
+    q, k, v, size, out, logsumexp = ctx.saved_tensors
+    if logsumexp.numel() == 0:
+        raise RuntimeError("attention was called with training=False, so it has no gradient")
+    bias = None
+    if size is not None:  # rows of a mask must start on 16-byte boundaries, so it is cut from a longer one
+        keys = k.shape[2]
+        bias = F.pad(size.log().to(q.dtype), (0, -keys % 16))[:, None, None, :keys]
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], keys)
+    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of the dropout, of which there is none
+    wanted = [*ctx.needs_input_grad[:3], False]
+    grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        *(grad.transpose(1, 2), _aligned(q), _aligned(k), _aligned(v), bias, out.transpose(1, 2), logsumexp),
+        *(seed, seed, 0.0, wanted),
+        scale=ctx.scale,
+    )
+    return *grads[:3], None, None, None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """As it lies where torch can read it so, else a copy."""
+    rows = all(stride % checks.ROW_ELEMENTS == 0 for stride in x.stride()[:-1])
+    return x if rows and x.storage_offset() % checks.ROW_ELEMENTS == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -49,11 +49,17 @@ struct uint2 {
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct int2 {
   int x, y;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
 struct cudaLaunchConfig_t {
@@ -205,6 +211,7 @@ inline void __syncthreads() {
     while (s.generation == generation) emulator::yield();
   }
 }
+inline void __syncwarp() { emulator::sync_warp(); }
 inline void __threadfence() {}
 inline void __syncwarp() { emulator::sync_warp(); }
 
