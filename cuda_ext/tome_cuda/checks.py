@@ -108,6 +108,8 @@ def add_norm(
         raise TypeError(f"norm_dtype must be float16, bfloat16, float32 or float64, got {norm_dtype}")
     if norm_dtype is torch.float64:
         raise TypeError(f"norm_dtype must be float16, bfloat16 or float32 for the kernels, got {norm_dtype}")
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, size_: object, dropout_p: float) -> None:
     """Arguments of attention: q [B, H, Nq, D], k and v [B, H, N, D] of one dtype and device, size [B, N]."""
     for name, value in (("q", q), ("k", k), ("v", v)):

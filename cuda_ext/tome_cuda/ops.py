@@ -186,6 +186,8 @@ def merge_add_norm(
     norm_dtype = x.dtype if norm_dtype is None else norm_dtype
     merged, y, total, _ = _ops().merge_add_norm(x, branch, slot, tokens, counts, weight, bias, eps, gamma, norm_dtype)
     return merged, y, size if slot is None else total.detach()
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -402,4 +404,5 @@ def _attention_grad(ctx: Any, grad: Tensor, _logsumexp_grad: Tensor | None) -> t
 def _aligned(x: Tensor) -> Tensor:
     """As it lies where torch can read it so, else a copy."""
     rows = all(stride % checks.ROW_ELEMENTS == 0 for stride in x.stride()[:-1])
-    return x if rows and x.storage_offset() % checks.ROW_ELEMENTS == 0 else x.clone(memory_format=torch.contiguous_format)
+    aligned = rows and x.storage_offset() % checks.ROW_ELEMENTS == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from tome_cuda import checks, library
 
-OPERATIONS = ("match", "kth_match", "random_match", "merge", "unmerge", "merge_add_norm")
-ROWS = ("merge", "unmerge", "merge_add_norm")  # operations on tokens of any width
-OPERATIONS = ("match", "kth_match", "random_match", "merge", "unmerge", "attention")
-FIRST = {"merge": "x", "unmerge": "x", "attention": "q"}  # the name of the first argument; elsewhere "keys"
+OPERATIONS = ("match", "kth_match", "random_match", "merge", "unmerge", "attention", "merge_add_norm")
+# The name of the first argument; elsewhere "keys".
+FIRST = {"merge": "x", "unmerge": "x", "merge_add_norm": "x", "attention": "q"}
 MATCHING = ("match", "kth_match", "random_match")
 HEAD_DIMS = (32, 64, 72, 80, 96, 128)
 LEAST_SCALE = 1e-30  # of csrc/attention/attention.h
@@ -33,7 +32,6 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
     """
     if op_name not in OPERATIONS:
         return f"the extension has no kernel for {op_name}"
-    tensor = args[0] if args else kwargs.get("x" if op_name in ROWS else "keys")
     tensor = args[0] if args else kwargs.get(FIRST.get(op_name, "keys"))
     if not isinstance(tensor, Tensor):
         return None
@@ -45,7 +43,6 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
         return "the tokens are torch.float64, and the kernels know float32, float16 and bfloat16"
     if op_name == "merge_add_norm" and any(_is_double(value) for value in (*args, *kwargs.values())):
         return "an argument is torch.float64, and the kernels know float32, float16 and bfloat16"
-    if op_name not in ROWS and tensor.dim() > 0 and tensor.shape[-1] > checks.MAX_CHANNELS:
     if op_name in MATCHING and tensor.dim() > 0 and tensor.shape[-1] > checks.MAX_CHANNELS:
         return f"the metric has {tensor.shape[-1]} channels, and the kernels take at most {checks.MAX_CHANNELS}"
     reason: str | None = library.missing() or library.unsupported_device(_index(tensor))
@@ -54,6 +51,8 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
 
 def _is_double(value: object) -> bool:
     return value is torch.float64 or (isinstance(value, Tensor) and value.dtype is torch.float64)
+
+
 def without_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float) -> str | None:
     """Why attention on these arguments is left to torch's own function, or None where the kernels compute it.
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda_ext" / "csrc"
-SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu")
-SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "attention/resident.cu",
-           "attention/streamed.cu")
+SOURCES = (
+    *("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu"),
+    *("attention/resident.cu", "attention/streamed.cu"),
+)
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BIPARTITE, RUNS, LISTED = range(3)
@@ -214,6 +215,8 @@ def merge_add_norm(
         *(batch, length, tokens, channels, block_outputs, int(aligned), seed),
     )
     return out.check(), y.check(), total.check(), stats.check()
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -157,6 +157,8 @@ extern "C" void emulated_norm(const void* x, const void* branch, void* out, void
   p.bias = {bias, strides[12], static_cast<Dtype>(dtypes[5])};
   p.eps = eps;
   tome::norm::launch_norm(p, static_cast<Dtype>(dtypes[0]), static_cast<Dtype>(dtypes[1]), aligned != 0, nullptr);
+}
+
 // strides: q, k, v (batch, head, row each), size (batch, key). teams and splits: 0 for the plan's own.
 extern "C" void emulated_attention(const void* q, const void* k, const void* v, const float* size, void* out,
                                    const int64_t* strides, int dtype, int batch, int heads, int queries,

@@ -58,7 +58,6 @@ struct int2 {
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
@@ -213,7 +212,6 @@ inline void __syncthreads() {
 }
 inline void __syncwarp() { emulator::sync_warp(); }
 inline void __threadfence() {}
-inline void __syncwarp() { emulator::sync_warp(); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
