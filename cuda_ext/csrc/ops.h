@@ -24,5 +24,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
     const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype);
+// The gradients of x and branch; the second is empty where it equals the first.
+std::tuple<Tensor, Tensor> merge_add_norm_backward(
+    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
+    const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
+    const std::optional<Tensor>& total, const std::optional<Tensor>& weight, const std::optional<Tensor>& gamma,
+    int64_t length, ScalarType branch_dtype);
+// [slabs, 2, C]: sums over rows of a, and of a * b or a * (b - mean) / standard deviation.
+Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats);
 
 }  // namespace tome

@@ -49,6 +49,9 @@ struct uint2 {
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct int2 {
   int x, y;
 };
