@@ -261,12 +261,17 @@ def _register() -> bool:
     torch.library.register_fake("tome_cuda::unmerge_backward", _unmerge_backward_fake)
     torch.library.register_fake("tome_cuda::merge_add_norm", _merge_add_norm_fake)
     torch.library.register_fake("tome_cuda::attention", _attention_fake)
+    torch.library.register_fake("tome_cuda::merge_add_norm_backward", _merge_add_norm_backward_fake)
+    torch.library.register_fake("tome_cuda::column_sums", _column_sums_fake)
     register_autograd = torch.library.register_autograd
     register_autograd("tome_cuda::merge", _merge_grad, setup_context=_merge_context)
     register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
     register_autograd("tome_cuda::unmerge", _unmerge_grad, setup_context=_unmerge_context)
     register_autograd("tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context)
     register_autograd("tome_cuda::attention", _attention_grad, setup_context=_attention_context)
+    register_autograd("tome_cuda::merge_add_norm", _merge_add_norm_grad, setup_context=_merge_add_norm_context)
+    register_autograd("tome_cuda::merge_add_norm_backward", _no_second_gradient)
+    register_autograd("tome_cuda::column_sums", _no_second_gradient)
     return True
 
 
@@ -315,6 +320,31 @@ def _merge_add_norm_fake(
     total = x.new_empty((0 if slot is None else x.shape[0], tokens), dtype=torch.float32)
     stats = x.new_empty((x.shape[0], tokens, 2), dtype=torch.float32)
     return x.new_empty(shape), x.new_empty(shape, dtype=norm_dtype), total, stats
+
+
+def _merge_add_norm_backward_fake(
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    merged: Tensor,
+    stats: Tensor,
+    slot: Tensor | None,
+    size: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor | None,
+    gamma: Tensor | None,
+    length: int,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    batch, _, channels = merged.shape
+    is_same = gamma is None and branch_dtype == merged.dtype
+    branch = merged.new_empty((0 if is_same else batch, length, channels), dtype=branch_dtype)
+    return merged.new_empty((batch, length, channels)), branch
+
+
+def _column_sums_fake(a: Tensor, b: Tensor, stats: Tensor | None) -> Tensor:
+    batch, rows, channels = a.shape
+    slabs = max(1, min(-(-batch * rows // 64), max(1, 768 // (channels // 256 + 1))))  # norm.h's slabs()
+    return a.new_empty((slabs, 2, channels), dtype=torch.float32)
 
 
 # A merge is linear in x, and so is each step back: the gradient of a gradient is the forward step again.
@@ -406,3 +436,39 @@ def _aligned(x: Tensor) -> Tensor:
     rows = all(stride % checks.ROW_ELEMENTS == 0 for stride in x.stride()[:-1])
     aligned = rows and x.storage_offset() % checks.ROW_ELEMENTS == 0
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
+def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    _, branch, slot, _, size, weight, bias, _, gamma, _ = inputs
+    merged, _, total, stats = output
+    ctx.mark_non_differentiable(total, stats)
+    ctx.set_materialize_grads(False)
+    ctx.length, ctx.branch_dtype = branch.shape[1], branch.dtype
+    ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, gamma)]
+    factor = None if gamma is None or not ctx.needs_input_grad[8] else branch
+    ctx.save_for_backward(merged, stats, slot, size, None if slot is None else total, weight, gamma, factor)
+
+
+def _merge_add_norm_grad(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    merged, stats, slot, size, total, weight, gamma, factor = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    ops = torch.ops.tome_cuda
+    grads: list[Tensor | None] = [None] * 10
+    if needs[0] or needs[1] or needs[8]:
+        grads[:2] = ops.merge_add_norm_backward(
+            *(grad_x, grad_y, merged, stats, slot, size, total, weight, gamma, ctx.length, ctx.branch_dtype)
+        )
+        if gamma is None and ctx.branch_dtype == merged.dtype:
+            grads[1] = grads[0]
+    # Sums of rows: first in slabs, then over these, both in a fixed order.
+    if needs[8]:
+        grads[8] = ops.column_sums(grads[0], factor, None)[:, 1].sum(0).to(ctx.dtypes[2])
+    if grad_y is not None and (needs[5] or needs[6]):
+        shift, scale = ops.column_sums(grad_y, merged, stats).sum(0)
+        grads[5] = scale.to(ctx.dtypes[0]) if needs[5] else None
+        grads[6] = shift.to(ctx.dtypes[1]) if needs[6] else None
+    return tuple(grads)
+
+
+def _no_second_gradient(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError(
+        "merge_add_norm has no second derivative on the kernels; tome.use_backend('reference') has one"
+    )

@@ -22,6 +22,7 @@ SOURCES = (
     *("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu"),
     *("attention/resident.cu", "attention/streamed.cu"),
 )
+SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu", "norm/backward.cu")
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BIPARTITE, RUNS, LISTED = range(3)
@@ -238,4 +239,47 @@ def attention(
         *(DTYPES[q.dtype], batch, heads, queries, k.shape[2], head_dim, ctypes.c_float(scale)),
         *(int(_is_aligned(q) and _is_aligned(k) and _is_aligned(v)), int(streamed), teams, splits, seed),
     )
+def merge_add_norm_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    merged: Tensor,
+    stats: Tensor,
+    slot: Tensor | None,
+    size: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor | None,
+    gamma: Tensor | None,
+    length: int,
+    branch_dtype: torch.dtype,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and branch."""
+    batch, tokens, channels = merged.shape
+    x, branch = (Guarded((batch, length, channels), dtype) for dtype in (merged.dtype, branch_dtype))
+    strides: list[int] = []
+    for value, dims in ((grad_x, 3), (grad_y, 3), (slot, 2), (size, 2), (total, 2), (weight, 1), (gamma, 1)):
+        strides += (0,) * dims if value is None else value.stride()
+    dtypes = [merged.dtype, merged.dtype if grad_y is None else grad_y.dtype, branch_dtype]
+    dtypes += [merged.dtype if value is None else value.dtype for value in (weight, gamma)]
+    rows = [value for value in (grad_x, grad_y, merged) if value is not None]
+    aligned = all(_is_aligned(value, 16 * value.element_size() // merged.element_size()) for value in rows)
+    aligned &= all(v is None or (v.stride(0) == 1 and v.data_ptr() % 16 == 0) for v in (weight, gamma))
+    library().emulated_norm_backward(
+        *(_address(t) for t in (grad_x, grad_y, merged, stats, x.tensor, branch.tensor)),
+        *(_address(t) for t in (slot, size, total, weight, gamma)),
+        *(_longs(*strides), (ctypes.c_int * 5)(*(DTYPES[dtype] for dtype in dtypes))),
+        *(batch, length, tokens, channels, int(aligned), seed),
+    )
+    return x.check(), branch.check()
+
+
+def column_sums(a: Tensor, b: Tensor, stats: Tensor | None, seed: int = 0) -> Tensor:
+    """Sums over rows in slabs: of a, and of a times b, which statistics normalise."""
+    batch, rows, channels = a.shape
+    aligned = channels % 8 == 0 and _is_aligned(a) and _is_aligned(b)
+    dtypes = (ctypes.c_int * 2)(DTYPES[a.dtype], DTYPES[b.dtype])
+    numbers = (_longs(*a.stride(), *b.stride()), dtypes, batch, rows, channels, int(aligned), seed)
+    slabs = library().emulated_columns(_address(a), _address(b), _address(stats), _address(None), *numbers)
+    out = Guarded((slabs, 2, channels), torch.float32)
+    library().emulated_columns(_address(a), _address(b), _address(stats), _address(out.tensor), *numbers)
     return out.check()

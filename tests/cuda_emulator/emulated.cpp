@@ -190,4 +190,51 @@ extern "C" void emulated_attention(const void* q, const void* k, const void* v, 
   if (teams > 0) plan.teams = teams;
   if (splits > 0) plan.splits = splits;
   ops::launch_resident(plan, static_cast<Dtype>(dtype), limit, nullptr);
+// strides: grad_x and grad_y batch, row, channel; slot, size, total batch, row; weight, gamma. dtypes: x, y,
+// branch, weight, gamma.
+extern "C" void emulated_norm_backward(const void* grad_x, const void* grad_y, const void* merged,
+                                       const float* stats, void* x_out, void* branch_out, const int32_t* slot,
+                                       const float* size, const float* total, const void* weight,
+                                       const void* gamma, const int64_t* strides, const int* dtypes, int batch,
+                                       int length, int tokens, int channels, int aligned, unsigned seed) {
+  emulator::state().random.seed(seed);
+  tome::norm::BackwardParams p{};
+  p.grad_x = {const_cast<void*>(grad_x), strides[0], strides[1], strides[2]};
+  p.grad_y = {const_cast<void*>(grad_y), strides[3], strides[4], strides[5]};
+  p.merged_ptr = merged;
+  p.stats_ptr = reinterpret_cast<const float2*>(stats);
+  p.x_out_ptr = x_out;
+  p.branch_out_ptr = branch_out;
+  p.slot = {slot, strides[6], strides[7]};
+  p.size = {size, strides[8], strides[9]};
+  p.total = {total, strides[10], strides[11]};
+  p.weight = {weight, strides[12], static_cast<Dtype>(dtypes[3])};
+  p.gamma = {gamma, strides[13], static_cast<Dtype>(dtypes[4])};
+  p.grad_y_dtype = static_cast<Dtype>(dtypes[1]);
+  p.branch_dtype = static_cast<Dtype>(dtypes[2]);
+  p.batch = batch;
+  p.length = length;
+  p.tokens = tokens;
+  p.channels = channels;
+  tome::norm::launch_backward(p, static_cast<Dtype>(dtypes[0]), aligned != 0, nullptr);
+}
+
+// strides: a and b batch, row, channel. Returns how many slabs were written.
+extern "C" int emulated_columns(const void* a, const void* b, const float* stats, float* out,
+                                const int64_t* strides, const int* dtypes, int batch, int rows, int channels,
+                                int aligned, unsigned seed) {
+  emulator::state().random.seed(seed);
+  tome::norm::ColumnParams p{};
+  p.a = {const_cast<void*>(a), strides[0], strides[1], strides[2]};
+  p.b = {const_cast<void*>(b), strides[3], strides[4], strides[5]};
+  p.stats_ptr = reinterpret_cast<const float2*>(stats);
+  p.out_ptr = out;
+  p.a_dtype = static_cast<Dtype>(dtypes[0]);
+  p.b_dtype = static_cast<Dtype>(dtypes[1]);
+  p.batch = batch;
+  p.rows = rows;
+  p.channels = channels;
+  p.slabs = tome::norm::slabs(static_cast<int64_t>(batch) * rows, channels);
+  if (out != nullptr) tome::norm::launch_columns(p, aligned != 0, nullptr);
+  return p.slabs;
 }

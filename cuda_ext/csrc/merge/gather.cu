@@ -40,7 +40,7 @@ struct PlainRows {
 
 // Blocks per multiprocessor that registers must allow; more would spill.
 template <int kCount, int kPacks>
-constexpr int kMinBlocks = kCount > 1 && kCount * kPacks <= 24 ? 3 : 2;
+constexpr int kMinBlocks = kPacks > 0 && kCount * kPacks <= 24 ? 3 : 2;
 
 template <class T, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads, (kMinBlocks<kCount, kPacks>)) void gather_kernel(const GatherParams p) {

@@ -95,6 +95,11 @@ __device__ __forceinline__ void order_members(const GatherParams& p, int64_t b, 
   __syncwarp();
 }
 
+// Whether the list of an output holds all of its members, and there are any.
+__device__ __forceinline__ bool is_listed(const Storage& shared, int output) {
+  return static_cast<unsigned>(shared.count[output]) - 1u < static_cast<unsigned>(kShortGroup);
+}
+
 // All members of an output in ascending order by a scan of the image's slots: any number of them.
 // `visit` gets a base, and a bit for each of the 32 tokens from there on.
 template <class Visit>

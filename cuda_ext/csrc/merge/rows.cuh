@@ -2,11 +2,11 @@
 // token's row is (x, or x + gamma * branch) and in what happens to a finished row.
 //
 // A Rows type supplies, for packs of kCount channels:
-//   Fetched                             what is loaded for a pack of a token
-//   fetch(token, channel)               -> Fetched
-//   value(fetched, channel, v)          the pack of the token's row, in float32
-//   finish(output, rows)                a finished row that lies in registers
-//   store(output, channel, v), finish_stored(output)   the same, pack by pack
+//   Fetched                      what is loaded for a pack of a token
+//   fetch(token, channel)        -> Fetched
+//   value(fetched, channel, v)   the pack of the token's row, in float32
+//   finish(output, row)          a finished row that lies in registers
+//   store(output, channel, v), finish_stored(output)   a finished row, pack by pack
 #pragma once
 
 #include <type_traits>
@@ -30,18 +30,18 @@ __device__ __forceinline__ int lane_channel() {
 // Rows that take too many registers, long groups and empty ones: pack by pack over all members. Compensated
 // (Kahan) addition, as hundreds of plain float32 additions would lose bits that the definition's tree of
 // additions keeps.
-template <class Rows>
+template <int kWidth, class Rows>
 __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& rows, const Storage& shared,
                                              int64_t b, int first, int output) {
   constexpr int kCount = Rows::kCount;
   constexpr int kStep = kWarpSize * kCount;
-  constexpr int kPacks = kCount == 1 ? 8 : 1;  // packs of a member in flight
-  constexpr int kInFlight = 2;                 // members
+  constexpr int kPacks = kWidth;  // packs of a member in flight
+  constexpr int kInFlight = 2;    // members
   const bool has_map = p.slot.data_ptr != nullptr;
   const int count = has_map ? shared.count[output] : 1;
-  const bool is_listed = count <= kShortGroup;
+  const bool listed = count <= kShortGroup;
   float total = 0.0f;
-  if (!is_listed) {
+  if (!listed) {
     scan_members(p, b, first + output, [&](int base, unsigned mask) {
       for (; mask != 0; mask &= mask - 1) total += token_size(p, b, base + __ffs(mask) - 1);
     });
@@ -72,7 +72,7 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
           mask &= mask - 1;
           int token = i;
           weight[j] = 1.0f;
-          if (has_map && is_listed) {
+          if (has_map && listed) {
             token = shared.token[output][i];
             weight[j] = shared.weight[output][i];
           } else if (!has_map) {
@@ -104,7 +104,7 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
         }
       }
     };
-    if (is_listed) {
+    if (listed) {
       add(0, (1u << count) - 1);
     } else {
       scan_members(p, b, first + output, add);
@@ -117,28 +117,19 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
   rows.finish_stored(output);
 }
 
-// All output rows of the block. The members of a warp's rows form one stream: while one of them is added and its
-// row finished, the next is under way.
+// Rows of up to kPacks packs. The members of a warp's rows form one stream: while one of them is added and its
+// row finished, the next is under way. Returns whether that was all of the warp's rows.
 template <int kPacks, class Rows>
-__device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows, Storage& shared, int64_t b,
-                                           int first, int outputs) {
+__device__ __forceinline__ bool merge_stream(const GatherParams& p, const Rows& rows, const Storage& shared,
+                                             int first, int outputs) {
   constexpr int kCount = Rows::kCount;
   constexpr int kStep = kWarpSize * kCount;
   const int channel = lane_channel<kCount>();
-  const int warp = threadIdx.x / kWarpSize;
   const bool has_map = p.slot.data_ptr != nullptr;
-  const bool fits = p.channels <= kPacks * kStep;
-  if (has_map) {
-    list_members(p, b, first, outputs, shared);
-    order_members(p, b, first, outputs, shared);
-  }
-  const auto is_fast = [&](int output) {
-    return fits && (!has_map || static_cast<unsigned>(shared.count[output]) - 1u < kShortGroup);
-  };
-  bool is_all_fast = true;
-  const auto next_fast = [&](int output) {
-    while (output < outputs && !is_fast(output)) {
-      is_all_fast = false;
+  bool is_all = true;
+  const auto next_listed = [&](int output) {
+    while (output < outputs && has_map && !is_listed(shared, output)) {
+      is_all = false;
       output += kWarps;
     }
     return output;
@@ -152,7 +143,7 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
     }
   };
   RowPart<kPacks, kCount> sum;
-  int output = next_fast(warp);
+  int output = next_listed(threadIdx.x / kWarpSize);
   int member = 0;
   if (output < outputs) fetch(output, 0);
 #pragma unroll 1
@@ -178,44 +169,58 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
     ++member;
     const bool is_last = !has_map || member == shared.count[output];
     if (is_last) {
-      output = next_fast(output + kWarps);
+      output = next_listed(output + kWarps);
       member = 0;
     }
     if (output < outputs) fetch(output, member);
     if (is_last) rows.template finish<kPacks>(done, sum);
   }
-  if (is_all_fast) return;
+  return is_all;
+}
 
+// All output rows of the block; kPacks = 0 for rows of any width.
+template <int kPacks, class Rows>
+__device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows, Storage& shared, int64_t b,
+                                           int first, int outputs) {
+  const bool has_map = p.slot.data_ptr != nullptr;
+  if (has_map) {
+    list_members(p, b, first, outputs, shared);
+    order_members(p, b, first, outputs, shared);
+  } else {
+    __syncthreads();  // for what the caller has put into shared memory
+  }
+  if constexpr (kPacks > 0) {
+    if (merge_stream<kPacks>(p, rows, shared, first, outputs)) return;
+  }
   // In a loop of their own: together the two would need half as many registers again.
 #pragma unroll 1
-  for (output = warp; output < outputs; output += kWarps) {
-    if (!is_fast(output)) merge_slowly(p, rows, shared, b, first, output);
+  for (int output = threadIdx.x / kWarpSize; output < outputs; output += kWarps) {
+    if (kPacks == 0 || !is_listed(shared, output)) {
+      merge_slowly<kPacks == 0 ? (Rows::kCount == 1 ? 8 : 2) : 1>(p, rows, shared, b, first, output);
+    }
   }
 }
 
-// Calls launch(kCount, kPacks) with the narrowest kernel that holds a row of T in registers; where there is none,
-// with one whose rows all go slowly.
+// Calls launch(kCount, kPacks) with the narrowest kernel that holds a row of T in registers, or kPacks = 0.
 template <class T, class Launch>
 void dispatch_packs(int channels, bool aligned, Launch&& launch) {
-  const auto among = [&](auto count, auto... packs) {
-    constexpr int kStep = kWarpSize * decltype(count)::value;
+  constexpr int kCount = kPackSize<T>;
+  const auto among = [&](auto... packs) {
     bool is_launched = false;
     const auto try_packs = [&](auto pack) {
-      if (is_launched || channels > decltype(pack)::value * kStep) return;
+      if (is_launched || channels > decltype(pack)::value * kWarpSize * kCount) return;
       is_launched = true;
-      launch(count, pack);
+      launch(Constant<kCount>{}, pack);
     };
     (try_packs(packs), ...);
-    if (!is_launched) launch(count, Constant<1>{});
+    if (!is_launched) launch(Constant<kCount>{}, Constant<0>{});
   };
   if (!aligned) {
-    among(Constant<1>{}, Constant<1>{}, Constant<8>{}, Constant<40>{});
-  } else if constexpr (sizeof(T) == 4) {
-    among(Constant<4>{}, Constant<1>{}, Constant<3>{}, Constant<4>{}, Constant<6>{}, Constant<8>{},
-          Constant<10>{});
+    launch(Constant<1>{}, Constant<0>{});
+  } else if constexpr (kCount == 4) {
+    among(Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<6>{}, Constant<8>{}, Constant<10>{});
   } else {
-    among(Constant<8>{}, Constant<1>{}, Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<5>{},
-          Constant<8>{});
+    among(Constant<1>{}, Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<5>{}, Constant<8>{});
   }
 }
 

@@ -15,7 +15,42 @@ using merge_ops::kThreads;
 using merge_ops::lane_channel;
 using merge_ops::RowPart;
 
-template <class T, class U, int kCount_>
+// gamma, weight and bias in float32, in shared memory: converted once per block, and read without bank conflicts
+// as 16 bytes of all lanes lie side by side.
+struct Staged {
+  float* gamma;
+  float* weight;
+  float* bias;
+};
+
+template <int kCount>
+__device__ __forceinline__ void stage(const Vector& from, float missing, int channels, float* to) {
+  for (int channel = threadIdx.x; channel < channels; channel += kThreads) {
+    const int step = channel / (kWarpSize * kCount) * (kWarpSize * kCount);
+    const int lane = (channel - step) / kCount;
+    const int c = channel % kCount;
+    float v[1] = {missing};
+    if (from.data_ptr != nullptr) load_vector(from, channel, v);
+    to[step + (c / 4 * kWarpSize + lane) * 4 + c % 4] = v[0];
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_staged(const float* from, int channel, float (&v)[kCount]) {
+  static_assert(kCount % 4 == 0);
+  const int step = channel / (kWarpSize * kCount) * (kWarpSize * kCount);
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) {
+    const float4 four = *reinterpret_cast<const float4*>(from + step + (i * kWarpSize + lane) * 4);
+    v[4 * i] = four.x;
+    v[4 * i + 1] = four.y;
+    v[4 * i + 2] = four.z;
+    v[4 * i + 3] = four.w;
+  }
+}
+
+template <class T, class U, int kCount_, bool kStaged>
 struct NormRows {
   static constexpr int kCount = kCount_;
   static constexpr int kStep = kWarpSize * kCount;
@@ -27,7 +62,19 @@ struct NormRows {
   const T* x_ptr;  // of the image
   const U* branch_ptr;
   int64_t first_row;  // of the block, among all output rows
+  Staged staged;
 
+  __device__ __forceinline__ static void parameter(const Vector& vector, const float* staged_ptr, float missing,
+                                                   int channel, float (&v)[kCount]) {
+    if constexpr (kStaged) {
+      load_staged(staged_ptr, channel, v);
+    } else if (vector.data_ptr != nullptr) {
+      load_vector(vector, channel, v);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) v[c] = missing;
+    }
+  }
   __device__ __forceinline__ Fetched fetch(int token, int channel) const {
     const View& x = p.merge.x;
     const int64_t x_stride = kCount == 1 ? x.channel_stride : 1;
@@ -44,7 +91,7 @@ struct NormRows {
       for (int c = 0; c < kCount; ++c) v[c] += branch[c];
     } else {
       float gamma[kCount];
-      load_vector(p.gamma, channel, gamma);
+      parameter(p.gamma, staged.gamma, 1.0f, channel, gamma);
 #pragma unroll
       for (int c = 0; c < kCount; ++c) v[c] = fmaf(gamma[c], branch[c], v[c]);
     }
@@ -82,20 +129,11 @@ struct NormRows {
   }
   __device__ __forceinline__ void store_norm(int output, int channel, const float (&v)[kCount], float mean,
                                              float rstd) const {
-    float y[kCount];
+    float weight[kCount], bias[kCount], y[kCount];
+    parameter(p.weight, staged.weight, 1.0f, channel, weight);
+    parameter(p.bias, staged.bias, 0.0f, channel, bias);
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) y[c] = (v[c] - mean) * rstd;
-    float parameter[kCount];
-    if (p.weight.data_ptr != nullptr) {
-      load_vector(p.weight, channel, parameter);
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) y[c] *= parameter[c];
-    }
-    if (p.bias.data_ptr != nullptr) {
-      load_vector(p.bias, channel, parameter);
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) y[c] += parameter[c];
-    }
+    for (int c = 0; c < kCount; ++c) y[c] = fmaf((v[c] - mean) * rstd, weight[c], bias[c]);
     store_as(p.y_dtype, p.y_ptr, (first_row + output) * p.merge.channels + channel, y);
   }
 
@@ -129,7 +167,7 @@ struct NormRows {
   // The same from memory, where every lane finds what it has written itself.
   template <class Visit>
   __device__ __forceinline__ void each_stored(int output, Visit&& visit) const {
-#pragma unroll 4
+#pragma unroll 1
     for (int channel = lane_channel<kCount>(); channel < p.merge.channels; channel += kStep) {
       float v[kCount];
       unpack(load_pack<T, kCount, false>(merged_ptr(output, channel)), v);
@@ -150,18 +188,28 @@ struct NormRows {
 
 // Blocks per multiprocessor that registers must allow; more would spill.
 template <int kCount, int kPacks>
-constexpr int kMinBlocks = kCount > 1 && kCount * kPacks <= 32 ? 2 : 1;
+constexpr int kMinBlocks = kCount * kPacks == 0 ? 2 : kCount * kPacks <= 24 ? 3 : kCount * kPacks <= 40 ? 2 : 1;
 
 template <class T, class U, int kCount, int kPacks>
-__global__ __launch_bounds__(kThreads, kMinBlocks<kCount, kPacks>) void norm_kernel(const NormParams p) {
+__global__ __launch_bounds__(kThreads, (kMinBlocks<kCount, kPacks>)) void norm_kernel(const NormParams p) {
   static __shared__ merge_ops::Storage shared;
   const GatherParams& merge = p.merge;
+  Staged staged{};
+  if constexpr (kPacks > 0) {
+    constexpr int kChannels = kPacks * kWarpSize * kCount;
+    staged.weight = reinterpret_cast<float*>(dynamic_shared());
+    staged.bias = staged.weight + kChannels;
+    staged.gamma = staged.bias + kChannels;
+    stage<kCount>(p.weight, 1.0f, merge.channels, staged.weight);
+    stage<kCount>(p.bias, 0.0f, merge.channels, staged.bias);
+    if (p.gamma.data_ptr != nullptr) stage<kCount>(p.gamma, 1.0f, merge.channels, staged.gamma);
+  }
   const int blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;
   const int first = static_cast<int>(blockIdx.x % blocks) * merge.block_outputs;
-  const NormRows<T, U, kCount> rows{p, static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
-                                    static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride,
-                                    b * merge.tokens + first};
+  const NormRows<T, U, kCount, (kPacks > 0)> rows{
+      p, static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
+      static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride, b * merge.tokens + first, staged};
   merge_ops::merge_rows<kPacks>(merge, rows, shared, b, first, min(merge.block_outputs, merge.tokens - first));
 }
 
@@ -170,8 +218,11 @@ void launch(const NormParams& p, bool aligned, cudaStream_t stream) {
   const GatherParams& merge = p.merge;
   const int64_t blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs * merge.batch;
   merge_ops::dispatch_packs<T>(merge.channels, aligned, [&](auto count, auto packs) {
-    launch_kernel(norm_kernel<T, U, decltype(count)::value, decltype(packs)::value>, blocks, kThreads, 0, 0,
-                  stream, p);
+    constexpr int kCount = decltype(count)::value;
+    constexpr int kPacks = decltype(packs)::value;
+    const int vectors = p.gamma.data_ptr == nullptr ? 2 : 3;
+    const int shared_bytes = vectors * kPacks * kWarpSize * kCount * static_cast<int>(sizeof(float));
+    launch_kernel(norm_kernel<T, U, kCount, kPacks>, blocks, kThreads, shared_bytes, shared_bytes, stream, p);
   });
 }
 

@@ -7,6 +7,8 @@
 namespace tome {
 namespace {
 
+using norm::BackwardParams;
+using norm::ColumnParams;
 using norm::NormParams;
 using norm::Vector;
 
@@ -67,6 +69,91 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     check_launch();
   }
   return {merged, y, total, stats};
+}
+
+std::tuple<Tensor, Tensor> merge_add_norm_backward(
+    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
+    const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
+    const std::optional<Tensor>& total, const std::optional<Tensor>& weight, const std::optional<Tensor>& gamma,
+    int64_t length, ScalarType branch_dtype) {
+  check_tensor(merged, "merged", 3);
+  const int64_t batch = merged.size(0), tokens = merged.size(1), channels = merged.size(2);
+  for (const auto* grad : {&grad_x, &grad_y}) {
+    if (!grad->has_value()) continue;
+    check_tensor(**grad, "grad", 3);
+    check_like(**grad, "grad", merged, (*grad)->scalar_type());
+    for (int64_t dim = 0; dim < 3; ++dim) {
+      TOME_CHECK((*grad)->size(dim) == merged.size(dim), "a gradient must be like its output");
+    }
+  }
+  TOME_CHECK(slot.has_value() ? total.has_value() : length == tokens, "a merge needs its totals");
+  const Dtype dtype = floating_dtype(merged, "merged");
+  TOME_CHECK(!grad_x.has_value() || grad_x->scalar_type() == merged.scalar_type(), "grad_x has the wrong dtype");
+  const DeviceScope scope(merged);
+  // Without LayerScale, and in one dtype, the two gradients are the same: then the second is left empty.
+  const bool has_branch = gamma.has_value() || branch_dtype != merged.scalar_type();
+  Tensor x_out = new_empty(merged, {batch, length, channels}, merged.scalar_type());
+  Tensor branch_out = new_empty(merged, {has_branch ? batch : 0, length, channels}, branch_dtype);
+  BackwardParams p{};
+  if (grad_x.has_value()) p.grad_x = view(*grad_x);
+  if (grad_y.has_value()) {
+    p.grad_y = view(*grad_y);
+    p.grad_y_dtype = floating_dtype(*grad_y, "grad_y");
+  }
+  p.merged_ptr = merged.const_data_ptr();
+  p.stats_ptr = static_cast<const float2*>(stats.const_data_ptr());
+  p.x_out_ptr = x_out.mutable_data_ptr();
+  p.branch_out_ptr = has_branch ? branch_out.mutable_data_ptr() : nullptr;
+  p.branch_dtype = floating_dtype(branch_out, "branch");
+  if (slot.has_value()) {
+    p.slot = table<int32_t>(*slot, "slot", merged, ScalarType::Int, batch, length);
+    p.total = table<float>(*total, "total", merged, ScalarType::Float, batch, tokens);
+    if (size.has_value()) p.size = table<float>(*size, "size", merged, ScalarType::Float, batch, length);
+  }
+  p.weight = vector(weight, "weight", merged);
+  p.gamma = vector(gamma, "gamma", merged);
+  p.batch = batch;
+  p.length = to_int(length, "the number of tokens");
+  p.tokens = to_int(tokens, "tokens");
+  p.channels = to_int(channels, "the number of channels");
+  if (x_out.numel() > 0) {
+    const View contiguous = view(x_out);
+    const bool aligned = is_aligned_view(contiguous, dtype, channels) && is_aligned_view(view(merged), dtype, channels) &&
+                         (!grad_x.has_value() || is_aligned_view(p.grad_x, dtype, channels)) &&
+                         (!grad_y.has_value() || is_aligned_like(p.grad_y, p.grad_y_dtype, dtype, channels)) &&
+                         is_aligned_vector(p.weight) && is_aligned_vector(p.gamma);
+    check_grid((batch * length + 7) / 8);
+    norm::launch_backward(p, dtype, aligned, current_stream(merged));
+    check_launch();
+  }
+  return {x_out, branch_out};
+}
+
+Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats) {
+  check_tensor(a, "a", 3);
+  check_tensor(b, "b", 3);
+  check_like(b, "b", a, b.scalar_type());
+  for (int64_t dim = 0; dim < 3; ++dim) TOME_CHECK(a.size(dim) == b.size(dim), "a and b must have one shape");
+  const DeviceScope scope(a);
+  ColumnParams p{};
+  p.a = view(a);
+  p.b = view(b);
+  p.a_dtype = floating_dtype(a, "a");
+  p.b_dtype = floating_dtype(b, "b");
+  if (stats.has_value()) p.stats_ptr = static_cast<const float2*>(stats->const_data_ptr());
+  p.batch = a.size(0);
+  p.rows = to_int(a.size(1), "the number of rows");
+  p.channels = to_int(a.size(2), "the number of channels");
+  const bool aligned = p.channels % norm::kColumnPack == 0 && is_aligned_view(p.a, p.a_dtype, p.channels) &&
+                       is_aligned_view(p.b, p.b_dtype, p.channels);
+  p.slabs = norm::slabs(p.batch * p.rows, p.channels);
+  Tensor out = new_empty(a, {p.slabs, 2, p.channels}, ScalarType::Float);
+  p.out_ptr = static_cast<float*>(out.mutable_data_ptr());
+  if (p.channels > 0) {
+    norm::launch_columns(p, aligned, current_stream(a));
+    check_launch();
+  }
+  return out;
 }
 
 }  // namespace tome

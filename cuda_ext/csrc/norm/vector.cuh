@@ -6,17 +6,21 @@
 
 namespace tome::norm {
 
-// Channels from `channel` on. Of an unaligned kernel kCount is 1, and only there does the stride matter.
+template <int kCount>
+__device__ __forceinline__ void load_as(Dtype dtype, const void* ptr, int64_t at, float (&v)[kCount]) {
+  if (dtype == Dtype::kFloat) {
+    unpack(load_pack<float, kCount>(static_cast<const float*>(ptr) + at), v);
+  } else if (dtype == Dtype::kHalf) {
+    unpack(load_pack<__half, kCount>(static_cast<const __half*>(ptr) + at), v);
+  } else {
+    unpack(load_pack<__nv_bfloat16, kCount>(static_cast<const __nv_bfloat16*>(ptr) + at), v);
+  }
+}
+
+// Channels from `channel` on. Where kCount is not 1 the caller has seen to it that the stride is.
 template <int kCount>
 __device__ __forceinline__ void load_vector(const Vector& from, int channel, float (&v)[kCount]) {
-  const int64_t at = kCount == 1 ? channel * from.stride : channel;
-  if (from.dtype == Dtype::kFloat) {
-    unpack(load_pack<float, kCount>(static_cast<const float*>(from.data_ptr) + at), v);
-  } else if (from.dtype == Dtype::kHalf) {
-    unpack(load_pack<__half, kCount>(static_cast<const __half*>(from.data_ptr) + at), v);
-  } else {
-    unpack(load_pack<__nv_bfloat16, kCount>(static_cast<const __nv_bfloat16*>(from.data_ptr) + at), v);
-  }
+  load_as(from.dtype, from.data_ptr, kCount == 1 ? channel * from.stride : channel, v);
 }
 
 template <int kCount>
