@@ -187,7 +187,7 @@ extern "C" void emulated_attention(const void* q, const void* k, const void* v, 
     return;
   }
   ops::ResidentParams plan = ops::plan_resident(p, 132);
-  if (teams > 0) plan.teams = teams;
+  if (teams > 0) plan.team_bits = teams / 2;  // of 1, 2, 4
   if (splits > 0) plan.splits = splits;
   ops::launch_resident(plan, static_cast<Dtype>(dtype), limit, nullptr);
 // strides: grad_x and grad_y batch, row, channel; slot, size, total batch, row; weight, gamma. dtypes: x, y,

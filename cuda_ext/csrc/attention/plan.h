@@ -7,10 +7,10 @@
 
 namespace tome::attention_ops {
 
-constexpr int kWarps = 4;
+constexpr int kWarpBits = 2;
+constexpr int kWarps = 1 << kWarpBits;
 constexpr int kThreads = kWarps * 32;
 constexpr int kTileRows = 16;   // queries of one product
-constexpr int kMaxRows = 32;    // queries of a warp
 constexpr int kKeyStep = 16;    // keys of one product of weights and values
 constexpr int kBlockKeys = 32;  // keys that lie together in shared memory
 constexpr int kTeamKeys = 128;  // keys of the heads that share a block
@@ -28,8 +28,8 @@ struct Traits {
 
 struct ResidentParams {
   AttentionParams attention;
-  int teams;   // heads of a block: 1, 2 or 4
-  int splits;  // blocks of a head; 1 where a block has several
+  int team_bits;  // a block has 2^team_bits heads, of which each has a team of warps
+  int splits;     // blocks of a head; 1 where a block has several
   int key_blocks;
 };
 
@@ -45,15 +45,6 @@ __host__ __device__ constexpr int key_block_bytes(int head_dim) { return kBlockK
 template <int kHeadDim>
 __host__ __device__ constexpr int queries_bytes() {
   return kWarps * Traits<kHeadDim>::kRowTiles * kTileRows * kHeadDim * 2;
-}
-
-template <class T>
-__host__ __device__ inline const T* head_address(const Heads& heads, int64_t b, int64_t h) {
-  return static_cast<const T*>(heads.data_ptr) + b * heads.batch_stride + h * heads.head_stride;
-}
-
-__host__ __device__ inline float* lse_address(const AttentionParams& p, int64_t head, int row) {
-  return p.lse_ptr == nullptr ? nullptr : p.lse_ptr + head * lse_rows(p.queries) + row;
 }
 
 template <class F>

@@ -92,6 +92,15 @@ __device__ __forceinline__ void load_transposed(const char* ptr, uint32_t (&m)[2
   cute::SM75_U16x4_LDSM_T::copy(as_chunk(ptr), m[0], m[1]);
 }
 
+// The same number, but the compiler can't know: what follows from it is computed anew instead of being kept in a
+// register, or spilled, through the loops over the keys.
+__device__ __forceinline__ unsigned forget(unsigned x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // 2^x in one instruction; results below 2^-126 are zero.
 __device__ __forceinline__ float fast_exp2(float x) {
 #ifdef __CUDACC__
@@ -103,73 +112,65 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// Copy rows [first, first + count) of one head to shared memory, by kThreads threads of which this is number
-// `thread`; rows past `last` are zero. Rows lie in runs of kRun, kRunBytes apart.
-template <class T, int kHeadDim, int kThreads, int kRun, int kRunBytes>
-__device__ __forceinline__ void copy_rows(const T* head_ptr, int64_t row_stride, int first, int count, int last,
-                                          bool is_aligned, int thread, char* shared_ptr) {
-  using Layout = RowLayout<kHeadDim>;
-  constexpr int kRows = kThreads / Layout::kChunks;  // at a time; some threads are left over
-  const int chunk = thread % Layout::kChunks;
-  int row = thread / Layout::kChunks;
-  if (row >= kRows) return;
-  const T* from = head_ptr + (first + row) * row_stride + chunk * kChunkChannels;
-  for (; row < count; row += kRows, from += kRows * row_stride) {
-    char* to = shared_ptr + row / kRun * kRunBytes + Layout::offset(row % kRun, chunk);
-    if (first + row > last) {
-      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
-    } else if (is_aligned) {
-      cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(as_chunk(reinterpret_cast<const char*>(from)),
-                                                             *reinterpret_cast<cute::uint128_t*>(to));
-    } else {
-      Pack<T, kChunkChannels> pack;
-#pragma unroll
-      for (int c = 0; c < kChunkChannels; ++c) pack.value[c] = from[c];
-      store_pack(reinterpret_cast<T*>(to), pack);
-    }
-  }
-}
-
-template <class T, int kHeadDim, int kThreads>
-__device__ __forceinline__ void copy_keys(const AttentionParams& p, int b, int h, int first, int count, int thread,
+// One warp copies kCount rows of a head to shared memory, of which the first `valid` exist; the others become zero.
+template <class T, int kHeadDim, int kCount>
+__device__ __forceinline__ void copy_rows(const T* rows_ptr, int64_t row_stride, int valid, bool is_aligned,
                                           char* shared_ptr) {
-  using Block = KeyBlock<kHeadDim>;
-  copy_rows<T, kHeadDim, kThreads, kBlockKeys, Block::kBytes>(head_address<T>(p.k, b, h), p.k.row_stride, first,
-                                                              count, p.keys - 1, p.is_aligned, thread, shared_ptr);
-  copy_rows<T, kHeadDim, kThreads, kBlockKeys, Block::kBytes>(head_address<T>(p.v, b, h), p.v.row_stride, first,
-                                                              count, p.keys - 1, p.is_aligned, thread,
-                                                              shared_ptr + Block::kValues);
-}
-
-template <class T, int kHeadDim>
-__device__ __forceinline__ void copy_queries(const AttentionParams& p, int b, int h, int first, int count,
-                                             char* shared_ptr) {
-  copy_rows<T, kHeadDim, kWarpSize, kMaxRows, 0>(head_address<T>(p.q, b, h), p.q.row_stride, first, count,
-                                                 p.queries - 1, p.is_aligned, threadIdx.x % kWarpSize, shared_ptr);
-}
-
-// What the sizes of keys `key` and `key` + 1 add to their scores before the scale: log(size) / scale, and -inf
-// behind the last key.
-__device__ __forceinline__ float2 key_bias(const AttentionParams& p, int b, int key) {
-  const float inverse_scale = __frcp_rn(p.scale);
-  float bias[2];
+  using Layout = RowLayout<kHeadDim>;
+  constexpr int kRows = kWarpSize / Layout::kChunks;  // at a time; some threads are left over
+  const int lane = threadIdx.x % kWarpSize;
+  const int chunk = lane % Layout::kChunks;
+  const int first = lane / Layout::kChunks;
+  if (first >= kRows) return;
+  const T* from = rows_ptr + first * row_stride + chunk * kChunkChannels;
+  const auto copy = [&](int row) {
+    cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
+        as_chunk(reinterpret_cast<const char*>(from)),
+        *reinterpret_cast<cute::uint128_t*>(shared_ptr + Layout::offset(row, chunk)));
+  };
+  if (is_aligned && valid >= kCount) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    bias[i] = key + i < p.keys ? 0.0f : -INFINITY;
-    if (p.size_ptr != nullptr && key + i < p.keys) {
-      const float size = __ldg(p.size_ptr + b * p.size_batch_stride + (key + i) * p.size_stride);
-      bias[i] = logf(size) * inverse_scale;
+    for (int i = 0; i < (kCount + kRows - 1) / kRows; ++i, from += kRows * row_stride) {
+      if (kCount % kRows == 0 || first + i * kRows < kCount) copy(first + i * kRows);
     }
+    return;
   }
-  return make_float2(bias[0], bias[1]);
+#pragma unroll 1
+  for (int row = first; row < kCount; row += kRows, from += kRows * row_stride) {
+    if (row < valid && is_aligned) {
+      copy(row);
+      continue;
+    }
+    Pack<T, kChunkChannels> pack{};
+#pragma unroll
+    for (int c = 0; c < kChunkChannels; ++c) {
+      if (row < valid) pack.value[c] = from[c];
+    }
+    store_pack(reinterpret_cast<T*>(shared_ptr + Layout::offset(row, chunk)), pack);
+  }
 }
 
-// The bias of an even key and the next one, in the order in which accumulators start.
+// The size of a key; none, whose logarithm is -inf, behind the last one.
+__device__ __forceinline__ float key_size(const AttentionParams& p, int b, int key) {
+  if (key >= p.keys) return 0.0f;
+  return p.size_ptr == nullptr ? 1.0f : __ldg(p.size_ptr + b * p.size_batch_stride + key * p.size_stride);
+}
+
+// What a size adds to a score before the scale, log(size) / scale, twice: accumulators start with the bias of an
+// even key, the next one's, and both again.
 template <int kHeadDim>
-__device__ __forceinline__ void store_bias(char* shared_ptr, int key, float2 bias) {
+__device__ __forceinline__ void store_bias(const AttentionParams& p, char* shared_ptr, int key, float size) {
   using Block = KeyBlock<kHeadDim>;
-  char* to = shared_ptr + key / kBlockKeys * Block::kBytes + Block::kBias + key % kBlockKeys * 8;
-  *reinterpret_cast<float4*>(to) = make_float4(bias.x, bias.y, bias.x, bias.y);
+  auto* to = reinterpret_cast<float*>(shared_ptr + key / kBlockKeys * Block::kBytes + Block::kBias +
+                                      key % kBlockKeys / 2 * kAccessBytes);
+  to[key % 2] = to[2 + key % 2] = __logf(size) * __frcp_rn(p.scale);
+}
+
+// Where the rows of one head start.
+template <class T>
+__device__ __forceinline__ const T* rows_address(const Heads& heads, int b, int h, int row) {
+  return static_cast<const T*>(heads.data_ptr) + b * heads.batch_stride + h * heads.head_stride +
+         row * heads.row_stride;
 }
 
 }  // namespace tome::attention_ops

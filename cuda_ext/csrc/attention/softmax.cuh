@@ -48,9 +48,9 @@ struct WarpState {
     }
   }
 
-  // The first 8 kKeyTiles keys of the block at this offset; c = scale log2(e), slack = kSlack / c.
+  // The first 8 kKeyTiles keys of the block at this offset; c = scale log2(e).
   template <int kActive, int kKeyTiles>
-  __device__ __forceinline__ void step(const char* shared, int offset, float c, float slack) {
+  __device__ __forceinline__ void step(const char* shared, int offset, float c) {
     const int lane = threadIdx.x % kWarpSize;
     float score[kActive][kKeyTiles][4];
 #pragma unroll
@@ -91,7 +91,7 @@ struct WarpState {
         }
       }
     }
-    move_reference<kActive, kKeyTiles>(score, c, slack);
+    move_reference<kActive, kKeyTiles>(score, c);
     const int values = offset + Block::kValues + Layout::offset(lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < kKeyTiles; n += 2) {
@@ -120,12 +120,12 @@ struct WarpState {
 
   // `keys` keys in blocks that follow each other.
   template <int kActive>
-  __device__ __forceinline__ void walk(const char* shared, int offset, int keys, float c, float slack) {
+  __device__ __forceinline__ void walk(const char* shared, int offset, int keys, float c) {
 #pragma unroll 1
     for (; keys > kKeyStep; keys -= kBlockKeys, offset += Block::kBytes) {
-      step<kActive, kBlockKeys / kTileKeys>(shared, offset, c, slack);
+      step<kActive, kBlockKeys / kTileKeys>(shared, offset, c);
     }
-    if (keys > 0) step<kActive, kKeyStep / kTileKeys>(shared, offset, c, slack);
+    if (keys > 0) step<kActive, kKeyStep / kTileKeys>(shared, offset, c);
   }
 
   // Write the queries from `first` on. Where all keys have weight zero 0 / 0 is NaN, as softmax has it.
@@ -198,8 +198,8 @@ struct WarpState {
   }
 
   template <int kActive, int kKeyTiles>
-  __device__ __forceinline__ void move_reference(const float (&score)[kActive][kKeyTiles][4], float c,
-                                                 float slack) {
+  __device__ __forceinline__ void move_reference(const float (&score)[kActive][kKeyTiles][4], float c) {
+    const float slack = kSlack / c;
     float top[kActive][2];
     bool is_above = false;
 #pragma unroll

@@ -24,63 +24,78 @@ constexpr int streamed_bytes() {
 template <class T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention_streamed_kernel(
     const StreamedParams plan) {
+  using Block = KeyBlock<kHeadDim>;
   constexpr int kRowTiles = Traits<kHeadDim>::kRowTiles;
-  constexpr int kWarpRows = kRowTiles * kTileRows;
-  constexpr int kStageBytes = kStageBlocks * key_block_bytes(kHeadDim);
-  static_assert(kStageKeys / 2 <= kThreads);
+  constexpr int kStageBytes = kStageBlocks * Block::kBytes;
+  constexpr int kFirstStage = queries_bytes<kHeadDim>();
+  constexpr int kBehindStages = kFirstStage + kStages * kStageBytes;
+  static_assert(kStageKeys <= kThreads && 2 * kStageBlocks == kWarps);
   const AttentionParams& p = plan.attention;
-  const int warp = threadIdx.x / kWarpSize;
-  const int head = blockIdx.x / plan.row_blocks;
-  const int b = head / p.heads;
-  const int h = head % p.heads;
-  char* shared = dynamic_shared();
-  char* queries = shared + warp * (queries_bytes<kHeadDim>() / kWarps);
-  const int first_row = (blockIdx.x % plan.row_blocks * kWarps + warp) * kWarpRows;
-  const int tiles = (p.keys + kStageKeys - 1) / kStageKeys;
-
-  // The bias of a stage is read one round before it is written, so that nobody waits for it.
-  float2 bias = make_float2(0.0f, 0.0f);
-  const auto read_bias = [&](int tile) {
-    if (threadIdx.x < kStageKeys / 2) bias = key_bias(p, b, tile * kStageKeys + 2 * threadIdx.x);
+  const auto warp = [] { return forget(threadIdx.x) / kWarpSize; };
+  const auto head = [&] { return forget(blockIdx.x) / static_cast<unsigned>(plan.row_blocks); };
+  const auto first_row = [&] {
+    const unsigned block = forget(blockIdx.x) % static_cast<unsigned>(plan.row_blocks);
+    return static_cast<int>(block * kWarps + warp()) * kRowTiles * kTileRows;
   };
-  const auto fill = [&](int tile) {
-    if (tile < tiles) {
-      char* stage = shared + queries_bytes<kHeadDim>() + tile % kStages * kStageBytes;
-      const int first = tile * kStageKeys;
-      const int count = min(kStageKeys, (p.keys - first + kKeyStep - 1) / kKeyStep * kKeyStep);
-      copy_keys<T, kHeadDim, kThreads>(p, b, h, first, count, threadIdx.x, stage);
-      if (threadIdx.x < kStageKeys / 2) store_bias<kHeadDim>(stage, 2 * threadIdx.x, bias);
-      read_bias(tile + 1);
+  char* shared = dynamic_shared();
+  char* queries = shared + warp() * (queries_bytes<kHeadDim>() / kWarps);
+
+  // Each warp copies the keys or the values of one block of a stage.
+  const bool is_values = warp() % 2 != 0;
+  const int64_t row_stride = is_values ? p.v.row_stride : p.k.row_stride;
+  const unsigned now = head();
+  const unsigned heads = p.heads;
+  const T* rows_ptr = rows_address<T>(is_values ? p.v : p.k, now / heads, now % heads, warp() / 2 * kBlockKeys);
+  // A size is read one round before its logarithm is taken, so that nobody waits for it.
+  float size = 0.0f;
+  const auto read_size = [&](int key) {
+    if (threadIdx.x < kStageKeys) size = key_size(p, head() / heads, key + threadIdx.x);
+  };
+  int filled = kFirstStage;  // the stage that is filled next
+  const auto fill = [&](int key) {
+    if (key < p.keys) {
+      const int block = warp() / 2;
+      char* to = shared + filled + block * Block::kBytes + (warp() % 2 != 0 ? Block::kValues : 0);
+      copy_rows<T, kHeadDim, kBlockKeys>(rows_ptr, row_stride, p.keys - key - block * kBlockKeys, p.is_aligned, to);
+      rows_ptr += kStageKeys * row_stride;
+      if (threadIdx.x < kStageKeys) store_bias<kHeadDim>(p, shared + filled, threadIdx.x, size);
+      read_size(key + kStageKeys);
+      filled += kStageBytes;
+      if (filled == kBehindStages) filled = kFirstStage;
     }
     cute::cp_async_fence();  // an empty group behind the last tile keeps the count of groups the same
   };
 
-  copy_queries<T, kHeadDim>(p, b, h, first_row, kWarpRows, queries);
-  read_bias(0);
+  copy_rows<T, kHeadDim, kRowTiles * kTileRows>(rows_address<T>(p.q, now / heads, now % heads, first_row()),
+                                                p.q.row_stride, p.queries - first_row(), p.is_aligned, queries);
+  read_size(0);
 #pragma unroll
-  for (int tile = 0; tile < kStages - 1; ++tile) fill(tile);
+  for (int stage = 0; stage < kStages - 1; ++stage) fill(stage * kStageKeys);
 
   const float c = p.scale * kLog2E;
-  const float slack = kSlack / c;
   WarpState<T, kHeadDim, kRowTiles> state;
   const auto attend = [&](auto active) {
     constexpr int kActive = decltype(active)::value;
+    int stage = kFirstStage;
+    cute::cp_async_wait<kStages - 2>();
+    __syncthreads();
+    if constexpr (kActive > 0) state.template start<kActive>(queries);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (int key = 0; key < p.keys;) {
+      fill(key + (kStages - 1) * kStageKeys);
+      if constexpr (kActive > 0) state.template walk<kActive>(shared, stage, min(kStageKeys, p.keys - key), c);
+      key += kStageKeys;
+      stage += kStageBytes;
+      if (stage == kBehindStages) stage = kFirstStage;
       cute::cp_async_wait<kStages - 2>();
-      __syncthreads();  // this stage is full, and everyone is done with the one that is filled next
-      fill(tile + kStages - 1);
-      if constexpr (kActive > 0) {
-        if (tile == 0) state.template start<kActive>(queries);
-        state.template walk<kActive>(shared, queries_bytes<kHeadDim>() + tile % kStages * kStageBytes,
-                                     min(kStageKeys, p.keys - tile * kStageKeys), c, slack);
-      }
+      __syncthreads();  // the next stage is full, and everyone is done with the one that is filled next
     }
-    if constexpr (kActive > 0) state.template finish<kActive>(p, b, h, first_row);
+    if constexpr (kActive > 0) state.template finish<kActive>(p, head() / heads, head() % heads, first_row());
   };
-  if (kRowTiles > 1 && p.queries - first_row > kTileRows) {
+  const int rows = p.queries - first_row();
+  if (kRowTiles > 1 && rows > kTileRows) {
     attend(Count<kRowTiles>{});
-  } else if (p.queries > first_row) {
+  } else if (rows > 0) {
     attend(Count<1>{});
   } else {
     attend(Count<0>{});  // the warp only copies
