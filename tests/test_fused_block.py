@@ -122,7 +122,7 @@ def test_a_report_tells_what_was_left_out_and_joins_equal_blocks():
     assert [part.name for part in joined] == ["patch_embed", "blocks.0", "blocks.1-2", "blocks.3"]
     assert joined[1].calls == ()
     assert ops_of(joined[2].calls) == [("attention", "reference"), ("match", "reference"), ("merge", "reference")]
-    assert {call.reason for call in joined[2].calls} == {"no argument is on a GPU"}
+    assert {call.reason for call in joined[2].calls} == {"the tokens are not on a GPU"}
     with tome.use_backend("reference"):
         assert {c.reason for c in report.parts(model, images())[2].calls} == {"the reference was chosen"}
 

@@ -98,7 +98,7 @@ class use_backend:  # noqa: N801  # used like a function
 
 
 def implementation(op: str, *args: object) -> ModuleType:
-    """The package that computes ``op`` on these arguments.
+    """The package that computes ``op`` on these arguments, the first of which is the tokens or keys.
 
     Raises:
         BackendError: "cuda" was chosen and cannot run.
@@ -107,8 +107,8 @@ def implementation(op: str, *args: object) -> ModuleType:
     name = get_backend()
     if name == "reference":
         reason: str | None = "the reference was chosen"
-    elif name == "auto" and not any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
-        reason = "no argument is on a GPU"
+    elif name == "auto" and not (args and isinstance(args[0], torch.Tensor) and args[0].is_cuda):
+        reason = "the tokens are not on a GPU"
     else:
         reason = extension_problem()
         if reason is None:
@@ -116,7 +116,8 @@ def implementation(op: str, *args: object) -> ModuleType:
 
             reason = tome_cuda.why_not(op, *args)
             if reason is None:
-                report(op, "cuda")
+                if _thread.calls is not None:
+                    report(op, "cuda", tome_cuda.remark(op, *args))
                 return tome_cuda
         elif name == "auto":
             _warn_once(reason)

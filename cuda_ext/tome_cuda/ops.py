@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tome_cuda import checks, library, predicates
+
+T = TypeVar("T")
+C = TypeVar("C", Tensor, "Tensor | None")
 
 
 def max_r(n: int, prefix: int) -> int:
@@ -118,9 +122,12 @@ def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> t
         [0, tokens).
 
     """
-    checks.merging(x, slot, tokens, size)
-    merged, total = _ops().merge(x, slot, tokens, None if size is None else size.detach())
-    return merged, total.detach()
+
+    def run() -> tuple[Tensor, Tensor]:
+        merged, total = _ops().merge(x, slot, tokens, _constant(size))
+        return merged, _constant(total)
+
+    return _checked(x, lambda: checks.merging(x, slot, tokens, size), run)
 
 
 def unmerge(x: Tensor, slot: Tensor) -> Tensor:
@@ -176,16 +183,23 @@ def merge_add_norm(
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
 
     """
-    checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps, norm_dtype)
-    if slot is None:
-        checks.integer("tokens", tokens, x.shape[1], x.shape[1])
-        checks.size(size, x.shape[0], x.shape[1], x.device)
-    else:
-        checks.merging(x, slot, tokens, size)
-    counts = None if slot is None or size is None else size.detach()
-    norm_dtype = x.dtype if norm_dtype is None else norm_dtype
-    merged, y, total, _ = _ops().merge_add_norm(x, branch, slot, tokens, counts, weight, bias, eps, gamma, norm_dtype)
-    return merged, y, size if slot is None else total.detach()
+
+    def check() -> None:
+        checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps, norm_dtype)
+        if slot is None:
+            checks.integer("tokens", tokens, x.shape[1], x.shape[1])
+            checks.size(size, x.shape[0], x.shape[1], x.device)
+        else:
+            checks.merging(x, slot, tokens, size)
+
+    def run() -> tuple[Tensor, Tensor, Tensor | None]:
+        merged, y, total, _ = _ops().merge_add_norm(
+            *(x, branch, slot, tokens, _constant(size), weight, bias, eps, gamma),
+            x.dtype if norm_dtype is None else norm_dtype,
+        )
+        return merged, y, size if slot is None else _constant(total)
+
+    return _checked(x, check, run)
 
 
 def attention(
@@ -213,23 +227,47 @@ def attention(
         TypeError, ValueError: a wrong dtype, rank, shape, device or probability.
 
     """
-    checks.attention(q, k, v, size, dropout_p)
-    size = None if size is None else size.detach()
-    if q.numel() == 0:
-        return q.clone()  # on a GPU torch's own function fails on an empty batch
-    if predicates.without_kernel(q, k, v, scale, dropout_p) is not None:
-        # float32, dropout, rare head dimensions: torch computes, so that every model runs under an explicit "cuda".
-        bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _ops().attention(q, k, v, size, scale, training)[0]
-    return out.transpose(1, 2)
+
+    def run() -> Tensor:
+        if q.numel() == 0:
+            return q.clone()  # on a GPU torch's own function fails on an empty batch
+        if predicates.without_kernel(q, k, v, scale, dropout_p) is not None:
+            # float32, dropout, rare head dimensions: torch computes, so that every model runs under an explicit "cuda".
+            checks.attention(q, k, v, size, dropout_p)
+            bias = None if size is None else size.detach().log()[:, None, None, :].to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        out: Tensor = _ops().attention(q, k, v, _constant(size), factor, training)[0]
+        return out.transpose(1, 2)
+
+    return _checked(q, lambda: checks.attention(q, k, v, size, dropout_p), run)
 
 
 def _identity(keys: Tensor) -> Tensor:
     n = keys.shape[-2]
     return torch.arange(n, dtype=torch.int32, device=keys.device).expand(keys.shape[0], n).contiguous()
+
+
+def _checked(x: Tensor, check: Callable[[], None], run: Callable[[], T]) -> T:
+    """Run an operator, whose own checks are fast; where they fail, say what is wrong in the words of the reference.
+
+    Nothing is launched before the operator's checks. Where it doesn't run (while compiling, on meta tensors) or takes
+    what isn't a tensor, the other checks come first.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda:
+        check()
+        return run()
+    try:
+        return run()
+    except Exception:
+        check()
+        raise
+
+
+def _constant(size: C) -> C:
+    """Sizes are counts: no gradient flows to them."""
+    return size.detach() if size is not None and size.requires_grad else size
 
 
 def _ops() -> Any:
@@ -436,6 +474,8 @@ def _aligned(x: Tensor) -> Tensor:
     rows = all(stride % checks.ROW_ELEMENTS == 0 for stride in x.stride()[:-1])
     aligned = rows and x.storage_offset() % checks.ROW_ELEMENTS == 0
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
 def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     _, branch, slot, _, size, weight, bias, _, gamma, _ = inputs
     merged, _, total, stats = output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,16 +43,23 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
         return f"the tokens are {tensor.layout}, and the kernels read strided tensors only"
     if tensor.dtype is torch.float64:
         return "the tokens are torch.float64, and the kernels know float32, float16 and bfloat16"
-    if op_name == "merge_add_norm" and any(_is_double(value) for value in (*args, *kwargs.values())):
-        return "an argument is torch.float64, and the kernels know float32, float16 and bfloat16"
+    if op_name == "merge_add_norm":  # parameters and the dtype of the norm count too
+        values = (*args, *kwargs.values())
+        if torch.float64 in [value.dtype if isinstance(value, Tensor) else value for value in values]:
+            return "an argument is torch.float64, and the kernels know float32, float16 and bfloat16"
     if op_name in MATCHING and tensor.dim() > 0 and tensor.shape[-1] > checks.MAX_CHANNELS:
         return f"the metric has {tensor.shape[-1]} channels, and the kernels take at most {checks.MAX_CHANNELS}"
     reason: str | None = library.missing() or library.unsupported_device(_index(tensor))
     return reason
 
 
-def _is_double(value: object) -> bool:
-    return value is torch.float64 or (isinstance(value, Tensor) and value.dtype is torch.float64)
+def remark(op_name: str, *args: Any) -> str | None:
+    """What else to know of an operation that can run on these arguments: attention may be left to torch."""
+    if op_name != "attention":
+        return None
+    q, k, v, _, scale, dropout_p = args
+    reason = without_kernel(q, k, v, scale, dropout_p)
+    return None if reason is None else f"by torch: {reason}"
 
 
 def without_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float) -> str | None:

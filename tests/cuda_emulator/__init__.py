@@ -238,6 +238,8 @@ def attention(
         *(DTYPES[q.dtype], batch, heads, queries, k.shape[2], head_dim, ctypes.c_float(scale)),
         *(int(_is_aligned(q) and _is_aligned(k) and _is_aligned(v)), int(streamed), teams, splits, seed),
     )
+
+
 def merge_add_norm_backward(
     grad_x: Tensor | None,
     grad_y: Tensor | None,

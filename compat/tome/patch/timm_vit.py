@@ -206,11 +206,10 @@ class PatchedViT(VisionTransformer):
 
     def _run(self, tokens: Tokens, blocks: int) -> Iterator[Tokens]:
         backend = self._tome.backend
-        for i, block in enumerate(self.blocks):
-            if i == blocks:
-                break
+        layers: list[nn.Module] = list(self.blocks)
+        for i, block in enumerate(layers[:blocks]):
             report(PART, None, f"blocks.{i}")
-            norm = self._norm_behind(i)
+            norm = self._norm_between(block, layers[i + 1] if i + 1 < len(layers) else None)
             if self.grad_checkpointing:
                 call = partial(_run_block, block, backend or get_backend(), next_norm=norm)
                 tokens = checkpoint(call, tokens, use_reentrant=False)
@@ -220,17 +219,16 @@ class PatchedViT(VisionTransformer):
         if not torch.compiler.is_compiling() or self._tome.trace_source:
             self._tome_last = (tokens.size, tokens.slot)
 
-    def _norm_behind(self, i: int) -> Norm | None:
-        """The norm that reads the result of block i, where the block can compute it with its last addition."""
-        if has_hooks(self.blocks[i]):  # which may replace the result
+    def _norm_between(self, block: nn.Module, following: nn.Module | None) -> Norm | None:
+        """The norm that reads the block's result, where the block can compute it with its last addition."""
+        if has_hooks(block):  # which may replace the result
             return None
-        if i + 1 < len(self.blocks):
-            following = self.blocks[i + 1]
-            if has_hooks(following) or not isinstance(following, MergingBlock):
-                return None
-            return following.attention_norm()
-        plain = plain_norm(self.norm, PLAIN_NORMS) if type(self.norm) is not nn.Identity else None
-        return None if plain is None else Norm(plain)
+        if following is None:
+            plain = plain_norm(self.norm, PLAIN_NORMS) if type(self.norm) is not nn.Identity else None
+            return None if plain is None else Norm(plain)
+        if has_hooks(following) or not isinstance(following, MergingBlock):
+            return None
+        return following.attention_norm()
 
     def _normed(self, tokens: Tokens) -> Tensor:
         return self.norm(tokens.x) if tokens.normed is None else tokens.normed
