@@ -121,6 +121,22 @@ __device__ __forceinline__ Pack<T, kCount> to_pack(const float (&x)[kCount]) {
   return pack;
 }
 
+// The same number, of which the compiler knows nothing: without, it would write a long loop once more for every
+// outcome of a uniform condition in it.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Keeps what is made of a loaded value behind this point: unpacked it takes twice the registers.
+template <class T>
+__device__ __forceinline__ void pin(T& value) {
+  static_assert(sizeof(T) % sizeof(unsigned) == 0);
+  auto* words = reinterpret_cast<unsigned*>(&value);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / sizeof(unsigned); ++i) asm volatile("" : "+r"(words[i]));
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);

@@ -156,6 +156,7 @@ extern "C" void emulated_norm(const void* x, const void* branch, void* out, void
   p.weight = {weight, strides[11], static_cast<Dtype>(dtypes[4])};
   p.bias = {bias, strides[12], static_cast<Dtype>(dtypes[5])};
   p.eps = eps;
+  p.share = 1.0f / static_cast<float>(channels);
   tome::norm::launch_norm(p, static_cast<Dtype>(dtypes[0]), static_cast<Dtype>(dtypes[1]), aligned != 0, nullptr);
 }
 

@@ -32,15 +32,16 @@ struct PlainRows {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       const int channel = k * kWarpSize * kCount + lane_channel<kCount>();
-      if (channel < p.channels) store(output, channel, row[k]);
+      if (is_inside<kCount, kPacks>(k, lane_channel<kCount>(), p.channels)) store(output, channel, row[k]);
     }
   }
   __device__ __forceinline__ void finish_stored(int) const {}
+  __device__ __forceinline__ void prepare() const {}
 };
 
 // Blocks per multiprocessor that registers must allow; more would spill.
 template <int kCount, int kPacks>
-constexpr int kMinBlocks = kPacks > 0 && kCount * kPacks <= 24 ? 3 : 2;
+constexpr int kMinBlocks = kCount * kPacks == 0 ? 4 : kCount * kPacks <= 24 ? 6 : kCount * kPacks <= 40 ? 5 : 3;
 
 template <class T, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads, (kMinBlocks<kCount, kPacks>)) void gather_kernel(const GatherParams p) {

@@ -6,7 +6,7 @@
 
 namespace tome::merge_ops {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kShortGroup = 16;  // members up to which a group is listed, and summed in plain float32
 
@@ -36,12 +36,15 @@ __device__ __forceinline__ void load_slots(const GatherParams& p, int64_t b, int
 }
 
 // List the tokens with slots in [first, first + outputs), each output's in the order in which threads come. The
-// counters are integers, so what is counted doesn't depend on that order.
+// counters are integers, so what is counted doesn't depend on that order. `prepare` is done while the first slots
+// are under way, before the first barrier.
+template <class Prepare>
 __device__ __forceinline__ void list_members(const GatherParams& p, int64_t b, int first, int outputs,
-                                             Storage& shared) {
+                                             Storage& shared, Prepare&& prepare) {
   int slot[kScanned];
   int base = threadIdx.x;
   load_slots(p, b, base, slot);
+  prepare();
   for (int output = threadIdx.x; output < outputs; output += kThreads) shared.count[output] = 0;
   __syncthreads();
   while (true) {
@@ -75,10 +78,12 @@ __device__ __forceinline__ void order_members(const GatherParams& p, int64_t b, 
     const int count = shared.count[output];
     int* token = shared.token[output];
     float* weight = shared.weight[output];
+#pragma unroll 1
     for (int i = 1; i < count; ++i) {
       const int moved = token[i];
       const float moved_weight = weight[i];
       int at = i;
+#pragma unroll 1
       for (; at > 0 && token[at - 1] > moved; --at) {
         token[at] = token[at - 1];
         weight[at] = weight[at - 1];
@@ -87,9 +92,11 @@ __device__ __forceinline__ void order_members(const GatherParams& p, int64_t b, 
       weight[at] = moved_weight;
     }
     float total = 0.0f;
+#pragma unroll 1
     for (int i = 0; i < count; ++i) total += weight[i];
     if (p.total_ptr != nullptr) p.total_ptr[b * p.tokens + first + output] = total;
     const bool is_plain = p.total_ptr == nullptr || count == 1;  // a lone token keeps its bits
+#pragma unroll 1
     for (int i = 0; i < count; ++i) weight[i] = is_plain ? 1.0f : weight[i] / total;
   }
   __syncwarp();

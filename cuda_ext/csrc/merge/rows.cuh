@@ -7,6 +7,7 @@
 //   value(fetched, channel, v)   the pack of the token's row, in float32
 //   finish(output, row)          a finished row that lies in registers
 //   store(output, channel, v), finish_stored(output)   a finished row, pack by pack
+//   prepare()                    what the block does before its first row, up to its first barrier
 #pragma once
 
 #include <type_traits>
@@ -21,6 +22,33 @@ using Constant = std::integral_constant<int, kValue>;
 // A row as it lies in a warp: pack k of lane l holds the channels from (32 * k + l) * kCount on.
 template <int kPacks, int kCount>
 using RowPart = float[kPacks][kCount];
+
+// The kernels for rows in registers: how many packs they hold.
+template <int kCount>
+struct Widths {
+  static constexpr int kPacks[] = {1, 2, 3, 4, 5, 8};  // 16-bit: up to 256, 512, 768, 1024, 1280, 2048 channels
+};
+template <>
+struct Widths<4> {
+  static constexpr int kPacks[] = {2, 3, 4, 6, 8, 10};  // float32: up to 256, 384, 512, 768, 1024, 1280
+};
+constexpr int kWidths = 6;
+
+// How many packs of a row are full, as narrower rows go to a narrower kernel.
+template <int kCount, int kPacks>
+constexpr int full_packs() {
+  int full = 0;
+  for (int i = 0; i < kWidths; ++i) {
+    if (Widths<kCount>::kPacks[i] < kPacks) full = Widths<kCount>::kPacks[i];
+  }
+  return full;
+}
+
+// Whether pack k of this lane is in the row.
+template <int kCount, int kPacks>
+__device__ __forceinline__ bool is_inside(int k, int channel, int channels) {
+  return k < full_packs<kCount, kPacks>() || channel + k * kWarpSize * kCount < channels;
+}
 
 template <int kCount>
 __device__ __forceinline__ int lane_channel() {
@@ -139,27 +167,31 @@ __device__ __forceinline__ bool merge_stream(const GatherParams& p, const Rows& 
     const int token = has_map ? shared.token[output][member] : first + output;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (channel + k * kStep < p.channels) fetched[k] = rows.fetch(token, channel + k * kStep);
+      if (is_inside<kCount, kPacks>(k, channel, p.channels)) fetched[k] = rows.fetch(token, channel + k * kStep);
     }
   };
   RowPart<kPacks, kCount> sum;
+  const auto reset = [&] {
+#pragma unroll
+    for (int k = 0; k < kPacks; ++k) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sum[k][c] = -0.0f;  // what leaves the sign of a lone -0 alone
+    }
+  };
+  reset();
   int output = next_listed(threadIdx.x / kWarpSize);
   int member = 0;
   if (output < outputs) fetch(output, 0);
+  if (!has_map) __syncthreads();  // for prepare(); a map has barriers of its own
 #pragma unroll 1
   while (output < outputs) {
+    const bool has_map = opaque(p.slot.data_ptr != nullptr);
     const float weight = has_map ? shared.weight[output][member] : 1.0f;
-    if (member == 0) {
-#pragma unroll
-      for (int k = 0; k < kPacks; ++k) {
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) sum[k][c] = -0.0f;  // what leaves the sign of a lone -0 alone
-      }
-    }
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (channel + k * kStep < p.channels) {
+      if (is_inside<kCount, kPacks>(k, channel, p.channels)) {
         float x[kCount];
+        pin(fetched[k]);
         rows.value(fetched[k], channel + k * kStep, x);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) sum[k][c] = fmaf(weight, x[c], sum[k][c]);
@@ -173,7 +205,10 @@ __device__ __forceinline__ bool merge_stream(const GatherParams& p, const Rows& 
       member = 0;
     }
     if (output < outputs) fetch(output, member);
-    if (is_last) rows.template finish<kPacks>(done, sum);
+    if (is_last) {
+      rows.template finish<kPacks>(done, sum);
+      reset();
+    }
   }
   return is_all;
 }
@@ -184,10 +219,10 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
                                            int first, int outputs) {
   const bool has_map = p.slot.data_ptr != nullptr;
   if (has_map) {
-    list_members(p, b, first, outputs, shared);
+    list_members(p, b, first, outputs, shared, [&] { rows.prepare(); });
     order_members(p, b, first, outputs, shared);
   } else {
-    __syncthreads();  // for what the caller has put into shared memory
+    rows.prepare();
   }
   if constexpr (kPacks > 0) {
     if (merge_stream<kPacks>(p, rows, shared, first, outputs)) return;
@@ -205,23 +240,16 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
 template <class T, class Launch>
 void dispatch_packs(int channels, bool aligned, Launch&& launch) {
   constexpr int kCount = kPackSize<T>;
-  const auto among = [&](auto... packs) {
-    bool is_launched = false;
-    const auto try_packs = [&](auto pack) {
-      if (is_launched || channels > decltype(pack)::value * kWarpSize * kCount) return;
-      is_launched = true;
-      launch(Constant<kCount>{}, pack);
-    };
-    (try_packs(packs), ...);
-    if (!is_launched) launch(Constant<kCount>{}, Constant<0>{});
+  if (!aligned) return launch(Constant<1>{}, Constant<0>{});
+  bool is_launched = false;
+  const auto try_width = [&](auto packs) {
+    if (is_launched || channels > decltype(packs)::value * kWarpSize * kCount) return;
+    is_launched = true;
+    launch(Constant<kCount>{}, packs);
   };
-  if (!aligned) {
-    launch(Constant<1>{}, Constant<0>{});
-  } else if constexpr (kCount == 4) {
-    among(Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<6>{}, Constant<8>{}, Constant<10>{});
-  } else {
-    among(Constant<1>{}, Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<5>{}, Constant<8>{});
-  }
+  const auto try_widths = [&](auto... i) { (try_width(Constant<Widths<kCount>::kPacks[decltype(i)::value]>{}), ...); };
+  try_widths(Constant<0>{}, Constant<1>{}, Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<5>{});
+  if (!is_launched) launch(Constant<kCount>{}, Constant<0>{});
 }
 
 }  // namespace tome::merge_ops

@@ -12,6 +12,7 @@ namespace tome::norm {
 namespace {
 
 using merge_ops::kThreads;
+using merge_ops::is_inside;
 using merge_ops::lane_channel;
 using merge_ops::RowPart;
 
@@ -25,13 +26,14 @@ struct Staged {
 
 template <int kCount>
 __device__ __forceinline__ void stage(const Vector& from, float missing, int channels, float* to) {
-  for (int channel = threadIdx.x; channel < channels; channel += kThreads) {
-    const int step = channel / (kWarpSize * kCount) * (kWarpSize * kCount);
-    const int lane = (channel - step) / kCount;
-    const int c = channel % kCount;
-    float v[1] = {missing};
-    if (from.data_ptr != nullptr) load_vector(from, channel, v);
-    to[step + (c / 4 * kWarpSize + lane) * 4 + c % 4] = v[0];
+  constexpr int kFours = kCount / 4;  // per pack
+#pragma unroll 1
+  for (int four = threadIdx.x; four < channels / 4; four += kThreads) {
+    const int pack = four / kFours;
+    float v[4] = {missing, missing, missing, missing};
+    if (from.data_ptr != nullptr) load_vector(from, 4 * four, v);
+    const int at = pack / kWarpSize * kFours * kWarpSize + four % kFours * kWarpSize + pack % kWarpSize;
+    reinterpret_cast<float4*>(to)[at] = make_float4(v[0], v[1], v[2], v[3]);
   }
 }
 
@@ -75,6 +77,13 @@ struct NormRows {
       for (int c = 0; c < kCount; ++c) v[c] = missing;
     }
   }
+  __device__ __forceinline__ void prepare() const {
+    if constexpr (kStaged) {
+      stage<kCount>(p.weight, 1.0f, p.merge.channels, staged.weight);
+      stage<kCount>(p.bias, 0.0f, p.merge.channels, staged.bias);
+      if (p.gamma.data_ptr != nullptr) stage<kCount>(p.gamma, 1.0f, p.merge.channels, staged.gamma);
+    }
+  }
   __device__ __forceinline__ Fetched fetch(int token, int channel) const {
     const View& x = p.merge.x;
     const int64_t x_stride = kCount == 1 ? x.channel_stride : 1;
@@ -86,7 +95,7 @@ struct NormRows {
     float branch[kCount];
     unpack(fetched.x, v);
     unpack(fetched.branch, branch);
-    if (p.gamma.data_ptr == nullptr) {
+    if (!opaque(p.gamma.data_ptr != nullptr)) {
 #pragma unroll
       for (int c = 0; c < kCount; ++c) v[c] += branch[c];
     } else {
@@ -115,52 +124,62 @@ struct NormRows {
     }
     return sum[0];
   }
-  __device__ __forceinline__ static float square_sum(const float (&v)[kCount], float mean) {
-    float square[kCount];
+  __device__ __forceinline__ static float square_sum(float (&v)[kCount], float mean) {
+    float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) square[c] = (v[c] - mean) * (v[c] - mean);
-    return pack_sum(square);
+    for (int c = 0; c < kCount; ++c) {
+      v[c] -= mean;
+      sum[c % 2] = fmaf(v[c], v[c], sum[c % 2]);
+    }
+    return sum[0] + sum[1];
   }
   __device__ __forceinline__ float deviation(float squares) const {
-    return rsqrtf(squares / static_cast<float>(p.merge.channels) + p.eps);
+    return rsqrtf(fmaf(squares, p.share, p.eps));
   }
   __device__ __forceinline__ void store_stats(int output, float mean, float rstd) const {
     if (threadIdx.x % kWarpSize == 0) p.stats_ptr[first_row + output] = make_float2(mean, rstd);
   }
-  __device__ __forceinline__ void store_norm(int output, int channel, const float (&v)[kCount], float mean,
+  // y from centred channels, to element `at` of it.
+  __device__ __forceinline__ void store_norm(int64_t at, int channel, const float (&centred)[kCount],
                                              float rstd) const {
     float weight[kCount], bias[kCount], y[kCount];
     parameter(p.weight, staged.weight, 1.0f, channel, weight);
     parameter(p.bias, staged.bias, 0.0f, channel, bias);
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) y[c] = fmaf((v[c] - mean) * rstd, weight[c], bias[c]);
-    store_as(p.y_dtype, p.y_ptr, (first_row + output) * p.merge.channels + channel, y);
+    for (int c = 0; c < kCount; ++c) y[c] = fmaf(centred[c] * rstd, weight[c], bias[c]);
+    store_as(p.y_dtype, p.y_ptr, at, y);
   }
 
+  // Row becomes x' - mean on the way.
   template <int kPacks>
   __device__ __forceinline__ void finish(int output, RowPart<kPacks, kCount>& row) const {
     const int channel = lane_channel<kCount>();
+    const int channels = p.merge.channels;
+    T* out_ptr = merged_ptr(output, channel);
     float sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (channel + k * kStep < p.merge.channels) {
+      if (is_inside<kCount, kPacks>(k, channel, channels)) {
         const Pack<T, kCount> rounded = to_pack<T>(row[k]);
-        store_pack(merged_ptr(output, channel + k * kStep), rounded);
+        store_pack(out_ptr + k * kStep, rounded);
         unpack(rounded, row[k]);
         sum += pack_sum(row[k]);
       }
     }
-    const float mean = warp_sum(sum) / static_cast<float>(p.merge.channels);
+    const float mean = warp_sum(sum) * p.share;
     float squares = 0.0f;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (channel + k * kStep < p.merge.channels) squares += square_sum(row[k], mean);
+      if (is_inside<kCount, kPacks>(k, channel, channels)) squares += square_sum(row[k], mean);
     }
     const float rstd = deviation(warp_sum(squares));
     store_stats(output, mean, rstd);
+    const int64_t at = (first_row + output) * channels + channel;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (channel + k * kStep < p.merge.channels) store_norm(output, channel + k * kStep, row[k], mean, rstd);
+      if (is_inside<kCount, kPacks>(k, channel, channels)) {
+        store_norm(at + k * kStep, channel + k * kStep, row[k], rstd);
+      }
     }
   }
 
@@ -176,22 +195,33 @@ struct NormRows {
   }
   __device__ __forceinline__ void finish_stored(int output) const {
     float sum = 0.0f;
-    each_stored(output, [&](int, const float(&v)[kCount]) { sum += pack_sum(v); });
-    const float mean = warp_sum(sum) / static_cast<float>(p.merge.channels);
+    each_stored(output, [&](int, float(&v)[kCount]) { sum += pack_sum(v); });
+    const float mean = warp_sum(sum) * p.share;
     float squares = 0.0f;
-    each_stored(output, [&](int, const float(&v)[kCount]) { squares += square_sum(v, mean); });
+    each_stored(output, [&](int, float(&v)[kCount]) { squares += square_sum(v, mean); });
     const float rstd = deviation(warp_sum(squares));
     store_stats(output, mean, rstd);
-    each_stored(output, [&](int channel, const float(&v)[kCount]) { store_norm(output, channel, v, mean, rstd); });
+    const int64_t at = (first_row + output) * p.merge.channels;
+    each_stored(output, [&](int channel, float(&v)[kCount]) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) v[c] -= mean;
+      store_norm(at + channel, channel, v, rstd);
+    });
   }
 };
 
-// Blocks per multiprocessor that registers must allow; more would spill.
-template <int kCount, int kPacks>
-constexpr int kMinBlocks = kCount * kPacks == 0 ? 2 : kCount * kPacks <= 24 ? 3 : kCount * kPacks <= 40 ? 2 : 1;
+// Blocks per multiprocessor that registers must allow; more would spill. What a row takes: its sum, and the packs
+// under way. A conversion from bfloat16 is an integer operation, which the compiler likes to do early.
+template <class T, class U, int kCount, int kPacks>
+constexpr int min_blocks() {
+  constexpr int kWords = kPacks * kCount * static_cast<int>(sizeof(T) + sizeof(U)) / 4;
+  constexpr int kRow = 40 + kPacks * kCount + kWords;
+  constexpr int kRegisters = (kRow < 96 ? 96 : kRow) + (std::is_same_v<T, __nv_bfloat16> ? 16 : 0);
+  return kPacks == 0 ? 3 : (64 << 10) / (kThreads * kRegisters);
+}
 
 template <class T, class U, int kCount, int kPacks>
-__global__ __launch_bounds__(kThreads, (kMinBlocks<kCount, kPacks>)) void norm_kernel(const NormParams p) {
+__global__ __launch_bounds__(kThreads, (min_blocks<T, U, kCount, kPacks>())) void norm_kernel(const NormParams p) {
   static __shared__ merge_ops::Storage shared;
   const GatherParams& merge = p.merge;
   Staged staged{};
@@ -200,9 +230,6 @@ __global__ __launch_bounds__(kThreads, (kMinBlocks<kCount, kPacks>)) void norm_k
     staged.weight = reinterpret_cast<float*>(dynamic_shared());
     staged.bias = staged.weight + kChannels;
     staged.gamma = staged.bias + kChannels;
-    stage<kCount>(p.weight, 1.0f, merge.channels, staged.weight);
-    stage<kCount>(p.bias, 0.0f, merge.channels, staged.bias);
-    if (p.gamma.data_ptr != nullptr) stage<kCount>(p.gamma, 1.0f, merge.channels, staged.gamma);
   }
   const int blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;

@@ -60,6 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
   p.weight = vector(weight, "weight", x);
   p.bias = vector(bias, "bias", x);
   p.eps = static_cast<float>(eps);
+  p.share = 1.0f / static_cast<float>(x.size(2));
   if (batch > 0 && tokens > 0) {
     const int64_t channels = x.size(2);
     const bool aligned = is_aligned_view(p.merge.x, dtype, channels) &&

@@ -24,6 +24,7 @@ struct NormParams {
   Dtype y_dtype;
   Vector gamma, weight, bias;
   float eps;
+  float share;  // 1 / channels
 };
 
 // aligned: 16 bytes of x and as many channels of everything else can be accessed at a time.

@@ -7,7 +7,8 @@
 namespace tome::norm {
 
 template <int kCount>
-__device__ __forceinline__ void load_as(Dtype dtype, const void* ptr, int64_t at, float (&v)[kCount]) {
+__device__ __forceinline__ void load_as(Dtype stored, const void* ptr, int64_t at, float (&v)[kCount]) {
+  const auto dtype = static_cast<Dtype>(opaque(static_cast<int>(stored)));
   if (dtype == Dtype::kFloat) {
     unpack(load_pack<float, kCount>(static_cast<const float*>(ptr) + at), v);
   } else if (dtype == Dtype::kHalf) {
@@ -24,7 +25,8 @@ __device__ __forceinline__ void load_vector(const Vector& from, int channel, flo
 }
 
 template <int kCount>
-__device__ __forceinline__ void store_as(Dtype dtype, void* ptr, int64_t at, const float (&v)[kCount]) {
+__device__ __forceinline__ void store_as(Dtype stored, void* ptr, int64_t at, const float (&v)[kCount]) {
+  const auto dtype = static_cast<Dtype>(opaque(static_cast<int>(stored)));
   if (dtype == Dtype::kFloat) {
     store_pack(static_cast<float*>(ptr) + at, to_pack<float>(v));
   } else if (dtype == Dtype::kHalf) {
