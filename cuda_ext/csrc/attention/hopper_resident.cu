@@ -25,7 +25,7 @@ constexpr int kAlignment = 1024;  // where the swizzle repeats
 template <int kKeys>
 struct Plan {
   using Tile = TileLayout<kDim, kKeys>;
-  static constexpr int kBlocks = kKeys <= 208 ? 3 : 2;
+  static constexpr int kBlocks = kKeys <= 240 ? 3 : 2;
   static constexpr int kValues = Tile::kBytes;
   static constexpr int kQueries = 2 * Tile::kBytes;
   static constexpr int kBias = kQueries + kGroupRows * kDim * 2;
@@ -40,7 +40,7 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
   using Values = typename Product<T, kDim>::ByValues;
   constexpr int kGroups = kKeys / kTileRows;  // of 16 rows, which a warp copies together
   const AttentionParams& p = plan.attention;
-  const int warp = threadIdx.x / kWarpSize;
+  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // the same for all, as the compiler sees
   const int lane = threadIdx.x % kWarpSize;
   const unsigned head = blockIdx.x / static_cast<unsigned>(plan.splits);
   const int b = head / static_cast<unsigned>(p.heads);
@@ -104,9 +104,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     if (first + step < p.queries) load_queries();  // the next ones travel during the softmax
     cute::cp_async_fence();
 
-    uint32_t weight[kKeys / 16][4];
-    float factor[2];
-    if (first + warp * kTileRows < p.queries) {
+    float factor[2] = {0.0f, 0.0f};
+    if (first + warp * kTileRows < p.queries) {  // else what this warp multiplies is not stored
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float top[2] = {-INFINITY, -INFINITY};  // fmaxf skips NaN: it shows in the weights, not here
@@ -121,22 +120,24 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
         float sum[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
-          const float w0 = fast_exp2(fmaf(score[4 * n + 2 * half], c, offset));
-          const float w1 = fast_exp2(fmaf(score[4 * n + 2 * half + 1], c, offset));
-          sum[n % 2] += w0 + w1;
-          weight[n / 2][n % 2 * 2 + half] = pack_pair<T>(w0, w1);
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            score[4 * n + i] = fast_exp2(fmaf(score[4 * n + i], c, offset));
+            sum[i % 2] += score[4 * n + i];
+          }
         }
         float total = sum[0] + sum[1];
         total += __shfl_xor_sync(kFullWarp, total, 1);
         total += __shfl_xor_sync(kFullWarp, total, 2);
         factor[half] = __frcp_rn(total);
       }
-    } else {  // no query of this warp: what it multiplies is not stored
+    }
+    uint32_t weight[kKeys / 16][4];
 #pragma unroll
-      for (int n = 0; n < kKeys / 16; ++n) {
+    for (int n = 0; n < kKeys / 16; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) weight[n][i] = 0;
-      }
+      for (int i = 0; i < 4; ++i) weight[n][i] = pack_pair<T>(score[8 * n + 2 * i], score[8 * n + 2 * i + 1]);
+      fence_registers(weight[n]);
     }
 
     if (!has_values) {
