@@ -26,7 +26,7 @@ template <int kKeys>
 struct Plan {
   using Tile = TileLayout<kDim, kKeys>;
   static constexpr int kBlocks = kKeys <= 240 ? 3 : 2;
-  static constexpr int kValues = Tile::kBytes;
+  [[maybe_unused]] static constexpr int kValues = Tile::kBytes;
   static constexpr int kQueries = 2 * Tile::kBytes;
   static constexpr int kBias = kQueries + kGroupRows * kDim * 2;
   static constexpr int kSharedBytes = kBias + kKeys * 8 + kAlignment;

@@ -23,7 +23,7 @@ using Count = std::integral_constant<int, kValue>;
 template <int kHeadDim>
 struct Traits {
   static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
-  static constexpr int kBlocks = kHeadDim <= 64 || kHeadDim > 96 ? 3 : 2;
+  static constexpr int kBlocks = kHeadDim <= 32 ? 3 : 2;
 };
 
 struct ResidentParams {
