@@ -164,7 +164,7 @@ extern "C" void emulated_norm(const void* x, const void* branch, void* out, void
 extern "C" void emulated_attention(const void* q, const void* k, const void* v, const float* size, void* out,
                                    const int64_t* strides, int dtype, int batch, int heads, int queries,
                                    int keys, int head_dim, float scale, int aligned, int streamed, int teams,
-                                   int splits, unsigned seed) {
+                                   int splits, float* lse, int shared_bytes, unsigned seed) {
   namespace ops = tome::attention_ops;
   emulator::state().random.seed(seed);
   ops::AttentionParams p{};
@@ -182,10 +182,16 @@ extern "C" void emulated_attention(const void* q, const void* k, const void* v, 
   p.head_dim = head_dim;
   p.scale = scale;
   p.is_aligned = aligned != 0;
-  const int limit = static_cast<int>(emulator::kSharedBytes);
+  p.lse_ptr = lse;
+  const int limit = shared_bytes;
+  emulator::state().limit = shared_bytes;
   if (streamed) {
     ops::launch_streamed(p, static_cast<Dtype>(dtype), limit, nullptr);
-    return;
+  } else {
+    ops::ResidentParams plan = ops::plan_resident(p, 132);
+    if (teams > 0) plan.team_bits = teams / 2;  // of 1, 2, 4
+    if (splits > 0) plan.splits = splits;
+    ops::launch_resident(plan, static_cast<Dtype>(dtype), limit, nullptr);
   }
   ops::ResidentParams plan = ops::plan_resident(p, 132);
   if (teams > 0) plan.team_bits = teams / 2;  // of 1, 2, 4
@@ -238,4 +244,5 @@ extern "C" int emulated_columns(const void* a, const void* b, const float* stats
   p.slabs = tome::norm::slabs(static_cast<int64_t>(batch) * rows, channels);
   if (out != nullptr) tome::norm::launch_columns(p, aligned != 0, nullptr);
   return p.slabs;
+  emulator::state().limit = emulator::kSharedBytes;
 }

@@ -44,8 +44,11 @@ int device_attribute(cudaDeviceAttr attribute) {
 void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int multiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const ResidentParams plan = plan_resident(p, device_attribute(cudaDevAttrMultiProcessorCount));
   const char* dev = getenv("TOME_ATTENTION_PATH");  // DEV
+  if (dev ? dev[0] == 'h' : hopper::fits_hopper_resident(p)) {
+    return hopper::launch_hopper_resident(p, dtype, device_attribute(cudaDevAttrMultiProcessorCount), stream);
+  }
+  const ResidentParams plan = plan_resident(p, device_attribute(cudaDevAttrMultiProcessorCount));
   if (dev ? dev[0] == 'r' : fits_resident(plan, limit, multiprocessor)) {
     launch_resident(plan, dtype, limit, stream);
   } else {

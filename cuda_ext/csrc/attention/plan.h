@@ -23,7 +23,7 @@ using Count = std::integral_constant<int, kValue>;
 template <int kHeadDim>
 struct Traits {
   static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
-  static constexpr int kBlocks = kHeadDim <= 64 || kHeadDim > 96 ? 3 : 2;
+  static constexpr int kBlocks = kHeadDim <= 32 ? 3 : 2;
 };
 
 struct ResidentParams {
@@ -70,6 +70,14 @@ void dispatch_head_dim(int head_dim, F&& f) {
       return f(Count<128>{});
   }
 }
+
+namespace hopper {
+// The resident kernel on warpgroup products: for compute capability 9.0, head dimension 64 and up to 256 keys.
+constexpr int kLeastKeys = 48;  // and below the kernel whose warps take heads of their own
+constexpr int kMostKeys = 256;
+bool fits_hopper_resident(const AttentionParams& params);
+void launch_hopper_resident(const AttentionParams& params, Dtype dtype, int multiprocessors, cudaStream_t stream);
+}  // namespace hopper
 
 ResidentParams plan_resident(const AttentionParams& params, int multiprocessors);
 // While as many blocks share a multiprocessor as registers allow, or two. The limits are the GPU's: bytes per

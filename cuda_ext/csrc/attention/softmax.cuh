@@ -13,6 +13,29 @@ namespace tome::attention_ops {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kSlack = 8.0f;
 
+// Four threads write a row of the output: number i = 0, 1 of tile j is value(j, i). Neighbours exchange halves,
+// so that 32 bytes of a row are written together.
+template <class T, int kHeadDim, class F>
+__device__ __forceinline__ void store_row(F&& value, float factor, T* row_ptr, bool is_some) {
+  constexpr int kTiles = kHeadDim / 8;
+  const int column = 2 * (threadIdx.x % 4);
+  const bool is_odd = threadIdx.x % 2 != 0;
+#pragma unroll
+  for (int j = 0; j + 1 < kTiles; j += 2) {
+    const uint32_t left = pack_pair<T>(value(j, 0) * factor, value(j, 1) * factor);
+    const uint32_t right = pack_pair<T>(value(j + 1, 0) * factor, value(j + 1, 1) * factor);
+    const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? left : right, 1);
+    const int channel = is_odd ? 8 * (j + 1) + column - 2 : 8 * j + column;
+    if (is_some) {
+      *reinterpret_cast<uint2*>(row_ptr + channel) = is_odd ? make_uint2(other, right) : make_uint2(left, other);
+    }
+  }
+  if constexpr (kTiles % 2 != 0) {
+    const uint32_t last = pack_pair<T>(value(kTiles - 1, 0) * factor, value(kTiles - 1, 1) * factor);
+    if (is_some) *reinterpret_cast<uint32_t*>(row_ptr + 8 * (kTiles - 1) + column) = last;
+  }
+}
+
 template <class T, int kHeadDim, int kRowTiles>
 struct WarpState {
   using Layout = RowLayout<kHeadDim>;
@@ -132,7 +155,6 @@ struct WarpState {
   template <int kActive>
   __device__ __forceinline__ void finish(const AttentionParams& p, int b, int h, int first) {
     const int lane = threadIdx.x % kWarpSize;
-    const bool is_odd = lane % 2 != 0;
     const int rows = p.queries - first;
     const int64_t row_stride = static_cast<int64_t>(p.heads) * kHeadDim;
     T* out_ptr = static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + first) * row_stride + h * kHeadDim;
@@ -141,31 +163,10 @@ struct WarpState {
     for (int m = 0; m < kActive; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float total = row_sum(m, half);
-        const float factor = __frcp_rn(total);
+        const float factor = __frcp_rn(row_sum(m, half));
         const int row = m * kTileRows + half * 8 + lane / 4;
-        T* row_ptr = out_ptr + row * row_stride;
-        // Neighbouring threads exchange halves, so that each row's 32 bytes are written together.
-#pragma unroll
-        for (int j = 0; j + 1 < kOutTiles; j += 2) {
-          const float(&left)[4] = out[m][j];
-          const float(&right)[4] = out[m][j + 1];
-          const uint32_t first = pack_pair<T>(left[2 * half] * factor, left[2 * half + 1] * factor);
-          const uint32_t second = pack_pair<T>(right[2 * half] * factor, right[2 * half + 1] * factor);
-          const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? first : second, 1);
-          const int channel = is_odd ? 8 * (j + 1) + 2 * (lane % 4 - 1) : 8 * j + 2 * (lane % 4);
-          if (row < rows) {
-            *reinterpret_cast<uint2*>(row_ptr + channel) = is_odd ? make_uint2(other, second)
-                                                                  : make_uint2(first, other);
-          }
-        }
-        if constexpr (kHasFlat) {
-          const float(&tile)[4] = out[m][kOutTiles - 1];
-          const uint32_t last = pack_pair<T>(tile[2 * half] * factor, tile[2 * half + 1] * factor);
-          if (row < rows) {
-            *reinterpret_cast<uint32_t*>(row_ptr + 8 * (kOutTiles - 1) + 2 * (lane % 4)) = last;
-          }
-        }
+        store_row<T, kHeadDim>([&](int j, int i) { return out[m][j][2 * half + i]; }, factor,
+                               out_ptr + row * row_stride, row < rows);
       }
     }
   }

@@ -1,7 +1,7 @@
 // Keys and values of a head pass through shared memory in tiles: sequences of any length.
 //
 // A block owns 128 queries of one head (64 at head dimension 128), 32 per warp, and walks over the keys in
-// tiles of 64 of which up to two are under way. The last tile is as short as its keys allow, to 16.
+// tiles of 64, of which up to two are under way while one is in use. The last tile is as short as its keys allow, to 16.
 //
 // Shared memory: per warp 32 queries; per stage keys, values, bias.
 #include "../launch.cuh"
@@ -12,19 +12,23 @@ namespace tome::attention_ops {
 namespace {
 
 constexpr int kStageKeys = 64;
-constexpr int kStages = 3;
 
 constexpr int kStageBlocks = kStageKeys / kBlockKeys;
 
+// As many as 99 KiB hold, which is what the smallest GPUs grant a block.
+template <int kHeadDim>
+constexpr int kStages = kHeadDim <= 96 ? 3 : 2;
+
 template <int kHeadDim>
 constexpr int streamed_bytes() {
-  return queries_bytes<kHeadDim>() + kStages * kStageBlocks * key_block_bytes(kHeadDim);
+  return queries_bytes<kHeadDim>() + kStages<kHeadDim> * kStageBlocks * key_block_bytes(kHeadDim);
 }
 
 template <class T, int kHeadDim>
 __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention_streamed_kernel(
     const StreamedParams plan) {
   using Block = KeyBlock<kHeadDim>;
+  constexpr int kStages = attention_ops::kStages<kHeadDim>;
   constexpr int kRowTiles = Traits<kHeadDim>::kRowTiles;
   constexpr int kStageBytes = kStageBlocks * Block::kBytes;
   constexpr int kFirstStage = queries_bytes<kHeadDim>();
