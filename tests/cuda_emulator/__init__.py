@@ -22,8 +22,6 @@ SOURCES = (
     *("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu", "norm/backward.cu"),
     *("attention/resident.cu", "attention/streamed.cu"),
 )
-SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu",
-           "attention/resident.cu", "attention/streamed.cu")  # fmt: skip
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BIPARTITE, RUNS, LISTED = range(3)
@@ -243,6 +241,7 @@ def attention(
         *(int(_is_aligned(q) and _is_aligned(k) and _is_aligned(v)), int(streamed), teams, splits),
         *(_address(lse.tensor), shared_bytes, seed),
     )
+    return out.check(), lse.check()
 
 
 def merge_add_norm_backward(
@@ -289,4 +288,3 @@ def column_sums(a: Tensor, b: Tensor, stats: Tensor | None, seed: int = 0) -> Te
     out = Guarded((slabs, 2, channels), torch.float32)
     library().emulated_columns(_address(a), _address(b), _address(stats), _address(out.tensor), *numbers)
     return out.check()
-    return out.check(), lse.check()

@@ -193,10 +193,9 @@ extern "C" void emulated_attention(const void* q, const void* k, const void* v, 
     if (splits > 0) plan.splits = splits;
     ops::launch_resident(plan, static_cast<Dtype>(dtype), limit, nullptr);
   }
-  ops::ResidentParams plan = ops::plan_resident(p, 132);
-  if (teams > 0) plan.team_bits = teams / 2;  // of 1, 2, 4
-  if (splits > 0) plan.splits = splits;
-  ops::launch_resident(plan, static_cast<Dtype>(dtype), limit, nullptr);
+  emulator::state().limit = emulator::kSharedBytes;
+}
+
 // strides: grad_x and grad_y batch, row, channel; slot, size, total batch, row; weight, gamma. dtypes: x, y,
 // branch, weight, gamma.
 extern "C" void emulated_norm_backward(const void* grad_x, const void* grad_y, const void* merged,
@@ -244,5 +243,4 @@ extern "C" int emulated_columns(const void* a, const void* b, const float* stats
   p.slabs = tome::norm::slabs(static_cast<int64_t>(batch) * rows, channels);
   if (out != nullptr) tome::norm::launch_columns(p, aligned != 0, nullptr);
   return p.slabs;
-  emulator::state().limit = emulator::kSharedBytes;
 }
