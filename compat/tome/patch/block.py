@@ -85,15 +85,15 @@ class MergingBlock:
         step = ops.match(keys, r, self._tome_prefix) if r > 0 else None
         if step is not None and slot is not None:
             slot = step.gather(1, slot.long())
-        x, normed, size = add(x, branch, step, n - r, size, self.mlp_norm())
+        x, normed, size = add(x, branch, step, n - r, size, self.mlp_norm(x.device.type))
         x, normed, size = add(x, self.mlp_branch(x, normed), None, n - r, size, next_norm)
         return Tokens(x, size, slot, normed)
 
-    def attention_norm(self) -> Norm | None:
-        """The norm that attention reads x through, where another block may compute it."""
+    def attention_norm(self, device: str) -> Norm | None:
+        """The norm that attention reads x through, where another block may compute it; ``device`` is a type."""
         raise NotImplementedError
 
-    def mlp_norm(self) -> Norm | None:
+    def mlp_norm(self, device: str) -> Norm | None:
         """The norm that the MLP reads x through, where it can be computed with the addition before it."""
         raise NotImplementedError
 
@@ -122,14 +122,13 @@ def add(
 
 def plain_norm(module: nn.Module, types: tuple[type[nn.Module], ...]) -> nn.LayerNorm | None:
     """The module if it is a LayerNorm over the last dimension that can be computed outside of it, else None."""
-    reason = None
     if not isinstance(module, nn.LayerNorm) or type(module) not in types:
         reason = f"{type(module).__name__} is not a plain LayerNorm"
     elif len(module.normalized_shape) != 1:
         reason = f"the LayerNorm is over {len(module.normalized_shape)} dimensions"
     elif has_hooks(module):
         reason = "the LayerNorm has hooks"
-    elif hasattr(module.weight, "device_mesh"):
+    elif module.weight.__class__ is not nn.Parameter and hasattr(module.weight, "device_mesh"):
         reason = "the LayerNorm's weight is distributed"
     else:
         return module

@@ -23,11 +23,11 @@ class ToMeBlock(MergingBlock, Block):
 
     _tome_base = Block
 
-    def attention_norm(self) -> Norm | None:
-        return _norm(self.norm1, type(self.attn.qkv) is nn.Linear)
+    def attention_norm(self, device: str) -> Norm | None:
+        return _norm(self.norm1, device, type(self.attn.qkv) is nn.Linear)
 
-    def mlp_norm(self) -> Norm | None:
-        return _norm(self.norm2, type(self.mlp) in LINEAR_READERS)
+    def mlp_norm(self, device: str) -> Norm | None:
+        return _norm(self.norm2, device, type(self.mlp) in LINEAR_READERS)
 
     def attention_branch(self, x: Tensor, normed: Tensor | None, size: Tensor | None) -> tuple[Branch, Tensor]:
         value, keys = attend(self.attn, self.norm1(x) if normed is None else normed, size)
@@ -42,10 +42,10 @@ class ToMeResPostBlock(MergingBlock, ResPostBlock):
 
     _tome_base = ResPostBlock
 
-    def attention_norm(self) -> None:
+    def attention_norm(self, device: str) -> None:
         return None
 
-    def mlp_norm(self) -> None:
+    def mlp_norm(self, device: str) -> None:
         return None
 
     def attention_branch(self, x: Tensor, normed: Tensor | None, size: Tensor | None) -> tuple[Branch, Tensor]:
@@ -95,14 +95,12 @@ def check_block(name: str, block: nn.Module) -> None:
     _check_parts(f"{name}.attn", attn, ATTENTION_PARTS)
 
 
-def _norm(module: nn.Module, linear_reader: bool) -> Norm | None:
+def _norm(module: nn.Module, device: str, linear_reader: bool) -> Norm | None:
     plain = plain_norm(module, PLAIN_NORMS)
-    if plain is None:
-        return None
-    device = plain.weight.device.type if plain.weight is not None else "cuda"
+    if plain is None or not torch.is_autocast_enabled(device) or not linear_reader:
+        return None if plain is None else Norm(plain)
     # Autocast would round for the linear layer anyway; writing that dtype at once saves a pass over the tokens.
-    rounded = linear_reader and torch.is_autocast_enabled(device)
-    return Norm(plain, torch.get_autocast_dtype(device) if rounded else None)
+    return Norm(plain, torch.get_autocast_dtype(device))
 
 
 def _branch(value: Tensor, scale: nn.Module, drop_path: nn.Module) -> Branch:
