@@ -63,25 +63,31 @@ __device__ __forceinline__ uint32_t find_threshold(const unsigned long long* bes
   return threshold;
 }
 
-// Write the slots of image b. `best` holds the packed best of every source, in shared or device memory. Every
-// thread of the block takes part.
-template <int kThreads>
-__device__ __forceinline__ void write_slots(const Params& p, int b, const unsigned long long* best,
-                                            SelectStorage& shared) {
-  static_assert(kThreads % kWarpSize == 0 && kThreads <= kMaxWarps * kWarpSize);
+// Slots that no score decides: the prefix and the targets of image b. This thread does its share of them.
+__device__ __forceinline__ void write_fixed(const Params& p, int b, int first, int step) {
   int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
-  const int first_target = p.prefix + p.sources - p.merged;
-  for (int i = threadIdx.x; i < p.prefix; i += kThreads) slot_ptr[i] = i;
-  for (int j = threadIdx.x; j < p.targets; j += kThreads) {
-    slot_ptr[row_position(p, b, p.sources + j)] = first_target + j;
+  for (int i = first; i < p.prefix; i += step) slot_ptr[i] = i;
+  for (int j = first; j < p.targets; j += step) {
+    slot_ptr[row_position(p, b, p.sources + j)] = p.first_target() + j;
   }
+}
+
+__device__ __forceinline__ void write_merged(const Params& p, int b, int i, unsigned long long best) {
+  p.slot_ptr[static_cast<int64_t>(b) * p.tokens + row_position(p, b, i)] = p.first_target() + best_index(best);
+}
+
+// The slots of all sources of image b. `best` holds the packed best of every source, in shared or device
+// memory. Every thread of the block takes part.
+template <int kThreads>
+__device__ __forceinline__ void write_sources(const Params& p, int b, const unsigned long long* best,
+                                              SelectStorage& shared) {
+  static_assert(kThreads % kWarpSize == 0 && kThreads <= kMaxWarps * kWarpSize);
   if (p.merged == p.sources) {
-    for (int i = threadIdx.x; i < p.sources; i += kThreads) {
-      slot_ptr[row_position(p, b, i)] = first_target + best_index(best[i]);
-    }
+    for (int i = threadIdx.x; i < p.sources; i += kThreads) write_merged(p, b, i, best[i]);
     return;
   }
 
+  int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
   int equal = 0;
   const uint32_t threshold = find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
   const int lane = threadIdx.x % kWarpSize;
@@ -108,8 +114,11 @@ __device__ __forceinline__ void write_slots(const Params& p, int b, const unsign
     if (i < p.sources) {
       const bool is_merged = is_above || (is_equal && equal_before < equal);
       const int merged_before = above_before + min(equal_before, equal);
-      slot_ptr[row_position(p, b, i)] =
-          is_merged ? first_target + best_index(mine) : p.prefix + i - merged_before;
+      if (is_merged) {
+        write_merged(p, b, i, mine);
+      } else {
+        slot_ptr[row_position(p, b, i)] = p.prefix + i - merged_before;
+      }
     }
     __syncthreads();  // the counts are overwritten by the next round
   }
