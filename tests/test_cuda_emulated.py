@@ -84,6 +84,12 @@ def test_long_images_of_like_tokens(d: int, noise: float, shared_bytes: int) -> 
     assert verdict.is_right(), verdict
 
 
+def test_more_sources_than_one_warp_can_select_from() -> None:
+    case = Case(1, 2101, 16, 0, 300, 0, torch.float32, "contiguous", "exact", 1)  # ties at the threshold
+    _, slot = match(case, (True, 227 << 10), 0)
+    assert torch.equal(slot, tome_reference.match(case.keys("cpu"), 300, 0))
+
+
 @SLOW
 @given(small_cases("normal"), st.integers(2, 9), PATHS, SEEDS)
 def test_kth(case: Case, k: int, path: tuple[bool, int], seed: int) -> None:

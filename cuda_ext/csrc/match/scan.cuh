@@ -3,19 +3,17 @@
 //
 // |score - high*high'| <= kCorrection, so a row's best target lies within twice that of the row's largest
 // high*high'. A thread sees kThreadTargets targets of a row per step (a group), and remembers the largest
-// product of its best group, that group's number, and the largest product of all its other groups. On random
-// keys about one group per row remains; where all groups of a thread remain, all are looked at again.
+// products of its two best groups with their numbers, and that of the third. On random keys about one group
+// per row remains. Where a third does, all groups of that thread are looked at again.
 #pragma once
 
 #include "score.cuh"
+#include "stream.cuh"
 
 namespace tome::match {
 
-constexpr int kScanTiles = 2;  // 16-row products of one warp: 32 sources
-constexpr int kScanRows = kScanTiles * kProductRows;
-constexpr int kGroupColumns = 2 * kProductColumns;  // targets of one step of a warp
-constexpr int kBatch = 2;                           // products of candidates that a warp has in flight
-constexpr int kThreadTargets = 4;                   // of one row: two neighbours, and two 8 columns behind
+constexpr int kBatch = 2;          // products of candidates that a warp has in flight
+constexpr int kThreadTargets = 4;  // of one row: two neighbours, and two 8 columns behind
 
 // The high halves of a warp's sources: in registers where their depth is known, else read again and again.
 template <int kSteps>
@@ -171,14 +169,6 @@ __device__ __forceinline__ unsigned long long pack_pair(float left, float right,
   const unsigned long long b = right >= -INFINITY && index + 1 < columns ? pack_best(right, index + 1) : 0;
   return a > b ? a : b;
 }
-
-// One block's share of an image.
-struct Share {
-  const __half* sources_ptr;  // of the block
-  const __half* targets_ptr;  // of the image
-  int rows;                   // of the block; the last block may have fewer than others
-  int image, block, blocks;   // of the image
-};
 
 // A group of a row that must be looked at again: the row in the block, and the first of its targets.
 struct Candidate {

@@ -4,11 +4,10 @@
 // match_score_kernel: one block owns kRows sources of an image and streams the high halves of all targets
 // through shared memory, in tiles of kColumns. What comes close to the best of its row is scored exactly, from
 // device memory. The block that finishes an image last selects its pairs.
-#include <cute/arch/copy_sm80.hpp>
-
 #include "../launch.cuh"
 #include "scan.cuh"
 #include "select.cuh"
+#include "stream.cuh"
 
 namespace tome::match {
 namespace {
@@ -25,6 +24,7 @@ __device__ __forceinline__ int row_in_turn(const Params& p, int i) {
 // The number of blocks tells the compiler that it need not save registers at the cost of loads in flight.
 template <class T, bool kAligned>
 __global__ __launch_bounds__(kMetricThreads, 1024 / kMetricThreads) void match_metric_kernel(const Params p) {
+  admit_next();
   const uint32_t first = blockIdx.x * (kMetricThreads / p.row_lanes) + threadIdx.x / p.row_lanes;
   const uint32_t rows = static_cast<uint32_t>(p.batch) * p.rows();
   const uint32_t row = min(first, rows - 1);  // the last warp stays whole for the shuffles
@@ -44,106 +44,12 @@ __global__ __launch_bounds__(kMetricThreads, 1024 / kMetricThreads) void match_m
 // Scoring a candidate takes about as long as scoring a row with this many targets in tiles does.
 constexpr int kTargetsPerCandidate = 128;
 
-// Rows in shared memory: the high halves, then one 16-byte step (see row_bytes).
-constexpr int high_bytes(int padded) { return 2 * padded + 16; }
-
-template <int kBlockRows, int kBlockColumns, int kBlockWarpsN, int kDepth, int kTiles, int kMinBlocks>
-struct Traits {
-  static constexpr int kRows = kBlockRows;
-  static constexpr int kColumns = kBlockColumns;
-  static constexpr int kSteps = kDepth;  // products over all channels; 0: any number
-  static constexpr int kRowLanes = kSteps <= 4 ? 8 : 16;
-  static constexpr int kStages = kTiles;  // tiles of targets in shared memory
-  static constexpr int kBlocks = kMinBlocks;  // per multiprocessor
-  static constexpr int kWarpsN = kBlockWarpsN;
-  static constexpr int kWarpColumns = kColumns / kWarpsN;
-  static constexpr int kWarpGroups = kWarpColumns / kGroupColumns;  // of one tile
-  static constexpr int kExactColumns = kWarpsN * kGroupColumns;
-  static constexpr int kThreads = kRows / kScanRows * kWarpsN * kWarpSize;
-  static_assert(kRows % kScanRows == 0 && kColumns % (kWarpsN * kGroupColumns) == 0);
-  static_assert((kRows + kStages * kColumns) * high_bytes(kProductDepth) >= sizeof(SelectStorage));
-  static constexpr int tile_bytes(int padded) {
-    const int first = (kRows + kStages * kColumns) * high_bytes(padded);
-    const int second = (kRows + 2 * kExactColumns) * row_bytes(padded);
-    return first > second ? first : second;
-  }
-  static constexpr int shared_bytes(int padded) { return tile_bytes(padded) + kRows * (8 + 4); }
-};
-
-// All targets of an image, tile by tile through shared memory behind the block's sources: the high halves of
-// their rows, or both halves.
-template <class Traits, bool kBoth>
-struct Stream {
-  static constexpr int kColumns = kBoth ? Traits::kExactColumns : Traits::kColumns;
-  static constexpr int kStages = kBoth ? 2 : Traits::kStages;
-  const Share& share;
-  char* shared;
-  int targets, padded, lanes, stride;  // lanes: threads that share a row
-
-  __device__ __forceinline__ Stream(const Params& p, const Share& from, char* to)
-      : share(from), shared(to), targets(p.targets) {
-    // Known while compiling where the depth is: the copies then need hardly any arithmetic.
-    padded = Traits::kSteps > 0 ? Traits::kSteps * kProductDepth : p.padded;
-    lanes = Traits::kSteps > 0 ? Traits::kRowLanes : p.row_lanes;
-    stride = kBoth ? row_bytes(padded) : high_bytes(padded);
-  }
-
-  // Rows past `last` repeat it.
-  template <int kCount>
-  __device__ __forceinline__ void copy_rows(const __half* metric_ptr, int row, int last, char* to) const {
-    const int channel = threadIdx.x % lanes * kLaneChannels;
-    if (channel >= padded) return;
-    const int step = Traits::kThreads / lanes;
-    const int first = threadIdx.x / lanes;
-#pragma unroll
-    for (int i = 0; i < (kCount + step - 1) / step; ++i) {
-      const int local = first + i * step;
-      if (kCount % step != 0 && local >= kCount) break;
-      const __half* from = metric_ptr + static_cast<int64_t>(min(row + local, last)) * 2 * padded + channel;
-#pragma unroll
-      for (int half = 0; half < 1 + kBoth; ++half) {
-        cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-            *reinterpret_cast<const cute::uint128_t*>(from + half * padded),
-            *reinterpret_cast<cute::uint128_t*>(to + local * stride + 2 * (channel + half * padded)));
-      }
-    }
-  }
-
-  __device__ __forceinline__ char* place(int tile) const {
-    return shared + (Traits::kRows + tile % kStages * kColumns) * stride;
-  }
-
-  __device__ __forceinline__ void copy_tile(int tile) const {
-    const int column = tile * kColumns;
-    if (column < targets) copy_rows<kColumns>(share.targets_ptr, column, targets - 1, place(tile));
-    cute::cp_async_fence();  // an empty group after the last tile keeps the count of groups the same
-  }
-
-  __device__ __forceinline__ void begin() const {
-    copy_rows<Traits::kRows>(share.sources_ptr, 0, share.rows - 1, shared);
-#pragma unroll
-    for (int tile = 0; tile < kStages - 1; ++tile) copy_tile(tile);
-  }
-
-  // Returns once the sources and the first tile have come.
-  __device__ __forceinline__ void await() const {
-    cute::cp_async_wait<kStages - 2>();
-    __syncthreads();
-  }
-
-  // Wait for this tile, and fetch a later one into the place of the one before.
-  __device__ __forceinline__ const char* next(int tile) const {
-    if (tile > 0) await();
-    copy_tile(tile + kStages - 1);
-    return place(tile);
-  }
-};
-
 // The first look of a warp: at kWarpColumns of each tile.
 template <class Traits>
 __device__ __forceinline__ void look(const Params& p, const Share& share, char* shared, int warp_row,
                                      int warp_column, uint32_t mask, Seen& seen) {
   const Stream<Traits, false> stream(p, share, shared);
+  await_previous();
   stream.begin();
   write_fixed(p, share.image, share.block * Traits::kThreads + threadIdx.x, share.blocks * Traits::kThreads);
   stream.await();
@@ -330,7 +236,7 @@ bool try_score(const Params& p, int max_shared_bytes, cudaStream_t stream) {
   if (bytes + kAccessBytes > max_shared_bytes) return false;
   const int64_t blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;
   launch_kernel(match_score_kernel<Traits>, blocks * p.batch, Traits::kThreads, bytes,
-                max_shared_bytes - kAccessBytes, stream, p);
+                max_shared_bytes - kAccessBytes, stream, p, Start::kEarly);
   return true;
 }
 
