@@ -118,9 +118,15 @@ def check_outputs(call: Call, out: Tensor, y: Tensor) -> None:
     """As close to float64 as the reference in the same dtypes, up to a rounding."""
     theirs = tome_reference.merge_add_norm(*call)
     truth = tome_reference.merge_add_norm(*call.double())
-    for ours, other, exact in zip((out, y), theirs, truth, strict=False):
+    for ours, other, exact in ((out, theirs[0], truth[0]), (y, theirs[1], truth[1])):
         assert ours.dtype == other.dtype
         assert ours.shape == other.shape
-        # y has the rounding of x in it, a few times where a row's deviation or a parameter is above one.
-        rounding = ROUNDING[out.dtype] if ours is out else ROUNDING[y.dtype] + ROUNDING[out.dtype]
-        assert error(ours, exact) <= error(other, exact) + rounding * float(exact.abs().max())
+        if exact.numel() == 0:
+            continue
+        largest = float(truth[0].abs().max())
+        floor = ROUNDING[out.dtype] * largest
+        if ours is y:  # which has the rounding of x in it, magnified where a row hardly varies
+            slope = float((truth[0].var(-1, correction=0) + call.eps).rsqrt().max())
+            weight = 1.0 if call.weight is None else float(call.weight.abs().max())
+            floor = ROUNDING[y.dtype] * float(exact.abs().max()) + 2 * slope * weight * floor
+        assert error(ours, exact) <= error(other, exact) + floor
