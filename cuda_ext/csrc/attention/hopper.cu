@@ -32,9 +32,6 @@ constexpr int kAlignment = 1024;         // where the widest swizzle repeats
 #ifndef TOME_KEYS
 #define TOME_KEYS 96
 #endif
-#ifndef TOME_EAGER
-#define TOME_EAGER true
-#endif
 #ifndef TOME_GROUPS
 #define TOME_GROUPS 3
 #endif
@@ -137,11 +134,11 @@ struct LaneBias {
       size[i] = key >= p.keys ? 0.0f : p.size_ptr == nullptr ? 1.0f : __ldg(size_ptr + key * p.size_stride);
     }
   }
-  __device__ __forceinline__ void store(float* bias) const {
+  __device__ __forceinline__ void store(float* bias, float unit) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int key = i * kWarpSize + threadIdx.x % kWarpSize;
-      if (key < kTileKeys) bias[key] = __log2f(size[i]);
+      if (key < kTileKeys) bias[key] = __log2f(size[i]) * unit;
     }
   }
 };
@@ -172,7 +169,7 @@ __device__ __forceinline__ void produce(const HopperParams& p, const Shared<Trai
                    panel * Layout::kPanel, first_key, head % p.heads, head / p.heads);
         }
       }
-      bias.store(shared.bias(cursor.stage));
+      bias.store(shared.bias(cursor.stage), 1.0f / p.scale);
       __syncwarp();
       if (leads) barrier_arrive(full);
       // The next tile's sizes travel while its stage is still in use.
@@ -213,6 +210,39 @@ __device__ __forceinline__ void load_queries(const HopperParams& p, const Shared
   }
 }
 
+#ifndef TOME_TURN
+#define TOME_TURN 1
+#endif
+// Consumers issue their products in turns. Left alone they fall into step, all at the tensor cores and then all
+// at their exponentials, and nothing overlaps.
+template <class Traits>
+struct Turn {
+  int group;
+  uint32_t lock;
+
+  __device__ __forceinline__ void start() const {
+    if (TOME_TURN == 1 && group == Traits::kGroups - 1) give();
+  }
+  __device__ __forceinline__ void take() const {
+    if (TOME_TURN == 1) named_barrier(1 + Traits::kGroups + group, 2 * kGroupThreads);
+    if (TOME_TURN == 2) {
+      if (threadIdx.x % kGroupThreads == 0) {
+        uint32_t was;
+        do {
+          asm volatile("atom.shared.cta.cas.b32 %0, [%1], 0, 1;" : "=r"(was) : "r"(lock) : "memory");
+        } while (was != 0);
+      }
+      named_barrier(1 + group, kGroupThreads);
+    }
+  }
+  __device__ __forceinline__ void give() const {
+    if (TOME_TURN == 1) named_arrive(1 + Traits::kGroups + (group + 1) % Traits::kGroups, 2 * kGroupThreads);
+    if (TOME_TURN == 2 && threadIdx.x % kGroupThreads == 0) {
+      asm volatile("st.shared.u32 [%0], 0;" ::"r"(lock) : "memory");
+    }
+  }
+};
+
 // One warpgroup's view of its tile of queries.
 template <class Traits>
 struct Consumer {
@@ -220,7 +250,6 @@ struct Consumer {
   using Keys = typename Traits::Keys;
   static constexpr int kTileKeys = Traits::kTileKeys;
   static constexpr bool kHasTail = Traits::kTail < kTileKeys;
-  static constexpr bool kEager = TOME_EAGER;
 
   const HopperParams& p;
   const Shared<Traits>& shared;
@@ -229,6 +258,7 @@ struct Consumer {
   uint32_t weights[kTileKeys / kProductDepth][4];
   float out[Traits::kDim / 2];
   Rows rows;
+  Turn<Traits> turn;
   bool has_rows;  // whether any query of this warp exists
 
   __device__ __forceinline__ Consumer(const HopperParams& p, const Shared<Traits>& shared) : p(p), shared(shared) {}
@@ -252,7 +282,7 @@ struct Consumer {
     using Op = typename Product<T, kKeys>::ByKeys;
 #pragma unroll
     for (int step = 0; step < Keys::kSteps; ++step) {
-      multiply<Op, kKeys>(q[step], Keys::by_columns(shared.keys(stage), step), s, step > 0);
+      multiply<Op, kKeys>(q[step], Keys::by_columns(shared.keys(stage), step), s);
     }
     cute::warpgroup_commit_batch();
   }
@@ -262,7 +292,7 @@ struct Consumer {
     using Op = typename Product<T, Traits::kDim>::ByValues;
 #pragma unroll
     for (int step = 0; step < kKeys / kProductDepth; ++step) {
-      multiply<Op, Traits::kDim>(weights[step], Keys::by_rows(shared.values(stage), step), out, true);
+      multiply<Op, Traits::kDim>(weights[step], Keys::by_rows(shared.values(stage), step), out);
     }
     cute::warpgroup_commit_batch();
   }
@@ -272,31 +302,84 @@ struct Consumer {
     if (threadIdx.x % kWarpSize == 0) barrier_arrive(shared.empty(stage));
   }
 
+  // The scores of this warp's rows once more, without the other warps.
+  template <int kKeys>
+  __device__ __forceinline__ void repeat_scores(int stage) {
+    using Op = typename Product<T, 16>::OfWarp;
+    load_bias<kKeys>(s, shared_address(shared.bias(stage)));
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int j = 0; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int step = 0; step < Keys::kSteps; ++step) {
+        const uint32_t from =
+            shared.keys(stage) + Keys::offset(8 * j + lane % 8, step * kProductDepth + lane / 8 % 2 * 8);
+        uint32_t b[2];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(b[0]), "=r"(b[1])
+                     : "r"(from)
+                     : "memory");
+        float* c = s + 4 * j;
+        Op::fma(c[0], c[1], c[2], c[3], q[step][0], q[step][1], q[step][2], q[step][3], b[0], b[1], c[0], c[1],
+                c[2], c[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void rescale(float2 factor) {
+#pragma unroll
+    for (int i = 0; i < Traits::kDim / 2; ++i) out[i] *= i / 2 % 2 == 0 ? factor.x : factor.y;
+    rows.sum[0] *= factor.x;
+    rows.sum[1] *= factor.y;
+  }
+
+  // Scores become weights relative to the highest score of the first tile. Later tiles don't look for theirs:
+  // should one exceed that by so much that weights overflow, sums show it, and the tile is done again.
+  template <int kKeys>
+  __device__ __forceinline__ void soften_tile(int stage, bool is_first) {
+    if (is_first) raise_base<kKeys>(s, p.scale, rows);
+    float sum[2];
+    soften<kKeys>(s, p.scale, rows, sum);
+    const bool overflows = !(sum[0] <= kMostSum && sum[1] <= kMostSum);  // true for NaN as well
+    if (__any_sync(kFullWarp, overflows)) {
+      repeat_scores<kKeys>(stage);
+      rescale(raise_base<kKeys>(s, p.scale, rows));
+      soften<kKeys>(s, p.scale, rows, sum);
+    }
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+  }
+
+  // Takes the next tile's biases while no product is running that could still need these registers.
+  __device__ __forceinline__ void await_tile(const Cursor<Traits>& at) {
+    barrier_wait(shared.full(at.stage), at.parity);
+    load_bias<kTileKeys>(s, shared_address(shared.bias(at.stage)));
+  }
+
   // One tile of keys. Its product with the values is left running, until the next tile's scores are there.
   template <int kKeys>
-  __device__ __forceinline__ void step(const Cursor<Traits>& at, int previous) {
-    barrier_wait(shared.full(at.stage), at.parity);
+  __device__ __forceinline__ void step(Cursor<Traits>& at, int previous, bool is_last) {
+    const int stage = at.stage;
     fence_registers(s);
     cute::warpgroup_arrive();
-    multiply_keys<kKeys>(at.stage);
+    multiply_keys<kKeys>(stage);
+    turn.give();
     cute::warpgroup_wait<0>();
     fence_registers(s);
     fence_registers(out);
     if (previous >= 0) release(previous);
     if (has_rows) {
-      soften<kKeys>(s, shared.bias(at.stage), p.scale, rows);
-      if (rows.rescale) {
-#pragma unroll
-        for (int i = 0; i < Traits::kDim / 2; ++i) out[i] *= rows.factor[i / 2 % 2];
-      }
+      soften_tile<kKeys>(stage, previous < 0);
       pack_weights<T, kKeys>(s, weights);
     }
+    at.advance();
+    if (!is_last) await_tile(at);
 #pragma unroll
     for (int i = 0; i < kKeys / kProductDepth; ++i) fence_registers(weights[i]);
     fence_registers(out);
+    turn.take();
     cute::warpgroup_arrive();
-    multiply_values<kKeys>(at.stage);
-    if constexpr (!kEager) cute::warpgroup_wait<0>();
+    multiply_values<kKeys>(stage);
   }
 
   __device__ __forceinline__ void attend(Cursor<Traits> at) {
@@ -304,15 +387,19 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < Traits::kDim / 2; ++i) out[i] = 0.0f;
     int previous = -1;
+    await_tile(at);
+    turn.take();
     for (int tile = kHasTail ? 1 : 0; tile < p.key_tiles; ++tile) {
-      step<kTileKeys>(at, previous);
-      previous = at.stage;
-      at.advance();
+      const int stage = at.stage;
+      step<kTileKeys>(at, previous, !kHasTail && tile + 1 == p.key_tiles);
+      previous = stage;
     }
     if constexpr (kHasTail) {
-      step<Traits::kTail>(at, previous);
-      previous = at.stage;
+      const int stage = at.stage;
+      step<Traits::kTail>(at, previous, true);
+      previous = stage;
     }
+    turn.give();
     cute::warpgroup_wait<0>();
     fence_registers(out);
     release(previous);
@@ -355,13 +442,16 @@ __device__ __forceinline__ void consume(const HopperParams& p, const Shared<Trai
   const int group = threadIdx.x / kGroupThreads;
   const bool leads = threadIdx.x % kGroupThreads == 0;
   Consumer<Traits> consumer(p, shared);
+  consumer.turn.group = group;
+  consumer.turn.lock = shared.barriers() + Traits::kBarrierBytes - 8;
+  consumer.turn.start();
+  const int passes = (p.passes - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
+  const int rounds = (passes * p.pass_tiles + Traits::kGroups - 1) / Traits::kGroups;
   uint32_t parity = 0;
-  int number = group;
-  Item item(p, number);
+  Item item(p, group);
   if (item.is_used && leads) load_queries(p, shared, group, item);
-  while (item.exists) {
-    number += Traits::kGroups;
-    const Item next(p, number);
+  for (int round = 1; round <= rounds; ++round) {
+    const Item next(p, round * Traits::kGroups + group);
     Cursor<Traits> cursor(item.round * p.key_tiles);
     if (item.is_used) {
       barrier_wait(shared.queries_full(group), parity);
@@ -376,9 +466,16 @@ __device__ __forceinline__ void consume(const HopperParams& p, const Shared<Trai
       consumer.attend(cursor);
       if (consumer.has_rows) consumer.store(item, first_row);
     } else {
-      for (int tile = 0; tile < p.key_tiles; ++tile, cursor.advance()) {
-        barrier_wait(shared.full(cursor.stage), cursor.parity);
-        consumer.release(cursor.stage);
+      // The others count on this one's turns and releases.
+      for (int tile = 0; tile <= p.key_tiles; ++tile, cursor.advance()) {
+        if (item.exists && tile < p.key_tiles) {
+          barrier_wait(shared.full(cursor.stage), cursor.parity);
+          consumer.release(cursor.stage);
+        }
+        if (TOME_TURN == 1) {
+          consumer.turn.take();
+          consumer.turn.give();
+        }
       }
     }
     item = next;
@@ -400,6 +497,7 @@ __global__ __launch_bounds__(Traits::kThreads, 1) void attention_hopper_kernel(c
       barrier_init(shared.empty(stage), p.pass_tiles * (kGroupThreads / kWarpSize));
     }
     for (int group = 0; group < Traits::kGroups; ++group) barrier_init(shared.queries_full(group), 1);
+    *reinterpret_cast<uint32_t*>(shared.base + Traits::kUsedBytes - kAlignment - 8) = 0;
     barrier_fence();
   }
   __syncthreads();

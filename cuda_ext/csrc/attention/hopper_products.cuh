@@ -6,6 +6,7 @@
 // product covers all columns of the values.
 #pragma once
 
+#include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
 
@@ -29,6 +30,7 @@ struct Product;
     using ByValues =                                                                                \
         cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,    \
                                                                      cute::SM90::GMMA::Major::MN>;  \
+    using OfWarp = cute::SM80_16x8x16_F32##NAME##NAME##F32_TN;                                      \
   };
 #define TOME_PRODUCTS(COLUMNS)             \
   TOME_PRODUCT(__half, F16, COLUMNS)       \
@@ -46,17 +48,16 @@ TOME_PRODUCTS(128)
 #undef TOME_PRODUCT
 
 template <class Op, int kSize, int... kI>
-__device__ __forceinline__ void multiply_(const uint32_t (&a)[4], uint64_t b, float (&c)[kSize], bool add,
-                                          std::integer_sequence<int, kI...>) {
-  Op::fma(a[0], a[1], a[2], a[3], b, c[kI]...,
-          add ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint64_t b, float (&c)[kSize],
+                                         std::integer_sequence<int, kI...>) {
+  Op::fma(a[0], a[1], a[2], a[3], b, c[kI]...);
 }
 
-// c = a b, or c += a b; uses the first kColumns / 2 numbers of c.
+// c += a b, with the first kColumns / 2 numbers of c.
 template <class Op, int kColumns, int kSize>
-__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint64_t b, float (&c)[kSize], bool add) {
+__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint64_t b, float (&c)[kSize]) {
   static_assert(kColumns / 2 <= kSize, "the accumulator is too small");
-  multiply_<Op>(a, b, c, add, std::make_integer_sequence<int, kColumns / 2>{});
+  multiply<Op>(a, b, c, std::make_integer_sequence<int, kColumns / 2>{});
 }
 
 // Keeps the compiler from moving accesses to registers that a product in flight uses.

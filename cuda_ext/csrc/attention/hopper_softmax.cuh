@@ -8,9 +8,9 @@
 
 namespace tome::attention_ops::hopper {
 
-// How far, as a power of two, a new maximum may exceed the one that weights are relative to before sums are
-// rescaled. Weights then reach 2^8, which is nothing to float16 or to sums in float32.
-constexpr float kSlack = 8.0f;
+// A thread's part of a row's sum that makes it look at the scores again. Single weights are below it and so
+// fit into float16.
+constexpr float kMostSum = 16384.0f;
 
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
@@ -40,12 +40,10 @@ __device__ __forceinline__ float sum_of_four(float x) {
   return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
-// What is known of a thread's two rows so far: weights are 2^(score - base).
+// What is known of a thread's two rows so far: weights are 2^(score * scale - base).
 struct Rows {
   float base[2];
-  float sum[2];     // this thread's columns only
-  float factor[2];  // by which sums of values must be rescaled, if `rescale`
-  bool rescale;
+  float sum[2];  // this thread's columns only
 
   __device__ __forceinline__ void reset() {
 #pragma unroll
@@ -56,55 +54,56 @@ struct Rows {
   }
 };
 
-// Scores (products) become weights; `bias` holds the tile's, as powers of two like the scaled scores.
+// A tile's biases, as scores: products are added to them.
 template <int kKeys, int kSize>
-__device__ __forceinline__ void soften(float (&s)[kSize], const float* bias, float scale, Rows& rows) {
-  float highest[2][2];
+__device__ __forceinline__ void load_bias(float (&s)[kSize], uint32_t bias) {
+  bias += threadIdx.x % 4 * 8;
 #pragma unroll
-  for (int j = 0; j < kKeys / 8; ++j) {
-    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * j + threadIdx.x % 4 * 2);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float& x = s[4 * j + 2 * row];
-      float& y = s[4 * j + 2 * row + 1];
-      x = fmaf(x, scale, b.x);
-      y = fmaf(y, scale, b.y);
-      highest[row][0] = j == 0 ? x : fmaxf(highest[row][0], x);
-      highest[row][1] = j == 0 ? y : fmaxf(highest[row][1], y);
-    }
+  for (int j = 0; j < kKeys / 4; ++j) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(s[2 * j]), "=f"(s[2 * j + 1])
+                 : "r"(bias + j / 2 * 32)
+                 : "memory");
   }
-  float tile[2];
-  bool exceeds = false;
+}
+
+// Raises the bases to the tile's highest scores; returns by what sums must be multiplied.
+template <int kKeys, int kSize>
+__device__ __forceinline__ float2 raise_base(const float (&s)[kSize], float scale, Rows& rows) {
+  float factor[2];
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    tile[row] = max_of_four(fmaxf(highest[row][0], highest[row][1]));
-    exceeds |= tile[row] > rows.base[row] + kSlack;
-  }
-  rows.rescale = __any_sync(kFullWarp, exceeds);
-  if (rows.rescale) {
+    float highest[2] = {s[2 * row], s[2 * row + 1]};
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float base = fmaxf(rows.base[row], tile[row]);
-      // A row without a finite score keeps base -inf, and nothing to rescale.
-      rows.factor[row] = base == -INFINITY ? 1.0f : exp2_approximate(rows.base[row] - base);
-      rows.sum[row] *= rows.factor[row];
-      rows.base[row] = base;
+    for (int j = 1; j < kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) highest[i] = fmaxf(highest[i], s[4 * j + 2 * row + i]);
     }
+    const float base = fmaxf(rows.base[row], max_of_four(fmaxf(highest[0], highest[1])) * scale);
+    // A row without a finite score keeps base -inf, and nothing to multiply.
+    factor[row] = base == -INFINITY ? 1.0f : exp2_approximate(rows.base[row] - base);
+    rows.base[row] = base;
   }
+  return make_float2(factor[0], factor[1]);
+}
+
+// Scores become weights; `sum` is this thread's part of the rows' sums.
+template <int kKeys, int kSize>
+__device__ __forceinline__ void soften(float (&s)[kSize], float scale, const Rows& rows, float (&sum)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const float base = rows.base[row] == -INFINITY ? 0.0f : rows.base[row];
-    float sum[2] = {0.0f, 0.0f};
+    float part[2];
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[4 * j + 2 * row + i];
-        x = exp2_approximate(x - base);
-        sum[i] += x;
+        x = exp2_approximate(fmaf(x, scale, -base));
+        part[i] = j == 0 ? x : part[i] + x;
       }
     }
-    rows.sum[row] += sum[0] + sum[1];
+    sum[row] = part[0] + part[1];
   }
 }
 
