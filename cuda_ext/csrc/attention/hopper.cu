@@ -51,7 +51,7 @@ struct Traits {
   static constexpr int kConsumerRegisters = kGroups == 4 ? 112 : kGroups == 3 ? 160 : 240;
   using Queries = TileLayout<kDim, kTileRows>;
   using Keys = TileLayout<kDim, kTileKeys>;
-  static constexpr int kBiasBytes = kTileKeys * static_cast<int>(sizeof(float));
+  static constexpr int kBiasBytes = 2 * kTileKeys * static_cast<int>(sizeof(float));  // each for two rows
   static constexpr int kStageBytes = 2 * Keys::kBytes + kBiasBytes;
   static constexpr int kBarrierBytes = 256;
   static constexpr int kStages = std::min(
@@ -95,7 +95,7 @@ struct Shared {
     return address + Traits::kStages * 2 * Traits::Keys::kBytes + group * Traits::Queries::kBytes;
   }
   __device__ float* bias(int stage) const {
-    return reinterpret_cast<float*>(base + Traits::kTilesEnd) + stage * Traits::kTileKeys;
+    return reinterpret_cast<float*>(base + Traits::kTilesEnd + stage * Traits::kBiasBytes);
   }
   __device__ uint32_t barriers() const {
     return address + Traits::kTilesEnd + Traits::kStages * Traits::kBiasBytes;
@@ -138,7 +138,9 @@ struct LaneBias {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int key = i * kWarpSize + threadIdx.x % kWarpSize;
-      if (key < kTileKeys) bias[key] = __log2f(size[i]) * unit;
+      const float value = __log2f(size[i]) * unit;
+      float* pair = bias + key / 2 * 4 + key % 2;
+      if (key < kTileKeys) pair[0] = pair[2] = value;
     }
   }
 };
@@ -280,9 +282,10 @@ struct Consumer {
   template <int kKeys>
   __device__ __forceinline__ void multiply_keys(int stage) {
     using Op = typename Product<T, kKeys>::ByKeys;
+    const uint64_t keys = Keys::by_columns(shared.keys(stage));
 #pragma unroll
     for (int step = 0; step < Keys::kSteps; ++step) {
-      multiply<Op, kKeys>(q[step], Keys::by_columns(shared.keys(stage), step), s);
+      multiply<Op, kKeys>(q[step], keys + Keys::columns_advance(step), s);
     }
     cute::warpgroup_commit_batch();
   }
@@ -290,9 +293,10 @@ struct Consumer {
   template <int kKeys>
   __device__ __forceinline__ void multiply_values(int stage) {
     using Op = typename Product<T, Traits::kDim>::ByValues;
+    const uint64_t values = Keys::by_rows(shared.values(stage));
 #pragma unroll
     for (int step = 0; step < kKeys / kProductDepth; ++step) {
-      multiply<Op, Traits::kDim>(weights[step], Keys::by_rows(shared.values(stage), step), out);
+      multiply<Op, Traits::kDim>(weights[step], values + Keys::rows_advance(step), out);
     }
     cute::warpgroup_commit_batch();
   }
@@ -306,7 +310,7 @@ struct Consumer {
   template <int kKeys>
   __device__ __forceinline__ void repeat_scores(int stage) {
     using Op = typename Product<T, 16>::OfWarp;
-    load_bias<kKeys>(s, shared_address(shared.bias(stage)));
+    load_bias<kKeys>(s, shared.bias(stage));
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
@@ -339,12 +343,12 @@ struct Consumer {
   __device__ __forceinline__ void soften_tile(int stage, bool is_first) {
     if (is_first) raise_base<kKeys>(s, p.scale, rows);
     float sum[2];
-    soften<kKeys>(s, p.scale, rows, sum);
+    soften<kKeys>(s, p.scale, rows, is_first, sum);
     const bool overflows = !(sum[0] <= kMostSum && sum[1] <= kMostSum);  // true for NaN as well
     if (__any_sync(kFullWarp, overflows)) {
       repeat_scores<kKeys>(stage);
       rescale(raise_base<kKeys>(s, p.scale, rows));
-      soften<kKeys>(s, p.scale, rows, sum);
+      soften<kKeys>(s, p.scale, rows, true, sum);
     }
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
@@ -353,7 +357,7 @@ struct Consumer {
   // Takes the next tile's biases while no product is running that could still need these registers.
   __device__ __forceinline__ void await_tile(const Cursor<Traits>& at) {
     barrier_wait(shared.full(at.stage), at.parity);
-    load_bias<kTileKeys>(s, shared_address(shared.bias(at.stage)));
+    load_bias<kTileKeys>(s, shared.bias(at.stage));
   }
 
   // One tile of keys. Its product with the values is left running, until the next tile's scores are there.
@@ -439,7 +443,8 @@ struct Consumer {
 
 template <class Traits>
 __device__ __forceinline__ void consume(const HopperParams& p, const Shared<Traits>& shared) {
-  const int group = threadIdx.x / kGroupThreads;
+  // Read from one lane, so that the compiler knows it, and all that follows from it, to be uniform in a warp.
+  const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
   const bool leads = threadIdx.x % kGroupThreads == 0;
   Consumer<Traits> consumer(p, shared);
   consumer.turn.group = group;

@@ -12,7 +12,7 @@
 
 #include <utility>
 
-#include "../dtype.h"
+#include "../vector.cuh"
 
 namespace tome::attention_ops::hopper {
 
@@ -85,22 +85,25 @@ struct TileLayout {
     return column / kPanel * kPanelBytes + (linear ^ (linear >> 3 & kSwizzle));
   }
 
+  // Descriptors come from one lane, so that the compiler knows them to be uniform in a warp and keeps them in
+  // uniform registers. Else it moves each there on its own, between products, which then wait.
   __device__ static uint64_t descriptor(uint32_t address, int leading_bytes) {
     constexpr uint64_t kMode = kPanel == 64 ? 1 : kPanel == 32 ? 2 : 3;
-    return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-           static_cast<uint64_t>(8 * kPitch >> 4) << 32 | kMode << 62;
+    const uint32_t low = __shfl_sync(kFullWarp, (address & 0x3ffff) >> 4, 0);
+    return low | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(8 * kPitch >> 4) << 32 |
+           kMode << 62;
   }
 
-  // Rows by 16 columns, from column 16 `step` on; columns are summed over.
-  __device__ static uint64_t by_columns(uint32_t tile, int step) {
+  // Rows by 16 columns, of which the products take the sum, and how far the next 16 columns are.
+  __device__ static uint64_t by_columns(uint32_t tile) { return descriptor(tile, 16); }
+  __device__ static constexpr uint64_t columns_advance(int step) {
     const int column = step * kProductDepth;
-    return descriptor(tile + column / kPanel * kPanelBytes + column % kPanel * 2, 16);
+    return (column / kPanel * kPanelBytes + column % kPanel * 2) >> 4;
   }
 
-  // All columns of 16 rows, from row 16 `step` on; rows are summed over.
-  __device__ static uint64_t by_rows(uint32_t tile, int step) {
-    return descriptor(tile + step * kProductDepth * kPitch, kPanelBytes);
-  }
+  // All columns of 16 rows, of which the products take the sum, and how far the next 16 rows are.
+  __device__ static uint64_t by_rows(uint32_t tile) { return descriptor(tile, kPanelBytes); }
+  __device__ static constexpr uint64_t rows_advance(int step) { return step * kProductDepth * kPitch >> 4; }
 };
 
 }  // namespace tome::attention_ops::hopper

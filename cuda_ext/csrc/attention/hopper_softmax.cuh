@@ -54,16 +54,17 @@ struct Rows {
   }
 };
 
-// A tile's biases, as scores: products are added to them.
+// A tile's biases, as scores: products are added to them. Shared memory holds each pair of them twice, for a
+// thread's two rows.
 template <int kKeys, int kSize>
-__device__ __forceinline__ void load_bias(float (&s)[kSize], uint32_t bias) {
-  bias += threadIdx.x % 4 * 8;
+__device__ __forceinline__ void load_bias(float (&s)[kSize], const float* bias) {
 #pragma unroll
-  for (int j = 0; j < kKeys / 4; ++j) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(s[2 * j]), "=f"(s[2 * j + 1])
-                 : "r"(bias + j / 2 * 32)
-                 : "memory");
+  for (int j = 0; j < kKeys / 8; ++j) {
+    const float4 pairs = *reinterpret_cast<const float4*>(bias + (4 * j + threadIdx.x % 4) * 4);
+    s[4 * j] = pairs.x;
+    s[4 * j + 1] = pairs.y;
+    s[4 * j + 2] = pairs.z;
+    s[4 * j + 3] = pairs.w;
   }
 }
 
@@ -87,12 +88,14 @@ __device__ __forceinline__ float2 raise_base(const float (&s)[kSize], float scal
   return make_float2(factor[0], factor[1]);
 }
 
-// Scores become weights; `sum` is this thread's part of the rows' sums.
+// Scores become weights; `sum` is this thread's part of the rows' sums. A base of -inf, from a tile of absent
+// keys, makes sums overflow or NaN, unless the tile itself has just raised the base: then it has no weights.
 template <int kKeys, int kSize>
-__device__ __forceinline__ void soften(float (&s)[kSize], float scale, const Rows& rows, float (&sum)[2]) {
+__device__ __forceinline__ void soften(float (&s)[kSize], float scale, const Rows& rows, bool is_raised,
+                                       float (&sum)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    const float base = rows.base[row] == -INFINITY ? 0.0f : rows.base[row];
+    const float base = is_raised && rows.base[row] == -INFINITY ? 0.0f : rows.base[row];
     float part[2];
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
