@@ -86,7 +86,8 @@ struct Shared {
 
   __device__ __forceinline__ explicit Shared(char* shared) {
     const uint32_t start = shared_address(shared);
-    address = (start + kAlignment - 1) & ~(kAlignment - 1);
+    // From one lane: uniform, and held in a register rather than computed anew at each use.
+    address = __shfl_sync(kFullWarp, (start + kAlignment - 1) & ~(kAlignment - 1), 0);
     base = shared + (address - start);
   }
   __device__ uint32_t keys(int stage) const { return address + stage * 2 * Traits::Keys::kBytes; }
@@ -94,9 +95,7 @@ struct Shared {
   __device__ uint32_t queries(int group) const {
     return address + Traits::kStages * 2 * Traits::Keys::kBytes + group * Traits::Queries::kBytes;
   }
-  __device__ float* bias(int stage) const {
-    return reinterpret_cast<float*>(base + Traits::kTilesEnd + stage * Traits::kBiasBytes);
-  }
+  __device__ uint32_t bias(int stage) const { return address + Traits::kTilesEnd + stage * Traits::kBiasBytes; }
   __device__ uint32_t barriers() const {
     return address + Traits::kTilesEnd + Traits::kStages * Traits::kBiasBytes;
   }
@@ -134,13 +133,15 @@ struct LaneBias {
       size[i] = key >= p.keys ? 0.0f : p.size_ptr == nullptr ? 1.0f : __ldg(size_ptr + key * p.size_stride);
     }
   }
-  __device__ __forceinline__ void store(float* bias, float unit) const {
+  __device__ __forceinline__ void store(uint32_t bias, float unit) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int key = i * kWarpSize + threadIdx.x % kWarpSize;
       const float value = __log2f(size[i]) * unit;
-      float* pair = bias + key / 2 * 4 + key % 2;
-      if (key < kTileKeys) pair[0] = pair[2] = value;
+      const uint32_t to = bias + key / 2 * 16 + key % 2 * 4;
+      if (key < kTileKeys) {
+        asm volatile("st.shared.f32 [%0], %1;\n st.shared.f32 [%0 + 8], %1;" ::"r"(to), "f"(value) : "memory");
+      }
     }
   }
 };
@@ -261,6 +262,7 @@ struct Consumer {
   float out[Traits::kDim / 2];
   Rows rows;
   Turn<Traits> turn;
+  int thread;  // of the group; from a shuffle, or else the compiler reads it anew at each use, slowly
   bool has_rows;  // whether any query of this warp exists
 
   __device__ __forceinline__ Consumer(const HopperParams& p, const Shared<Traits>& shared) : p(p), shared(shared) {}
@@ -303,15 +305,16 @@ struct Consumer {
 
   __device__ __forceinline__ void release(int stage) {
     __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) barrier_arrive(shared.empty(stage));
+    if (thread % kWarpSize == 0) barrier_arrive(shared.empty(stage));
   }
 
   // The scores of this warp's rows once more, without the other warps.
   template <int kKeys>
   __device__ __forceinline__ void repeat_scores(int stage) {
     using Op = typename Product<T, 16>::OfWarp;
-    load_bias<kKeys>(s, shared.bias(stage));
-    const int lane = threadIdx.x % kWarpSize;
+    load_bias<kKeys>(s, shared.bias(stage) + thread % 4 * 16);
+    int lane = thread % kWarpSize;
+    asm volatile("" : "+r"(lane));  // else the addresses below are computed ahead, for every tile
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
@@ -354,13 +357,12 @@ struct Consumer {
     rows.sum[1] += sum[1];
   }
 
-  // Takes the next tile's biases while no product is running that could still need these registers.
-  __device__ __forceinline__ void await_tile(const Cursor<Traits>& at) {
-    barrier_wait(shared.full(at.stage), at.parity);
-    load_bias<kTileKeys>(s, shared.bias(at.stage));
+  __device__ __forceinline__ void load_tile_bias(int stage) {
+    load_bias<kTileKeys>(s, shared.bias(stage) + thread % 4 * 16);
   }
 
   // One tile of keys. Its product with the values is left running, until the next tile's scores are there.
+  // The next tile's biases are taken while no product runs that could still need their registers.
   template <int kKeys>
   __device__ __forceinline__ void step(Cursor<Traits>& at, int previous, bool is_last) {
     const int stage = at.stage;
@@ -368,16 +370,15 @@ struct Consumer {
     cute::warpgroup_arrive();
     multiply_keys<kKeys>(stage);
     turn.give();
+    if (!is_last) at.advance();
     cute::warpgroup_wait<0>();
     fence_registers(s);
     fence_registers(out);
     if (previous >= 0) release(previous);
-    if (has_rows) {
-      soften_tile<kKeys>(stage, previous < 0);
-      pack_weights<T, kKeys>(s, weights);
-    }
-    at.advance();
-    if (!is_last) await_tile(at);
+    if (has_rows) soften_tile<kKeys>(stage, previous < 0);
+    barrier_wait(shared.full(at.stage), at.parity);  // the last tile's own, which is there
+    pack_weights<T, kKeys>(s, weights);
+    load_tile_bias(at.stage);
 #pragma unroll
     for (int i = 0; i < kKeys / kProductDepth; ++i) fence_registers(weights[i]);
     fence_registers(out);
@@ -391,7 +392,8 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < Traits::kDim / 2; ++i) out[i] = 0.0f;
     int previous = -1;
-    await_tile(at);
+    barrier_wait(shared.full(at.stage), at.parity);
+    load_tile_bias(at.stage);
     turn.take();
     for (int tile = kHasTail ? 1 : 0; tile < p.key_tiles; ++tile) {
       const int stage = at.stage;
@@ -448,25 +450,32 @@ __device__ __forceinline__ void consume(const HopperParams& p, const Shared<Trai
   const bool leads = threadIdx.x % kGroupThreads == 0;
   Consumer<Traits> consumer(p, shared);
   consumer.turn.group = group;
+  consumer.thread = __shfl_sync(kFullWarp, threadIdx.x % kGroupThreads, threadIdx.x % kWarpSize);
   consumer.turn.lock = shared.barriers() + Traits::kBarrierBytes - 8;
   consumer.turn.start();
   const int passes = (p.passes - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
   const int rounds = (passes * p.pass_tiles + Traits::kGroups - 1) / Traits::kGroups;
   uint32_t parity = 0;
-  Item item(p, group);
-  if (item.is_used && leads) load_queries(p, shared, group, item);
-  for (int round = 1; round <= rounds; ++round) {
-    const Item next(p, round * Traits::kGroups + group);
-    Cursor<Traits> cursor(item.round * p.key_tiles);
+  {
+    const Item first(p, group);
+    if (first.is_used && leads) load_queries(p, shared, group, first);
+  }
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const Item item(p, round * Traits::kGroups + group);
     if (item.is_used) {
       barrier_wait(shared.queries_full(group), parity);
       parity ^= 1;
       consumer.read_queries(group);
       named_barrier(1 + group, kGroupThreads);  // every warp has read: the next queries may come
     }
-    if (next.is_used && leads) load_queries(p, shared, group, next);
+    if (leads) {
+      const Item next(p, (round + 1) * Traits::kGroups + group);
+      if (next.is_used) load_queries(p, shared, group, next);
+    }
+    Cursor<Traits> cursor(item.round * p.key_tiles);
     if (item.is_used) {
-      const int first_row = item.tile * kTileRows + threadIdx.x % kGroupThreads / kWarpSize * kWarpRows;
+      const int first_row = item.tile * kTileRows + consumer.thread / kWarpSize * kWarpRows;
       consumer.has_rows = first_row < p.queries;
       consumer.attend(cursor);
       if (consumer.has_rows) consumer.store(item, first_row);
@@ -483,7 +492,6 @@ __device__ __forceinline__ void consume(const HopperParams& p, const Shared<Trai
         }
       }
     }
-    item = next;
   }
 }
 

@@ -57,14 +57,13 @@ struct Rows {
 // A tile's biases, as scores: products are added to them. Shared memory holds each pair of them twice, for a
 // thread's two rows.
 template <int kKeys, int kSize>
-__device__ __forceinline__ void load_bias(float (&s)[kSize], const float* bias) {
+__device__ __forceinline__ void load_bias(float (&s)[kSize], uint32_t bias) {
 #pragma unroll
   for (int j = 0; j < kKeys / 8; ++j) {
-    const float4 pairs = *reinterpret_cast<const float4*>(bias + (4 * j + threadIdx.x % 4) * 4);
-    s[4 * j] = pairs.x;
-    s[4 * j + 1] = pairs.y;
-    s[4 * j + 2] = pairs.z;
-    s[4 * j + 3] = pairs.w;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(s[4 * j]), "=f"(s[4 * j + 1]), "=f"(s[4 * j + 2]), "=f"(s[4 * j + 3])
+                 : "r"(bias + j * 64)
+                 : "memory");
   }
 }
 
