@@ -48,8 +48,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 // One box of a [B, H, N, D] view into shared memory. What lies outside the view arrives as zeros and counts
 // as bytes all the same.
-__device__ __forceinline__ void load_box(const CUtensorMap& map, uint32_t barrier, uint32_t shared, int column,
-                                         int row, int head, int b) {
+__device__ __forceinline__ void load_box(const CUtensorMap& map, uint32_t barrier, uint32_t shared,
+                                         int column, int row, int head, int b) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
       "%6}], [%2];" ::"r"(shared),

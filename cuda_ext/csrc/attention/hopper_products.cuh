@@ -21,19 +21,18 @@ constexpr int kProductDepth = 16;
 template <class T, int kColumns>
 struct Product;
 
-#define TOME_PRODUCT(T, NAME, COLUMNS)                                                              \
-  template <>                                                                                       \
-  struct Product<T, COLUMNS> {                                                                      \
-    using ByKeys =                                                                                  \
-        cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,    \
-                                                                     cute::SM90::GMMA::Major::K>;   \
-    using ByValues =                                                                                \
-        cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,    \
-                                                                     cute::SM90::GMMA::Major::MN>;  \
-    using OfWarp = cute::SM80_16x8x16_F32##NAME##NAME##F32_TN;                                      \
+#define TOME_PRODUCT(T, NAME, COLUMNS)                                                                       \
+  template <>                                                                                                \
+  struct Product<T, COLUMNS> {                                                                               \
+    using ByKeys = cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,  \
+                                                                                cute::SM90::GMMA::Major::K>; \
+    using ByValues =                                                                                         \
+        cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,             \
+                                                                     cute::SM90::GMMA::Major::MN>;           \
+    using OfWarp = cute::SM80_16x8x16_F32##NAME##NAME##F32_TN;                                               \
   };
-#define TOME_PRODUCTS(COLUMNS)             \
-  TOME_PRODUCT(__half, F16, COLUMNS)       \
+#define TOME_PRODUCTS(COLUMNS)       \
+  TOME_PRODUCT(__half, F16, COLUMNS) \
   TOME_PRODUCT(__nv_bfloat16, BF16, COLUMNS)
 TOME_PRODUCTS(16)
 TOME_PRODUCTS(32)
@@ -44,6 +43,14 @@ TOME_PRODUCTS(80)
 TOME_PRODUCTS(96)
 TOME_PRODUCTS(112)
 TOME_PRODUCTS(128)
+TOME_PRODUCTS(144)
+TOME_PRODUCTS(160)
+TOME_PRODUCTS(176)
+TOME_PRODUCTS(192)
+TOME_PRODUCTS(208)
+TOME_PRODUCTS(224)
+TOME_PRODUCTS(240)
+TOME_PRODUCTS(256)
 #undef TOME_PRODUCTS
 #undef TOME_PRODUCT
 
@@ -90,8 +97,8 @@ struct TileLayout {
   __device__ static uint64_t descriptor(uint32_t address, int leading_bytes) {
     constexpr uint64_t kMode = kPanel == 64 ? 1 : kPanel == 32 ? 2 : 3;
     const uint32_t low = __shfl_sync(kFullWarp, (address & 0x3ffff) >> 4, 0);
-    return low | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(8 * kPitch >> 4) << 32 |
-           kMode << 62;
+    return low | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+           static_cast<uint64_t>(8 * kPitch >> 4) << 32 | kMode << 62;
   }
 
   // Rows by 16 columns, of which the products take the sum, and how far the next 16 columns are.
