@@ -226,6 +226,20 @@ int current_multiprocessors() {
   return count;
 }
 
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many tiles of queries share a pass. Few in all: one, so that every tile has a multiprocessor of its
+// own. All of a head, where the ring holds the head and whole heads fill the multiprocessors about as evenly
+// as passes of one tile per consumer do. Otherwise the latter.
+void plan_passes(HopperParams& p, int64_t heads, int groups, int stages, int multiprocessors) {
+  const int64_t split = divide_up(heads * divide_up(p.query_tiles, groups), multiprocessors) * groups;
+  const int64_t whole = divide_up(heads, multiprocessors) * p.query_tiles;
+  const bool is_few = heads * p.query_tiles <= multiprocessors;
+  const bool is_whole = p.key_tiles <= stages && 5 * whole <= 6 * split;
+  p.pass_tiles = is_few ? 1 : is_whole ? p.query_tiles : groups;
+  p.has_turns = !is_few && !is_whole;
+}
+
 template <class T, int kDim, int kTail>
 bool launch_tail(const AttentionParams& params, cudaStream_t stream) {
   using Shape = Traits<T, kDim, kTail>;
@@ -247,13 +261,12 @@ bool launch_tail(const AttentionParams& params, cudaStream_t stream) {
   p.scale = params.scale * 1.4426950408889634f;
   p.query_tiles = (params.queries + kTileRows - 1) / kTileRows;
   p.key_tiles = (params.keys + Shape::kTileKeys - 1) / Shape::kTileKeys;
-  const bool fits = p.key_tiles <= Shape::kStages;
-  p.pass_tiles = fits ? p.query_tiles : Shape::kGroups;
-  p.has_turns = !fits;
+  const int multiprocessors = current_multiprocessors();
+  plan_passes(p, params.batch * params.heads, Shape::kGroups, Shape::kStages, multiprocessors);
   p.head_passes = (p.query_tiles + p.pass_tiles - 1) / p.pass_tiles;
   p.passes = static_cast<int>(params.batch * params.heads * p.head_passes);
-  launch_kernel(attention_hopper_kernel<Shape>, std::min(p.passes, current_multiprocessors()),
-                Shape::kThreads, Shape::kUsedBytes, Shape::kUsedBytes, stream, p);
+  launch_kernel(attention_hopper_kernel<Shape>, std::min(p.passes, multiprocessors), Shape::kThreads,
+                Shape::kUsedBytes, Shape::kUsedBytes, stream, p);
   return true;
 }
 

@@ -62,9 +62,8 @@ struct Consumer {
   }
 
   template <int kKeys>
-  __device__ __forceinline__ void multiply_keys(int stage) {
+  __device__ __forceinline__ void multiply_keys(uint64_t keys) {
     using Op = typename Product<T, kKeys>::ByKeys;
-    const uint64_t keys = Keys::by_columns(shared.keys(stage));
 #pragma unroll
     for (int step = 0; step < Keys::kSteps; ++step) {
       multiply<Op, kKeys>(q[step], keys + Keys::columns_advance(step), s);
@@ -73,9 +72,8 @@ struct Consumer {
   }
 
   template <int kKeys>
-  __device__ __forceinline__ void multiply_values(int stage) {
+  __device__ __forceinline__ void multiply_values(uint64_t values) {
     using Op = typename Product<T, Traits::kDim>::ByValues;
-    const uint64_t values = Keys::by_rows(shared.values(stage));
 #pragma unroll
     for (int step = 0; step < kKeys / kProductDepth; ++step) {
       multiply<Op, Traits::kDim>(weights[step], values + Keys::rows_advance(step), out);
@@ -146,10 +144,12 @@ struct Consumer {
   template <int kKeys>
   __device__ __forceinline__ void step(Cursor<Traits>& at, int previous, bool is_last) {
     const int stage = at.stage;
+    const uint64_t keys = Keys::by_columns(shared.keys(stage));
     fence_registers(s);
     cute::warpgroup_arrive();
-    multiply_keys<kKeys>(stage);
+    multiply_keys<kKeys>(keys);
     turn.give();
+    const uint64_t values = Keys::by_rows(shared.values(stage));
     if (!is_last) at.advance();
     cute::warpgroup_wait<0>();
     fence_registers(s);
@@ -164,7 +164,7 @@ struct Consumer {
     fence_registers(out);
     turn.take();
     cute::warpgroup_arrive();
-    multiply_values<kKeys>(stage);
+    multiply_values<kKeys>(values);
   }
 
   __device__ __forceinline__ void attend(Cursor<Traits> at) {
