@@ -16,78 +16,13 @@
 #include "../launch.cuh"
 #include "hopper_consumer.cuh"
 #include "hopper_plan.cuh"
+#include "hopper_producer.cuh"
 
 namespace tome::attention_ops {
 namespace hopper {
 namespace {
 
 #ifdef CUTE_ARCH_MMA_SM90A_ENABLED
-
-// The biases of a lane's keys of a tile. Keys past the end get -inf: no weight.
-template <int kTileKeys>
-struct LaneBias {
-  static constexpr int kCount = (kTileKeys + kWarpSize - 1) / kWarpSize;
-  float size[kCount];
-
-  __device__ __forceinline__ void load(const HopperParams& p, int b, int first_key) {
-    const float* size_ptr = p.size_ptr + b * p.size_batch_stride;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int key = first_key + i * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize);
-      size[i] = key >= p.keys ? 0.0f : p.size_ptr == nullptr ? 1.0f : __ldg(size_ptr + key * p.size_stride);
-    }
-  }
-  __device__ __forceinline__ void store(uint32_t bias, float unit) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int key = i * kWarpSize + threadIdx.x % kWarpSize;
-      const float value = __log2f(size[i]) * unit;
-      const uint32_t to = bias + key / 2 * 16 + key % 2 * 4;
-      if (key < kTileKeys) {
-        asm volatile("st.shared.f32 [%0], %1;\n st.shared.f32 [%0 + 8], %1;" ::"r"(to), "f"(value)
-                     : "memory");
-      }
-    }
-  }
-};
-
-template <class Traits>
-__device__ __forceinline__ void produce(const HopperParams& p, const Shared<Traits>& shared) {
-  using Layout = typename Traits::Keys;
-  const bool leads = threadIdx.x % kWarpSize == 0;
-  Cursor<Traits> cursor(0);
-  LaneBias<Traits::kTileKeys> bias;
-  bias.load(p, blockIdx.x / p.head_passes / p.heads, 0);
-  for (int pass = blockIdx.x; pass < p.passes; pass += gridDim.x) {
-    const int head = pass / p.head_passes;
-    for (int tile = 0; tile < p.key_tiles; ++tile, cursor.advance()) {
-      barrier_wait(shared.empty(cursor.stage), cursor.parity ^ 1);
-      const int first_key = tile * Traits::kTileKeys;
-      const uint32_t full = shared.full(cursor.stage);
-      if (leads) {
-        barrier_expect(full, 2 * Layout::kBytes);
-#pragma unroll
-        for (int panel = 0; panel < Layout::kPanels; ++panel) {
-          load_box(p.k_map, full, shared.keys(cursor.stage) + panel * Layout::kPanelBytes,
-                   panel * Layout::kPanel, first_key, head % p.heads, head / p.heads);
-        }
-#pragma unroll
-        for (int panel = 0; panel < Layout::kPanels; ++panel) {
-          load_box(p.v_map, full, shared.values(cursor.stage) + panel * Layout::kPanelBytes,
-                   panel * Layout::kPanel, first_key, head % p.heads, head / p.heads);
-        }
-      }
-      bias.store(shared.bias(cursor.stage), 1.0f / p.scale);
-      __syncwarp();
-      if (leads) barrier_arrive(full);
-      // The next tile's sizes travel while its stage is still in use.
-      const bool is_last = tile + 1 == p.key_tiles;
-      const int next = is_last ? pass + static_cast<int>(gridDim.x) : pass;
-      if (next < p.passes)
-        bias.load(p, next / p.head_passes / p.heads, is_last ? 0 : first_key + Traits::kTileKeys);
-    }
-  }
-}
 
 template <class Traits>
 __device__ __forceinline__ void load_queries(const HopperParams& p, const Shared<Traits>& shared, int group,
@@ -303,11 +238,14 @@ bool launch_dim(const AttentionParams& params, cudaStream_t stream) {
 }  // namespace
 }  // namespace hopper
 
-void launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream) {
-  if (dtype == Dtype::kHalf) {
-    hopper::launch_dim<__half>(params, stream);
-  } else {
-    hopper::launch_dim<__nv_bfloat16>(params, stream);
+bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream) {
+  switch (dtype) {
+    case Dtype::kHalf:
+      return hopper::launch_dim<__half>(params, stream);
+    case Dtype::kBFloat16:
+      return hopper::launch_dim<__nv_bfloat16>(params, stream);
+    default:
+      return false;
   }
 }
 
@@ -323,16 +261,15 @@ static bool has_map(const Heads& heads, const AttentionParams& params, int rows)
 }
 
 bool hopper_takes(const AttentionParams& params) {
-#ifdef TOME_HOPPER
-  int device = 0, major = 0, minor = 0;
+  int device = 0;
+  int major = 0;
+  int minor = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0 && has_map(params.q, params, params.queries) &&
-         has_map(params.k, params, params.keys) && has_map(params.v, params, params.keys);
-#else
-  return false;
-#endif
+  return major == 9 && minor == 0 && params.lse_ptr == nullptr && has_map(params.q, params, params.queries) &&
+         has_map(params.k, params, params.keys) && has_map(params.v, params, params.keys) &&
+         hopper::encode() != nullptr;
 }
 
 }  // namespace tome::attention_ops

@@ -92,25 +92,26 @@ struct TileLayout {
     return column / kPanel * kPanelBytes + (linear ^ (linear >> 3 & kSwizzle));
   }
 
-  // Descriptors come from one lane, so that the compiler knows them to be uniform in a warp and keeps them in
-  // uniform registers. Else it moves each there on its own, between products, which then wait.
   __device__ static uint64_t descriptor(uint32_t address, int leading_bytes) {
     constexpr uint64_t kMode = kPanel == 64 ? 1 : kPanel == 32 ? 2 : 3;
-    const uint32_t low = __shfl_sync(kFullWarp, (address & 0x3ffff) >> 4, 0);
-    return low | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+    return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
            static_cast<uint64_t>(8 * kPitch >> 4) << 32 | kMode << 62;
   }
 
-  // Rows by 16 columns, of which the products take the sum, and how far the next 16 columns are.
+  // Rows by 16 columns, of which a product takes the sum, and how far the next 16 columns are.
   __device__ static uint64_t by_columns(uint32_t tile) { return descriptor(tile, 16); }
   __device__ static constexpr uint64_t columns_advance(int step) {
     const int column = step * kProductDepth;
     return (column / kPanel * kPanelBytes + column % kPanel * 2) >> 4;
   }
+  __device__ static uint64_t by_columns(uint32_t tile, int step) {
+    return by_columns(tile) + columns_advance(step);
+  }
 
-  // All columns of 16 rows, of which the products take the sum, and how far the next 16 rows are.
+  // All columns of 16 rows, of which a product takes the sum, and how far the next 16 rows are.
   __device__ static uint64_t by_rows(uint32_t tile) { return descriptor(tile, kPanelBytes); }
   __device__ static constexpr uint64_t rows_advance(int step) { return step * kProductDepth * kPitch >> 4; }
+  __device__ static uint64_t by_rows(uint32_t tile, int step) { return by_rows(tile) + rows_advance(step); }
 };
 
 }  // namespace tome::attention_ops::hopper
