@@ -338,5 +338,6 @@ def _attention_grad(ctx: Any, grad: Tensor, _logsumexp_grad: Tensor | None) -> t
 
 def _aligned(x: Tensor) -> Tensor:
     """As it lies where torch can read it so, else a copy."""
-    rows = all(stride % checks.ROW_ELEMENTS == 0 for stride in x.stride()[:-1])
-    return x if rows and x.storage_offset() % checks.ROW_ELEMENTS == 0 else x.clone(memory_format=torch.contiguous_format)
+    starts = (x.storage_offset(), *x.stride()[:-1])
+    is_aligned = all(start % checks.ROW_ELEMENTS == 0 for start in starts)
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)

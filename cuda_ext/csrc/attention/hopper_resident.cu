@@ -194,11 +194,11 @@ void launch(const ResidentParams& plan, cudaStream_t stream) {
 
 }  // namespace
 
-bool fits_hopper_resident(const AttentionParams& p) {
+bool fits_resident(const AttentionParams& p) {
   return p.is_aligned && p.lse_ptr == nullptr && p.head_dim == kDim && p.keys > kLeastKeys && p.keys <= kMostKeys;
 }
 
-void launch_hopper_resident(const AttentionParams& p, Dtype dtype, int multiprocessors, cudaStream_t stream) {
+void launch_resident(const AttentionParams& p, Dtype dtype, int multiprocessors, cudaStream_t stream) {
   ResidentParams plan{p, 0, 1, 0};
   const int64_t tiles = (p.queries + kGroupRows - 1) / kGroupRows;
   plan.splits = static_cast<int>(
