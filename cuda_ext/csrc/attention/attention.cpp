@@ -49,13 +49,12 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
     return value;
   };
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  const char* dev = getenv("TOME_ATTENTION_PATH");  // DEV
-  if (dev ? dev[0] == 'h' : kHasHopper && hopper::fits_resident(p) && attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
+  if (kHasHopper && hopper::fits_resident(p) && attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
     return hopper::launch_resident(p, dtype, multiprocessors, stream);
   }
   const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const ResidentParams plan = plan_resident(p, multiprocessors);
-  if (dev ? dev[0] == 'r' : fits_resident(plan, limit, attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor))) {
+  if (fits_resident(plan, limit, attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor))) {
     launch_resident(plan, dtype, limit, stream);
   } else {
     launch_streamed(p, dtype, limit, stream);

@@ -1,9 +1,9 @@
 // All keys of a head in one pass, on warpgroup products: sequences of up to 256 tokens on Hopper.
 //
-// A block is one warpgroup. It loads keys and values of a head, then takes 64 queries after another: scores of
-// all keys at once in registers (accumulators start from the bias), the softmax, the product with the values.
-// There is no rescaling and no barrier between tiles. Three blocks share a multiprocessor: one loads or
-// computes exponentials while the products of another run. Keys are padded to 16.
+// A block is one warpgroup. It loads keys and values of a head, then takes 64 queries after another: scores
+// of all keys at once in registers (accumulators start from the bias), the softmax, the product with the
+// values. There is no rescaling and no barrier between tiles. Three blocks share a multiprocessor: one loads
+// or computes exponentials while the products of another run. Keys are padded to 16.
 //
 // Shared memory: keys, values, 16 queries per warp, bias.
 #include <cutlass/arch/barrier.h>
@@ -40,7 +40,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
   using Values = typename Product<T, kDim>::ByValues;
   constexpr int kGroups = kKeys / kTileRows;  // of 16 rows, which a warp copies together
   const AttentionParams& p = plan.attention;
-  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // the same for all, as the compiler sees
+  const int warp =
+      __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // the same for all, as the compiler sees
   const int lane = threadIdx.x % kWarpSize;
   const unsigned head = blockIdx.x / static_cast<unsigned>(plan.splits);
   const int b = head / static_cast<unsigned>(p.heads);
@@ -52,7 +53,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
 
   int row = (blockIdx.x % static_cast<unsigned>(plan.splits)) * kGroupRows + warp * kTileRows;
   const auto load_queries = [&] {
-    copy_rows<T, kDim, kTileRows>(rows_address<T>(p.q, b, h, row), p.q.row_stride, p.queries - row, true, queries);
+    copy_rows<T, kDim, kTileRows>(rows_address<T>(p.q, b, h, row), p.q.row_stride, p.queries - row, true,
+                                  queries);
   };
   const auto load_keys = [&](const Heads& heads, char* to) {
     for (int i = warp; i < kGroups; i += kWarps) {
@@ -105,6 +107,7 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     cute::cp_async_fence();
 
     float factor[2] = {0.0f, 0.0f};
+    float lse[2] = {INFINITY, INFINITY};
     if (first + warp * kTileRows < p.queries) {  // else what this warp multiplies is not stored
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -130,6 +133,16 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
         total += __shfl_xor_sync(kFullWarp, total, 1);
         total += __shfl_xor_sync(kFullWarp, total, 2);
         factor[half] = __frcp_rn(total);
+        if (p.lse_ptr != nullptr) lse[half] = highest * p.scale + logf(total);
+      }
+    }
+    if (p.lse_ptr != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = first + warp * kTileRows + half * 8 + lane / 4;
+        if (lane % 4 == 0 && query < lse_rows(p.queries)) {
+          p.lse_ptr[head * lse_rows(p.queries) + query] = query < p.queries ? lse[half] : INFINITY;
+        }
       }
     }
     uint32_t weight[kKeys / 16][4];
@@ -160,12 +173,14 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     fence_registers(out);
     const int row_now = first + warp * kTileRows;
     const int64_t row_stride = static_cast<int64_t>(p.heads) * kDim;
-    T* out_ptr = static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + row_now) * row_stride + h * kDim;
+    T* out_ptr =
+        static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + row_now) * row_stride + h * kDim;
     if (row_now < p.queries) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         store_row<T, kDim>([&](int j, int i) { return out[4 * j + 2 * half + i]; }, factor[half],
-                           out_ptr + (half * 8 + lane / 4) * row_stride, half * 8 + lane / 4 < p.queries - row_now);
+                           out_ptr + (half * 8 + lane / 4) * row_stride,
+                           half * 8 + lane / 4 < p.queries - row_now);
       }
     }
     cute::cp_async_wait<0>();
@@ -187,23 +202,25 @@ void launch(const ResidentParams& plan, cudaStream_t stream) {
     return;
   } else {
     if (plan.attention.keys > kKeys) return launch<T, kKeys + kTileRows>(plan, stream);
-    launch_kernel(attention_hopper_resident_kernel<T, kKeys>, plan.attention.batch * plan.attention.heads * plan.splits,
-                  kThreads, Plan<kKeys>::kSharedBytes, Plan<kKeys>::kSharedBytes, stream, plan);
+    launch_kernel(attention_hopper_resident_kernel<T, kKeys>,
+                  plan.attention.batch * plan.attention.heads * plan.splits, kThreads,
+                  Plan<kKeys>::kSharedBytes, Plan<kKeys>::kSharedBytes, stream, plan);
   }
 }
 
 }  // namespace
 
 bool fits_resident(const AttentionParams& p) {
-  return p.is_aligned && p.lse_ptr == nullptr && p.head_dim == kDim && p.keys > kLeastKeys && p.keys <= kMostKeys;
+  return p.is_aligned && p.head_dim == kDim && p.keys > kLeastKeys && p.keys <= kMostKeys;
 }
 
 void launch_resident(const AttentionParams& p, Dtype dtype, int multiprocessors, cudaStream_t stream) {
   ResidentParams plan{p, 0, 1, 0};
   const int64_t tiles = (p.queries + kGroupRows - 1) / kGroupRows;
-  plan.splits = static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(tiles, multiprocessors / (p.batch * p.heads))));
-  dispatch_half(dtype, [&](auto tag) { launch<typename decltype(tag)::type, kLeastKeys + kTileRows>(plan, stream); });
+  plan.splits =
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, multiprocessors / (p.batch * p.heads))));
+  dispatch_half(
+      dtype, [&](auto tag) { launch<typename decltype(tag)::type, kLeastKeys + kTileRows>(plan, stream); });
 }
 
 }  // namespace hopper
