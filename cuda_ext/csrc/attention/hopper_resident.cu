@@ -32,6 +32,13 @@ struct Plan {
   static constexpr int kSharedBytes = kBias + kKeys * 8 + kAlignment;
 };
 
+// A descriptor of what lies `bytes` further on. Addresses stay below 2^18, so only the low word changes: one
+// instruction between products where making a new descriptor takes five, each waiting for the one before.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor >> 32 << 32) | low;
+}
+
 template <class T, int kKeys>
 __device__ __forceinline__ void attend(const ResidentParams& plan) {
   using Plan = Plan<kKeys>;
@@ -75,6 +82,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
 
+  const uint64_t by_keys = Tile::by_columns(keys, 0);
+  const uint64_t by_values = Tile::by_rows(keys + Plan::kValues, 0);
   const float c = p.scale * kLog2E;
   const int step = plan.splits * kGroupRows;
   bool has_values = false;
@@ -97,7 +106,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     fence_registers(score);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) multiply<Scores, kKeys>(q[k], Tile::by_columns(keys, k), score);
+    for (int k = 0; k < kDim / 16; ++k)
+      multiply<Scores, kKeys>(q[k], advance(by_keys, k * kKeyStep * 2), score);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_registers(score);
@@ -166,7 +176,7 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      multiply<Values, kDim>(weight[n], Tile::by_rows(keys + Plan::kValues, n), out);
+      multiply<Values, kDim>(weight[n], advance(by_values, n * kKeyStep * Tile::kPitch), out);
     }
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
