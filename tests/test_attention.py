@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HALF_AND_SINGLE, strided
 
+import tome_reference
 from tome import ops
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
@@ -54,10 +55,26 @@ def test_a_size_stands_for_that_many_copies_of_a_key(device, inputs):
         torch.testing.assert_close(one, expected, rtol=0, atol=2 * TOLERANCE[q.dtype])
 
 
-def test_attention_gradients(device):
-    q, k, v = (torch.randn(2, 2, 7, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3))
-    size = torch.randint(1, 9, (2, 7), device=device).float()
-    assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, size), (q, k, v))
+def test_attention_gradients_of_the_reference():
+    """Finite differences need float64, which the reference alone has: the others are held to its gradients."""
+    q, k, v = (torch.randn(2, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    size = torch.randint(1, 9, (2, 7)).float()
+    assert torch.autograd.gradcheck(lambda q, k, v: tome_reference.attention(q, k, v, size), (q, k, v))
+
+
+@given(inputs=attention_inputs(), scale=st.sampled_from((None, 0.3)))
+def test_attention_gradients_are_those_of_the_reference_in_float64(device, inputs, scale):
+    *leaves, size = (None if t is None else t.to(device) for t in inputs)
+    if leaves[0].numel() == 0:
+        return
+    grad = torch.randn(leaves[0].shape, device=device).to(leaves[0].dtype)
+    found = []
+    for module, dtype in ((ops, leaves[0].dtype), (tome_reference, torch.float64)):
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in leaves)
+        found.append(torch.autograd.grad(module.attention(q, k, v, size, scale), (q, k, v), grad.to(dtype)))
+    for ours, exact in zip(*found, strict=True):
+        atol = TOLERANCE[ours.dtype] * (1 + float(exact.abs().max()) if exact.numel() else 1)
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=atol)
 
 
 def test_dropout_drops(device):
@@ -100,16 +117,64 @@ def test_merge_add_norm_takes_float32_parameters_with_half_tokens(device):
     torch.testing.assert_close(y.float(), F.layer_norm(2 * x.float(), (8,), weight, bias), rtol=0, atol=1e-2)
 
 
-def test_merge_add_norm_gradients(device):
-    leaves = [torch.randn(1, 7, 4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2)]
-    params = [torch.randn(4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3)]
-    slot = ops.match(torch.randn(1, 7, 4, device=device), 2)
-    size = torch.randint(1, 9, (1, 7), device=device).float()
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_merge_add_norm_writes_y_in_the_dtype_asked_for(device, dtype):
+    x, branch = (torch.randn(2, 9, 16, device=device).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(2, 16, device=device).to(dtype)
+    for norm_dtype in HALF_AND_SINGLE:
+        out, y, _ = ops.merge_add_norm(x, branch, None, 9, None, weight, bias, 1e-5, norm_dtype=norm_dtype)
+        assert (out.dtype, y.dtype) == (dtype, norm_dtype)
+        expected = F.layer_norm(out.double(), (16,), weight.double(), bias.double())
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=TOLERANCE[norm_dtype])
+
+
+@pytest.mark.parametrize("gamma", [True, False])
+def test_an_identity_map_gives_the_bits_of_none(device, gamma):
+    x, branch = (torch.randn(2, 33, 24, device=device).half() for _ in range(2))
+    weight, bias, factor = torch.randn(3, 24, device=device).half()
+    size = torch.randint(1, 9, (2, 33), device=device).float()
+    identity = torch.arange(33, dtype=torch.int32, device=device).expand(2, 33)
+    calls = [
+        ops.merge_add_norm(x, branch, slot, 33, size, weight, bias, 1e-6, factor if gamma else None)
+        for slot in (None, identity)
+    ]
+    assert all(map(torch.equal, *calls))
+
+
+def add_norm_leaves(dtype, device):
+    leaves = [torch.randn(1, 7, 4, dtype=torch.float64) for _ in range(2)]
+    params = [torch.randn(4, dtype=torch.float64) for _ in range(3)]
+    return [t.to(device, dtype).requires_grad_() for t in (*leaves, *params)]
+
+
+@pytest.mark.parametrize("merging", [True, False])
+def test_merge_add_norm_gradients_agree_with_finite_differences(merging):
+    """Finite differences need float64, which the reference alone has: the others are held to its gradients."""
+    slot = ops.match(torch.randn(1, 7, 4), 2) if merging else None
+    size = torch.randint(1, 9, (1, 7)).float()
 
     def call(x, branch, weight, bias, gamma):
-        return ops.merge_add_norm(x, branch, slot, 5, size, weight, bias, 1e-5, gamma)[:2]
+        tokens = 5 if merging else 7
+        return tome_reference.merge_add_norm(x, branch, slot, tokens, size, weight, bias, 1e-5, gamma)[:2]
 
-    assert torch.autograd.gradcheck(call, (*leaves, *params))
+    assert torch.autograd.gradcheck(call, tuple(add_norm_leaves(torch.float64, "cpu")))
+
+
+@pytest.mark.parametrize("merging", [True, False])
+@pytest.mark.parametrize("outputs", [(0,), (1,), (0, 1)])
+def test_merge_add_norm_gradients_are_those_of_the_reference_in_float64(device, merging, outputs):
+    leaves = add_norm_leaves(torch.float32, device)
+    slot = ops.match(torch.randn(1, 7, 4, device=device), 2) if merging else None
+    size = torch.randint(1, 9, (1, 7), device=device).float()
+    found = []
+    for module, dtype in ((ops, torch.float32), (tome_reference, torch.float64)):
+        copies = [t.detach().to(dtype).requires_grad_() for t in leaves]
+        x, branch, weight, bias, gamma = copies
+        outs = module.merge_add_norm(x, branch, slot, 5 if merging else 7, size, weight, bias, 1e-3, gamma)
+        sum(outs[i].square().sum() for i in outputs).backward()
+        found.append([torch.zeros_like(t) if t.grad is None else t.grad for t in copies])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3)
 
 
 def test_scale_default_is_one_over_root_d(device):

@@ -15,9 +15,9 @@ import tome
 import tome_cuda
 import tome_reference
 from tome import backend
-from tome_cuda import library, ops
+from tome_cuda import library, ops, predicates
 
-NAMES = ("match", "kth_match", "random_match", "max_r", "merge", "unmerge")
+NAMES = ("attention", "match", "kth_match", "random_match", "max_r", "merge", "unmerge", "merge_add_norm")
 
 
 @pytest.fixture
@@ -57,11 +57,35 @@ def test_signature_and_docstring_are_the_reference_s(name: str) -> None:
         (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 3, meta(1, 3)), ValueError),
         (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 3, meta(1, 4).half()), TypeError),
         (lambda: tome_cuda.unmerge(meta(1, 4, 2), meta_slot(2, 4)), ValueError),
+        (lambda: tome_cuda.attention(meta(4, 2), meta(4, 2), meta(4, 2)), ValueError),
+        (lambda: tome_cuda.attention(meta(1, 1, 4, 2), meta(1, 1, 4, 2), meta(1, 1, 5, 2)), ValueError),
+        (lambda: tome_cuda.attention(meta(1, 1, 4, 2), meta(1, 1, 4, 2), meta(1, 1, 4, 2).half()), TypeError),
+        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2).double()] * 3), TypeError),
+        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2)] * 3, meta(1, 5)), ValueError),
+        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2)] * 3, dropout_p=1.0), ValueError),
+        (lambda: add_norm(branch=meta(1, 3, 2)), ValueError),
+        (lambda: add_norm(branch=meta(1, 4, 2).double()), TypeError),
+        (lambda: add_norm(x=meta(1, 4, 2).half()), TypeError),
+        (lambda: add_norm(tokens=3), ValueError),
+        (lambda: add_norm(slot=meta_slot(1, 4), tokens=5), ValueError),
+        (lambda: add_norm(weight=meta(3)), ValueError),
+        (lambda: add_norm(bias=meta(2).double()), TypeError),
+        (lambda: add_norm(gamma=meta(2).int()), TypeError),
+        (lambda: add_norm(eps=0.0), ValueError),
+        (lambda: add_norm(norm_dtype=torch.float64), TypeError),
+        (lambda: add_norm(norm_dtype=torch.int32), TypeError),
     ],
 )
 def test_bad_arguments_raise_before_anything_is_loaded(call: Callable[[], object], kind: type[Exception]) -> None:
     with pytest.raises(kind):
         call()
+
+
+def add_norm(**changed: object) -> object:
+    x = meta(1, 4, 2)
+    names = ("slot", "tokens", "size", "weight", "bias", "eps", "gamma")
+    arguments = {"x": x, "branch": x, **dict(zip(names, (None, 4, None, None, None, 1e-5, None), strict=True))}
+    return tome_cuda.merge_add_norm(**{**arguments, **changed})
 
 
 def meta(*shape: int) -> Tensor:
@@ -85,12 +109,46 @@ def test_fakes(fake: FakeTensorMode) -> None:
     assert (merged.shape, merged.dtype, merged.requires_grad) == ((2, 6, 5), torch.bfloat16, True)
     assert (total.shape, total.dtype, total.requires_grad) == ((2, 6), torch.float32, False)
     assert tome_cuda.unmerge(merged, slot).shape == x.shape
+    q = torch.empty(2, 9, 3, 4, 64, device="cuda", dtype=torch.float16).permute(2, 0, 3, 1, 4)
+    out = tome_cuda.attention(*q, total.new_ones(2, 9))
+    assert (out.shape, out.stride(), out.dtype) == ((2, 4, 9, 64), (2304, 64, 256, 1), torch.float16)
+    assert tome_cuda.attention(*(t.requires_grad_() for t in q.clone()), None).requires_grad
+    assert [t.shape for t in ops._attention_fake(q[0], q[1], q[2], None, 1.0, True)] == [(2, 9, 4, 64), (2, 4, 32)]
     assert ops._merge_backward_fake(merged, slot, None, total).shape == x.shape
     assert ops._unmerge_backward_fake(x, slot, 6).shape == merged.shape
 
 
+@pytest.mark.parametrize("norm_dtype", [None, torch.float16])
+def test_fakes_of_merge_add_norm(fake: FakeTensorMode, norm_dtype: torch.dtype | None) -> None:
+    x, branch = torch.empty(2, 9, 5, device="cuda", requires_grad=True), torch.empty(2, 9, 5, device="cuda").half()
+    weight, gamma = torch.empty(2, 5, device="cuda")
+    slot, size = torch.empty(2, 9, device="cuda", dtype=torch.int32), torch.empty(2, 9, device="cuda")
+    for arguments in ((slot, 6, size), (None, 9, size)):
+        out, y, total = tome_cuda.merge_add_norm(x, branch, *arguments, weight, None, 1e-5, gamma, norm_dtype)
+        assert out.shape == y.shape == (2, arguments[1], 5)
+        assert (out.dtype, y.dtype) == (torch.float32, norm_dtype or torch.float32)
+        assert (total.shape, total.requires_grad) == ((2, arguments[1]), False)
+        assert out.requires_grad
+        assert y.requires_grad
+
+
+def test_gradients_of_merge_add_norm_have_the_dtypes_of_their_inputs() -> None:
+    if library.missing() is not None:
+        pytest.skip(str(library.missing()))
+    x, branch, weight, gamma = meta(2, 9, 5), meta(2, 9, 5).half(), meta(5).bfloat16(), meta(5)
+    leaves = [value.requires_grad_() for value in (x, branch, weight, gamma)]
+    for slot, tokens in ((meta_slot(2, 9), 6), (None, 9)):
+        out, y, _ = tome_cuda.merge_add_norm(x, branch, slot, tokens, meta(2, 9), weight, None, 1e-5, gamma)
+        for outputs in ((out,), (y,), (out, y)):
+            grads = torch.autograd.grad(sum(o.sum() for o in outputs), leaves, retain_graph=True, allow_unused=True)
+            for grad, leaf in zip(grads, leaves, strict=True):
+                assert (grad is None) == (leaf is weight and outputs[-1] is out)
+                assert grad is None or (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
+
+
 def test_operators_are_registered_for_cuda_and_autograd(fake: FakeTensorMode) -> None:
-    for name in ("merge", "merge_backward", "unmerge", "unmerge_backward"):
+    for name in ("merge", "merge_backward", "unmerge", "unmerge_backward", "attention", "merge_add_norm",
+                 "merge_add_norm_backward", "column_sums"):  # fmt: skip
         for key in ("CUDA", "Autograd", "Meta"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cuda::{name}", key), (name, key)
     for name in ("bipartite_match", "kth_match", "listed_match"):
@@ -100,11 +158,11 @@ def test_operators_are_registered_for_cuda_and_autograd(fake: FakeTensorMode) ->
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("attention", (torch.zeros(1, 1, 4, 2),) * 3, "no kernel for attention"),
-        ("merge_add_norm", (torch.zeros(1, 4, 2),) * 2, "no kernel for merge_add_norm"),
+        ("attention", (torch.zeros(1, 1, 4, 2),) * 3, "cpu"),
         ("match", (torch.zeros(1, 4, 2), 1), "cpu"),
         ("merge", (torch.zeros(1, 4, 2),), "cpu"),
         ("unmerge", (torch.zeros(1, 4, 2),), "cpu"),
+        ("merge_add_norm", (torch.zeros(1, 4, 2),) * 2, "cpu"),
     ],
 )
 def test_why_not(name: str, arguments: tuple[object, ...], reason: str) -> None:
@@ -125,8 +183,35 @@ def test_why_not_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "256" in str(tome_cuda.why_not("match", wide, 1))
     assert tome_cuda.why_not("merge", wide) is None
     assert "float64" in str(tome_cuda.why_not("merge", x=double))
+    assert "float64" in str(tome_cuda.why_not("merge_add_norm", fine, fine, None, 4, None, double, None, 1e-5))
+    assert "float64" in str(tome_cuda.why_not("merge_add_norm", fine, fine, norm_dtype=torch.float64))
+    assert tome_cuda.why_not("merge_add_norm", wide, wide, None, 4, None, None, None, 1e-5) is None
     assert tome_cuda.why_not("match", other, 1) == "the wrong GPU"
     assert tome_cuda.why_not("match", keys=fine, r=1) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "torch.float32"),
+        ({"d": 40}, "40"),
+        ({"dropout_p": 0.1}, "drop"),
+        ({"scale": -1.0}, "-1.0"),
+        ({"scale": 0.0}, "0.0"),
+        ({"step": 2}, "gaps"),
+        ({"n": 0}, "no keys"),
+    ],
+)
+def test_what_attention_leaves_to_torch(change: dict[str, object], reason: str | None) -> None:
+    """Under every choice of a backend a float32 model runs, and a model in training with dropout."""
+    case = {"dtype": torch.float16, "d": 64, "dropout_p": 0.0, "scale": None, "step": 1, "n": 5} | change
+    q = torch.zeros(1, 2, case["n"], case["d"] * case["step"], dtype=case["dtype"], device="meta")
+    q = q[..., :: case["step"]]
+    told = predicates.without_kernel(q, q, q, case["scale"], case["dropout_p"])
+    assert told is reason or reason in str(told)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert tome_cuda.why_not("attention", torch.empty(q.shape, device="cuda", dtype=torch.float64)) is not None
 
 
 @pytest.fixture

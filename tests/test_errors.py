@@ -49,6 +49,7 @@ ADD_NORM = [
     ((X, X, None, 8, None, W, W.int(), 1e-5), TypeError, "bias must be float16"),
     ((X, X, None, 8, None, W, W, 0.0), ValueError, "eps must be positive, got 0.0"),
     ((X, X, SLOT.long(), 8, None, W, W, 1e-5), TypeError, "slot must be int32"),
+    ((X, X, None, 8, None, W, W, 1e-5, None, torch.int8), TypeError, "norm_dtype must be float16.*, got torch.int8"),
 ]
 CASES = [
     *(("match", *case) for case in MATCH),

@@ -79,7 +79,8 @@ def merge_add_norm(
     bias: Tensor | None,
     eps: float,
     gamma: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    args = (x, branch, slot, tokens, size, weight, bias, eps, gamma)
+    args = (x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype)
     module = implementation("merge_add_norm", *args)
     return cast("tuple[Tensor, Tensor, Tensor | None]", module.merge_add_norm(*args))

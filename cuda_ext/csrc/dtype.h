@@ -31,13 +31,13 @@ constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat ? 4 
 
 constexpr int kAccessBytes = 16;  // the widest load or store of one thread
 
-// A view can be read 16 bytes at a time when every row starts on a 16-byte boundary and has no gaps.
+// A view can be read `boundary` bytes at a time when every row starts on such a boundary and has no gaps.
 inline bool is_aligned(const void* data_ptr, int64_t element_bytes, int64_t channel_stride, int64_t channels,
-                       std::initializer_list<int64_t> strides) {
-  if (channel_stride != 1 || reinterpret_cast<uintptr_t>(data_ptr) % kAccessBytes != 0) return false;
-  if (channels * element_bytes % kAccessBytes != 0) return false;
+                       std::initializer_list<int64_t> strides, int64_t boundary = kAccessBytes) {
+  if (channel_stride != 1 || reinterpret_cast<uintptr_t>(data_ptr) % boundary != 0) return false;
+  if (channels * element_bytes % boundary != 0) return false;
   for (const int64_t stride : strides) {
-    if (stride * element_bytes % kAccessBytes != 0) return false;
+    if (stride * element_bytes % boundary != 0) return false;
   }
   return true;
 }

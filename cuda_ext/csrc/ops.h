@@ -19,4 +19,21 @@ Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optiona
 Tensor unmerge(const Tensor& x, const Tensor& slot);
 Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
 
+// x merged, y, totals (empty without a slot map), mean and 1 / standard deviation of every output row.
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
+    const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
+    const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype);
+// [B, Nq, H, D] for q [B, H, Nq, D], and for the gradient the log-sum-exp of each row.
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& size, double scale, bool training);
+// The gradients of x and branch; the second is empty where it equals the first.
+std::tuple<Tensor, Tensor> merge_add_norm_backward(
+    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
+    const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
+    const std::optional<Tensor>& total, const std::optional<Tensor>& weight, const std::optional<Tensor>& gamma,
+    int64_t length, ScalarType branch_dtype);
+// [slabs, 2, C]: sums over rows of a, and of a * b or a * (b - mean) / standard deviation.
+Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats);
+
 }  // namespace tome

@@ -29,7 +29,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 
 // kCount elements that travel together: 16 bytes of T, or a single element where rows are not aligned.
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
+struct alignas(sizeof(T) * kCount > 16 ? 16 : sizeof(T) * kCount) Pack {
   T value[kCount];
 };
 
@@ -44,10 +44,12 @@ struct Pair {
 template <>
 struct Pair<__half> {
   using type = __half2;
+  __device__ __forceinline__ static type round(float x, float y) { return __floats2half2_rn(x, y); }
 };
 template <>
 struct Pair<__nv_bfloat16> {
   using type = __nv_bfloat162;
+  __device__ __forceinline__ static type round(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 
 template <class T, int kCount>
@@ -69,26 +71,76 @@ __device__ __forceinline__ void unpack(const Pack<T, kCount>& pack, float (&x)[k
 template <class T>
 constexpr int kPackSize = kAccessBytes / static_cast<int>(sizeof(T));
 
-// Through the read-only path: no kernel here reads what it writes.
-template <class T, int kCount>
+// A pack is 32, 16 or 8 bytes, or one element. kReadOnly: through the path for what the kernel doesn't write.
+template <class T, int kCount, bool kReadOnly = true>
 __device__ __forceinline__ Pack<T, kCount> load_pack(const T* ptr) {
   Pack<T, kCount> pack;
-  if constexpr (sizeof(pack) == kAccessBytes) {
-    *reinterpret_cast<uint4*>(&pack) = __ldg(reinterpret_cast<const uint4*>(ptr));
+  constexpr int kBytes = sizeof(pack);
+  if constexpr (kCount == 1) {
+    pack.value[0] = kReadOnly ? __ldg(ptr) : *ptr;
+  } else if constexpr (kBytes == 8) {
+    const auto* from = reinterpret_cast<const uint2*>(ptr);
+    *reinterpret_cast<uint2*>(&pack) = kReadOnly ? __ldg(from) : *from;
   } else {
-    static_assert(kCount == 1);
-    pack.value[0] = __ldg(ptr);
+    static_assert(kBytes % kAccessBytes == 0);
+    const auto* from = reinterpret_cast<const uint4*>(ptr);
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccessBytes; ++i) {
+      reinterpret_cast<uint4*>(&pack)[i] = kReadOnly ? __ldg(from + i) : from[i];
+    }
   }
   return pack;
 }
 
 template <class T, int kCount>
 __device__ __forceinline__ void store_pack(T* ptr, const Pack<T, kCount>& pack) {
-  if constexpr (sizeof(pack) == kAccessBytes) {
-    *reinterpret_cast<uint4*>(ptr) = *reinterpret_cast<const uint4*>(&pack);
-  } else {
+  constexpr int kBytes = sizeof(pack);
+  if constexpr (kCount == 1) {
     *ptr = pack.value[0];
+  } else if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(ptr) = *reinterpret_cast<const uint2*>(&pack);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBytes / kAccessBytes; ++i) {
+      reinterpret_cast<uint4*>(ptr)[i] = reinterpret_cast<const uint4*>(&pack)[i];
+    }
   }
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> to_pack(const float (&x)[kCount]) {
+  Pack<T, kCount> pack;
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {
+    auto* pairs = reinterpret_cast<typename Pair<T>::type*>(pack.value);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) pairs[i] = Pair<T>::round(x[2 * i], x[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) pack.value[i] = from_float<T>(x[i]);
+  }
+  return pack;
+}
+
+// The same number, of which the compiler knows nothing: without, it would write a long loop once more for every
+// outcome of a uniform condition in it.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// Keeps what is made of a loaded value behind this point: unpacked it takes twice the registers.
+template <class T>
+__device__ __forceinline__ void pin(T& value) {
+  static_assert(sizeof(T) % sizeof(unsigned) == 0);
+  auto* words = reinterpret_cast<unsigned*>(&value);
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(T) / sizeof(unsigned); ++i) asm volatile("" : "+r"(words[i]));
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+  return value;
 }
 
 }  // namespace tome

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of which the kernels lack the last
 MAX_CHANNELS = 256  # of a metric
+ROW_ELEMENTS = 8  # of a half-precision dtype in 16 bytes
 INTEGERS = (int, torch.SymInt)
 
 
@@ -79,3 +80,50 @@ def merging(x: Tensor, slot_: object, tokens: int, size_: object) -> None:
     slot(slot_, x.shape[0], x.device, x.shape[1])
     integer("tokens", tokens, min(x.shape[1], 1), x.shape[1])
     size(size_, x.shape[0], x.shape[1], x.device)
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, params: dict[str, Tensor | None], eps: float, norm_dtype: torch.dtype | None
+) -> None:
+    """The residual stream x [B, N, C], its branch [B, N, C] and per-channel parameters [C] or None."""
+    floating("x", x, (3,), "[B, N, C]")
+    floating("branch", branch, (3,), "[B, N, C]")
+    if branch.shape != x.shape:
+        raise ValueError(f"branch must have the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
+    if branch.dtype != x.dtype and x.dtype != torch.float32:
+        raise TypeError(f"branch must be {x.dtype} like x (or x float32), got {branch.dtype}")
+    if branch.device != x.device:
+        raise ValueError(f"branch must be on {x.device} like x, got {branch.device}")
+    for name, value in params.items():
+        if value is None:
+            continue
+        floating(name, value, (1,), f"[{x.shape[2]}]")
+        if value.shape[0] != x.shape[2]:
+            raise ValueError(f"{name} must be [{x.shape[2]}], got shape {tuple(value.shape)}")
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    if norm_dtype is not None and norm_dtype not in FLOATING:
+        raise TypeError(f"norm_dtype must be float16, bfloat16, float32 or float64, got {norm_dtype}")
+    if norm_dtype is torch.float64:
+        raise TypeError(f"norm_dtype must be float16, bfloat16 or float32 for the kernels, got {norm_dtype}")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, size_: object, dropout_p: float) -> None:
+    """Arguments of attention: q [B, H, Nq, D], k and v [B, H, N, D] of one dtype and device, size [B, N]."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        floating(name, value, (4,), "[B, H, N, D]")
+        if value.dtype != q.dtype or value.device != q.device:
+            raise TypeError(
+                f"q, k and v must share dtype and device, got {name} {value.dtype} on {value.device} "
+                f"with q {q.dtype} on {q.device}"
+            )
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            "q must be [B, H, Nq, D], k and v [B, H, N, D], got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    size(size_, k.shape[0], k.shape[2], k.device)

@@ -93,7 +93,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, size_: object, dropout_p: float) 
     size(size_, k.shape[0], k.shape[2], k.device)
 
 
-def add_norm(x: Tensor, branch: Tensor, params: dict[str, Tensor | None], eps: float) -> None:
+def add_norm(
+    x: Tensor, branch: Tensor, params: dict[str, Tensor | None], eps: float, norm_dtype: torch.dtype | None
+) -> None:
     """The residual stream x [B, N, C], its branch [B, N, C] and per-channel parameters [C] or None."""
     floating("x", x, (3,), "[B, N, C]")
     floating("branch", branch, (3,), "[B, N, C]")
@@ -113,3 +115,5 @@ def add_norm(x: Tensor, branch: Tensor, params: dict[str, Tensor | None], eps: f
             raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
+    if norm_dtype is not None and norm_dtype not in FLOATING:
+        raise TypeError(f"norm_dtype must be float16, bfloat16, float32 or float64, got {norm_dtype}")

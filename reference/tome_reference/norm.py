@@ -20,6 +20,7 @@ def merge_add_norm(
     bias: Tensor | None,
     eps: float,
     gamma: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """X := merge(x + gamma * branch); y = layer_norm(x).
 
@@ -33,16 +34,17 @@ def merge_add_norm(
         bias: [C], the LayerNorm's shift, or None for 0.
         eps: added to the variance.
         gamma: [C], LayerScale's factor, or None for 1.
+        norm_dtype: the dtype of y, such as that of the linear layer behind it under autocast; None for that of x.
 
     Returns:
-        x [B, M, C] and y [B, M, C] in the dtype of x, size float32 [B, M]. Gradients flow to x, branch, weight,
-        bias and gamma.
+        x [B, M, C] in the dtype of x, y [B, M, C] in ``norm_dtype``, size float32 [B, M]. Gradients flow to x, branch,
+        weight, bias and gamma.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
 
     """
-    checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps)
+    checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps, norm_dtype)
     if slot is None:
         checks.integer("tokens", tokens, x.shape[1], x.shape[1])
         checks.size(size, x.shape[0], x.shape[1], x.device)
@@ -51,10 +53,11 @@ def merge_add_norm(
     x = x + (branch if gamma is None else branch * gamma).to(x.dtype)
     if slot is not None:
         x, size = merge(x, slot, tokens, size)
-    dtypes = [p.dtype for p in (weight, bias) if p is not None and p.dtype != x.dtype]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)) if dtypes else x
+    norm_dtype = x.dtype if norm_dtype is None else norm_dtype
+    dtypes = {norm_dtype, *(p.dtype for p in (weight, bias) if p is not None)}
+    wide = x if dtypes == {x.dtype} else x.to(torch.promote_types(x.dtype, torch.float32))
     y = F.layer_norm(wide, (x.shape[2],), _to(weight, wide), _to(bias, wide), eps)
-    return x, y.to(x.dtype), size
+    return x, y.to(norm_dtype), size
 
 
 def _to(parameter: Tensor | None, like: Tensor) -> Tensor | None:

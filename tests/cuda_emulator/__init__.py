@@ -18,7 +18,10 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda_ext" / "csrc"
-SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu")
+SOURCES = (
+    *("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu", "norm/backward.cu"),
+    *("attention/resident.cu", "attention/streamed.cu"),
+)
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BIPARTITE, RUNS, LISTED = range(3)
@@ -39,7 +42,7 @@ def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="cuda-emulator-") as folder:
         objects = []
         for source in (*(KERNELS / name for name in SOURCES), HERE / "emulated.cpp"):
-            objects.append(f"{folder}/{source.stem}.o")
+            objects.append(f"{folder}/{len(objects)}.o")
             command = ["g++", *FLAGS, f"-I{HERE / 'include'}", f"-I{KERNELS}", "-x", "c++", "-c", str(source)]
             subprocess.run([*command, "-o", objects[-1]], check=True)
         subprocess.run(["g++", "-shared", "-o", f"{folder}/emulated.so", *objects], check=True)
@@ -71,14 +74,14 @@ def _longs(*values: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def _is_aligned(tensor: Tensor) -> bool:
+def _is_aligned(tensor: Tensor, boundary: int = 16) -> bool:
     size = tensor.element_size()
     row = tensor.shape[-1] * size
     return (
         tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and row % 16 == 0
-        and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+        and tensor.data_ptr() % boundary == 0
+        and row % boundary == 0
+        and all(stride * size % boundary == 0 for stride in tensor.stride()[:-1])
     )
 
 
@@ -175,4 +178,113 @@ def spread(x: Tensor, slot: Tensor, size: Tensor | None, total: Tensor | None, s
         *(DTYPES[x.dtype], batch, length, tokens, channels),
         *(int(_is_aligned(x) and _is_aligned(out.tensor)), seed),
     )
+    return out.check()
+
+
+def merge_add_norm(
+    x: Tensor,
+    branch: Tensor,
+    slot: Tensor | None,
+    tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
+    block_outputs: int = 32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The merged x, y, the sizes and the statistics (mean, 1 / standard deviation) of every row."""
+    batch, length, channels = x.shape
+    out = Guarded((batch, tokens, channels), x.dtype)
+    y = Guarded((batch, tokens, channels), norm_dtype or x.dtype)
+    total, stats = Guarded((batch, tokens), torch.float32), Guarded((batch, tokens, 2), torch.float32)
+    parameters = (gamma, weight, bias)
+    strides = [*x.stride(), *branch.stride()]
+    for table in (slot, size):
+        strides += (0, 0) if table is None else table.stride()
+    strides += [0 if value is None else value.stride(0) for value in parameters]
+    dtypes = [x.dtype, branch.dtype, y.tensor.dtype, *(x.dtype if v is None else v.dtype for v in parameters)]
+    aligned = _is_aligned(x) and _is_aligned(branch, 16 * branch.element_size() // x.element_size())
+    aligned &= all(v is None or (v.stride(0) == 1 and v.data_ptr() % 16 == 0) for v in parameters)
+    library().emulated_norm(
+        *(_address(t) for t in (x, branch, out.tensor, y.tensor, None if slot is None else total.tensor)),
+        *(_address(t) for t in (stats.tensor, slot, size, *parameters)),
+        *(_longs(*strides), (ctypes.c_int * 6)(*(DTYPES[dtype] for dtype in dtypes)), ctypes.c_float(eps)),
+        *(batch, length, tokens, channels, block_outputs, int(aligned), seed),
+    )
+    return out.check(), y.check(), total.check(), stats.check()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    scale: float,
+    streamed: bool = False,
+    teams: int = 0,
+    splits: int = 0,
+    shared_bytes: int = HOPPER_SHARED_BYTES,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, Nq, H, D] by one of two kernels, and log-sum-exps; ``teams`` and ``splits`` overrule the plan."""
+    batch, heads, queries, head_dim = q.shape
+    out = Guarded((batch, queries, heads, head_dim), q.dtype)
+    lse = Guarded((batch, heads, (queries + 31) // 32 * 32), torch.float32)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if size is None else size.stride()))
+    library().emulated_attention(
+        *(_address(t) for t in (q, k, v, size, out.tensor)),
+        _longs(*strides),
+        *(DTYPES[q.dtype], batch, heads, queries, k.shape[2], head_dim, ctypes.c_float(scale)),
+        *(int(_is_aligned(q) and _is_aligned(k) and _is_aligned(v)), int(streamed), teams, splits),
+        *(_address(lse.tensor), shared_bytes, seed),
+    )
+    return out.check(), lse.check()
+
+
+def merge_add_norm_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    merged: Tensor,
+    stats: Tensor,
+    slot: Tensor | None,
+    size: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor | None,
+    gamma: Tensor | None,
+    length: int,
+    branch_dtype: torch.dtype,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and branch."""
+    batch, tokens, channels = merged.shape
+    x, branch = (Guarded((batch, length, channels), dtype) for dtype in (merged.dtype, branch_dtype))
+    strides: list[int] = []
+    for value, dims in ((grad_x, 3), (grad_y, 3), (slot, 2), (size, 2), (total, 2), (weight, 1), (gamma, 1)):
+        strides += (0,) * dims if value is None else value.stride()
+    dtypes = [merged.dtype, merged.dtype if grad_y is None else grad_y.dtype, branch_dtype]
+    dtypes += [merged.dtype if value is None else value.dtype for value in (weight, gamma)]
+    rows = [value for value in (grad_x, grad_y, merged) if value is not None]
+    aligned = all(_is_aligned(value, 16 * value.element_size() // merged.element_size()) for value in rows)
+    aligned &= all(v is None or (v.stride(0) == 1 and v.data_ptr() % 16 == 0) for v in (weight, gamma))
+    library().emulated_norm_backward(
+        *(_address(t) for t in (grad_x, grad_y, merged, stats, x.tensor, branch.tensor)),
+        *(_address(t) for t in (slot, size, total, weight, gamma)),
+        *(_longs(*strides), (ctypes.c_int * 5)(*(DTYPES[dtype] for dtype in dtypes))),
+        *(batch, length, tokens, channels, int(aligned), seed),
+    )
+    return x.check(), branch.check()
+
+
+def column_sums(a: Tensor, b: Tensor, stats: Tensor | None, seed: int = 0) -> Tensor:
+    """Sums over rows in slabs: of a, and of a times b, which statistics normalise."""
+    batch, rows, channels = a.shape
+    aligned = channels % 8 == 0 and _is_aligned(a) and _is_aligned(b)
+    dtypes = (ctypes.c_int * 2)(DTYPES[a.dtype], DTYPES[b.dtype])
+    numbers = (_longs(*a.stride(), *b.stride()), dtypes, batch, rows, channels, int(aligned), seed)
+    slabs = library().emulated_columns(_address(a), _address(b), _address(stats), _address(None), *numbers)
+    out = Guarded((slabs, 2, channels), torch.float32)
+    library().emulated_columns(_address(a), _address(b), _address(stats), _address(out.tensor), *numbers)
     return out.check()

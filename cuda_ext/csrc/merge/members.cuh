@@ -1,4 +1,4 @@
-// The members of a block's output rows: listed once per block, found by a ballot per row.
+// The members of a block's output rows: found in one pass over the slots of the image.
 #pragma once
 
 #include "../vector.cuh"
@@ -6,15 +6,14 @@
 
 namespace tome::merge_ops {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kCapacity = 512;  // tokens in a block's list; on average a list holds under 2 * 32
+constexpr int kShortGroup = 16;  // members up to which a group is listed, and summed in plain float32
 
 struct Storage {
-  int token[kCapacity];
-  int output[kCapacity];
-  float size[kCapacity];
-  int warp_count[kWarps];
+  int count[kMaxBlockOutputs];  // of members; the lists hold no more than the first kShortGroup that came
+  int token[kMaxBlockOutputs][kShortGroup];
+  float weight[kMaxBlockOutputs][kShortGroup];  // sizes until order_members() has seen them
 };
 
 __device__ __forceinline__ float token_size(const GatherParams& p, int64_t b, int token) {
@@ -25,101 +24,99 @@ __device__ __forceinline__ int token_slot(const GatherParams& p, int64_t b, int 
   return __ldg(p.slot.data_ptr + p.slot.offset(b, token));
 }
 
-// In unsigned arithmetic, so that no slot, however bad, overflows.
-__device__ __forceinline__ bool is_between(int slot, int first, int count) {
-  return static_cast<unsigned>(slot) - static_cast<unsigned>(first) < static_cast<unsigned>(count);
-}
-
 constexpr int kScanned = 4;  // slots per thread that are loaded before the first is looked at
 
-// The slots of kScanned * 32 tokens from `base` on, one of each 32 per lane; -1 past the end.
-__device__ __forceinline__ void load_slots(const GatherParams& p, int64_t b, int base, int end,
-                                           int (&slot)[kScanned]) {
+// The slots of tokens base, base + kThreads, ...; a number that is no output's past the end.
+__device__ __forceinline__ void load_slots(const GatherParams& p, int64_t b, int base, int (&slot)[kScanned]) {
 #pragma unroll
   for (int j = 0; j < kScanned; ++j) {
-    const int token = base + j * kWarpSize + static_cast<int>(threadIdx.x % kWarpSize);
-    slot[j] = token < end ? token_slot(p, b, token) : -1;
+    const int token = base + j * kThreads;
+    slot[j] = token < p.length ? token_slot(p, b, token) : -1;
   }
 }
 
-// List the tokens with slots in [first, first + outputs) in ascending order; returns how many there are.
-__device__ __forceinline__ int list_members(const GatherParams& p, int64_t b, int first, int outputs,
-                                            Storage& shared) {
-  const int warp = threadIdx.x / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
-  const int segment = (p.length + kThreads - 1) / kThreads * kWarpSize;  // tokens per warp, consecutive
-  const int begin = warp * segment;
-  const int end = min(begin + segment, p.length);
+// List the tokens with slots in [first, first + outputs), each output's in the order in which threads come. The
+// counters are integers, so what is counted doesn't depend on that order. `prepare` is done while the first slots
+// are under way, before the first barrier.
+template <class Prepare>
+__device__ __forceinline__ void list_members(const GatherParams& p, int64_t b, int first, int outputs,
+                                             Storage& shared, Prepare&& prepare) {
   int slot[kScanned];
-  int count = 0;
-  for (int base = begin; base < end; base += kScanned * kWarpSize) {
-    load_slots(p, b, base, end, slot);
-#pragma unroll
-    for (int j = 0; j < kScanned; ++j) {
-      count += __popc(__ballot_sync(kFullWarp, is_between(slot[j], first, outputs)));
-    }
-  }
-  if (lane == 0) shared.warp_count[warp] = count;
+  int base = threadIdx.x;
+  load_slots(p, b, base, slot);
+  prepare();
+  for (int output = threadIdx.x; output < outputs; output += kThreads) shared.count[output] = 0;
   __syncthreads();
-  int offset = 0;
-  int total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) offset += shared.warp_count[w];
-    total += shared.warp_count[w];
-  }
-  if (total > kCapacity) return total;
-  for (int base = begin; base < end; base += kScanned * kWarpSize) {
-    load_slots(p, b, base, end, slot);
+  while (true) {
 #pragma unroll
     for (int j = 0; j < kScanned; ++j) {
-      const bool is_mine = is_between(slot[j], first, outputs);
-      const unsigned mask = __ballot_sync(kFullWarp, is_mine);
-      if (is_mine) {
-        const int at = offset + __popc(mask & ((1u << lane) - 1));
-        const int token = base + j * kWarpSize + lane;
-        shared.token[at] = token;
-        shared.output[at] = slot[j] - first;
-        shared.size[at] = token_size(p, b, token);
+      // In unsigned arithmetic, so that no slot, however bad, overflows.
+      const unsigned output = static_cast<unsigned>(slot[j]) - static_cast<unsigned>(first);
+      if (output < static_cast<unsigned>(outputs)) {
+        const int token = base + j * kThreads;
+        const float size = token_size(p, b, token);
+        const int at = atomicAdd(&shared.count[output], 1);
+        if (at < kShortGroup) {
+          shared.token[output][at] = token;
+          shared.weight[output][at] = size;
+        }
       }
-      offset += __popc(mask);
     }
+    base += kScanned * kThreads;
+    if (base - static_cast<int>(threadIdx.x) >= p.length) break;
+    load_slots(p, b, base, slot);
   }
   __syncthreads();
-  return total;
 }
 
-// Where a warp finds the members of its output row: in the block's list, or among all tokens.
-struct Members {
-  const GatherParams& p;
-  const Storage& shared;
-  int64_t b;
-  int output, slot, count;
-  bool listed;
-
-  // One bit for each of the 32 candidates from `base` on; the whole warp asks together.
-  __device__ __forceinline__ unsigned among(int base) const {
-    const int i = base + static_cast<int>(threadIdx.x % kWarpSize);
-    bool is_member = false;
-    if (i < count) is_member = listed ? shared.output[i] == output : token_slot(p, b, i) == slot;
-    return __ballot_sync(kFullWarp, is_member);
-  }
-  __device__ __forceinline__ int token(int i) const { return listed ? shared.token[i] : i; }
-  __device__ __forceinline__ float size(int i) const { return listed ? shared.size[i] : token_size(p, b, i); }
-  // How many members there are, and the sum of their sizes.
-  __device__ __forceinline__ int measure(float& total) const {
-    int group = 0;
-    total = 0.0f;
+// Put the members of this warp's outputs (output % kWarps is the warp) in ascending order, so that they are
+// summed in the same order every time; turn their sizes into weights and write the totals. A lane per output.
+__device__ __forceinline__ void order_members(const GatherParams& p, int64_t b, int first, int outputs,
+                                              Storage& shared) {
+  const int output = threadIdx.x / kWarpSize + static_cast<int>(threadIdx.x % kWarpSize) * kWarps;
+  if (output < outputs && shared.count[output] <= kShortGroup) {
+    const int count = shared.count[output];
+    int* token = shared.token[output];
+    float* weight = shared.weight[output];
 #pragma unroll 1
-    for (int base = 0; base < count; base += kWarpSize) {
-      const unsigned mask = among(base);
-      group += __popc(mask);
-      for (unsigned rest = mask; rest != 0; rest &= rest - 1) total += size(base + __ffs(rest) - 1);
+    for (int i = 1; i < count; ++i) {
+      const int moved = token[i];
+      const float moved_weight = weight[i];
+      int at = i;
+#pragma unroll 1
+      for (; at > 0 && token[at - 1] > moved; --at) {
+        token[at] = token[at - 1];
+        weight[at] = weight[at - 1];
+      }
+      token[at] = moved;
+      weight[at] = moved_weight;
     }
-    return group;
+    float total = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) total += weight[i];
+    if (p.total_ptr != nullptr) p.total_ptr[b * p.tokens + first + output] = total;
+    const bool is_plain = p.total_ptr == nullptr || count == 1;  // a lone token keeps its bits
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) weight[i] = is_plain ? 1.0f : weight[i] / total;
   }
-  __device__ __forceinline__ float weight(int i, float total) const {
-    return p.total_ptr == nullptr ? 1.0f : size(i) / total;
+  __syncwarp();
+}
+
+// Whether the list of an output holds all of its members, and there are any.
+__device__ __forceinline__ bool is_listed(const Storage& shared, int output) {
+  return static_cast<unsigned>(shared.count[output]) - 1u < static_cast<unsigned>(kShortGroup);
+}
+
+// All members of an output in ascending order by a scan of the image's slots: any number of them.
+// `visit` gets a base, and a bit for each of the 32 tokens from there on.
+template <class Visit>
+__device__ __forceinline__ void scan_members(const GatherParams& p, int64_t b, int output, Visit&& visit) {
+#pragma unroll 1
+  for (int base = 0; base < p.length; base += kWarpSize) {
+    const int token = base + static_cast<int>(threadIdx.x % kWarpSize);
+    const unsigned mask = __ballot_sync(kFullWarp, token < p.length && token_slot(p, b, token) == output);
+    if (mask != 0) visit(base, mask);
   }
-};
+}
 
 }  // namespace tome::merge_ops

@@ -1,0 +1,160 @@
+// Host side of merge_add_norm: checks, shapes, outputs, launches.
+#include "norm.h"
+
+#include "../merge/host.h"
+#include "../ops.h"
+
+namespace tome {
+namespace {
+
+using norm::BackwardParams;
+using norm::ColumnParams;
+using norm::NormParams;
+using norm::Vector;
+
+Vector vector(const std::optional<Tensor>& tensor, const char* name, const Tensor& like) {
+  if (!tensor.has_value()) return {};
+  check_tensor(*tensor, name, 1);
+  check_like(*tensor, name, like, tensor->scalar_type());
+  TOME_CHECK(tensor->size(0) == like.size(2), name, " must be [", like.size(2), "]");
+  return {tensor->const_data_ptr(), tensor->stride(0), floating_dtype(*tensor, name)};
+}
+
+// Packs of as many channels as 16 bytes of x hold take 8, 16 or 32 bytes of the others.
+bool is_aligned_vector(const Vector& v) {
+  return v.data_ptr == nullptr ||
+         (v.stride == 1 && reinterpret_cast<uintptr_t>(v.data_ptr) % kAccessBytes == 0);
+}
+
+bool is_aligned_like(const View& view, Dtype dtype, Dtype x_dtype, int64_t channels) {
+  return is_aligned_view(view, dtype, channels, kAccessBytes * element_size(dtype) / element_size(x_dtype));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
+    const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
+    const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype) {
+  check_tensor(x, "x", 3);
+  check_tensor(branch, "branch", 3);
+  check_tokens(x, tokens, slot.has_value());
+  for (int64_t dim = 0; dim < 3; ++dim) TOME_CHECK(branch.size(dim) == x.size(dim), "branch must be like x");
+  const Dtype dtype = floating_dtype(x, "x");
+  const Dtype branch_dtype = floating_dtype(branch, "branch");
+  check_like(branch, "branch", x, dtype == Dtype::kFloat ? branch.scalar_type() : x.scalar_type());
+  const DeviceScope scope(x);
+  const int64_t batch = x.size(0);
+  Tensor merged = new_empty(x, {batch, tokens, x.size(2)}, x.scalar_type());
+  Tensor y = new_empty(x, {batch, tokens, x.size(2)}, norm_dtype);
+  Tensor total = new_empty(x, {slot.has_value() ? batch : 0, tokens}, ScalarType::Float);
+  Tensor stats = new_empty(x, {batch, tokens, 2}, ScalarType::Float);
+  NormParams p{};
+  p.merge = gather_params(x, merged, slot, tokens, size);
+  if (slot.has_value()) p.merge.total_ptr = static_cast<float*>(total.mutable_data_ptr());
+  p.branch = view(branch);
+  p.y_ptr = y.mutable_data_ptr();
+  p.stats_ptr = static_cast<float2*>(stats.mutable_data_ptr());
+  p.y_dtype = floating_dtype(y, "y");
+  p.gamma = vector(gamma, "gamma", x);
+  p.weight = vector(weight, "weight", x);
+  p.bias = vector(bias, "bias", x);
+  p.eps = static_cast<float>(eps);
+  p.share = 1.0f / static_cast<float>(x.size(2));
+  if (batch > 0 && tokens > 0) {
+    const int64_t channels = x.size(2);
+    const bool aligned = is_aligned_view(p.merge.x, dtype, channels) &&
+                         is_aligned_like(p.branch, branch_dtype, dtype, channels) &&
+                         is_aligned_vector(p.gamma) && is_aligned_vector(p.weight) && is_aligned_vector(p.bias);
+    norm::launch_norm(p, dtype, branch_dtype, aligned, current_stream(x));
+    check_launch();
+  }
+  return {merged, y, total, stats};
+}
+
+std::tuple<Tensor, Tensor> merge_add_norm_backward(
+    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
+    const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
+    const std::optional<Tensor>& total, const std::optional<Tensor>& weight, const std::optional<Tensor>& gamma,
+    int64_t length, ScalarType branch_dtype) {
+  check_tensor(merged, "merged", 3);
+  const int64_t batch = merged.size(0), tokens = merged.size(1), channels = merged.size(2);
+  for (const auto* grad : {&grad_x, &grad_y}) {
+    if (!grad->has_value()) continue;
+    check_tensor(**grad, "grad", 3);
+    check_like(**grad, "grad", merged, (*grad)->scalar_type());
+    for (int64_t dim = 0; dim < 3; ++dim) {
+      TOME_CHECK((*grad)->size(dim) == merged.size(dim), "a gradient must be like its output");
+    }
+  }
+  TOME_CHECK(slot.has_value() ? total.has_value() : length == tokens, "a merge needs its totals");
+  const Dtype dtype = floating_dtype(merged, "merged");
+  TOME_CHECK(!grad_x.has_value() || grad_x->scalar_type() == merged.scalar_type(), "grad_x has the wrong dtype");
+  const DeviceScope scope(merged);
+  // Without LayerScale, and in one dtype, the two gradients are the same: then the second is left empty.
+  const bool has_branch = gamma.has_value() || branch_dtype != merged.scalar_type();
+  Tensor x_out = new_empty(merged, {batch, length, channels}, merged.scalar_type());
+  Tensor branch_out = new_empty(merged, {has_branch ? batch : 0, length, channels}, branch_dtype);
+  BackwardParams p{};
+  if (grad_x.has_value()) p.grad_x = view(*grad_x);
+  if (grad_y.has_value()) {
+    p.grad_y = view(*grad_y);
+    p.grad_y_dtype = floating_dtype(*grad_y, "grad_y");
+  }
+  p.merged_ptr = merged.const_data_ptr();
+  p.stats_ptr = static_cast<const float2*>(stats.const_data_ptr());
+  p.x_out_ptr = x_out.mutable_data_ptr();
+  p.branch_out_ptr = has_branch ? branch_out.mutable_data_ptr() : nullptr;
+  p.branch_dtype = floating_dtype(branch_out, "branch");
+  if (slot.has_value()) {
+    p.slot = table<int32_t>(*slot, "slot", merged, ScalarType::Int, batch, length);
+    p.total = table<float>(*total, "total", merged, ScalarType::Float, batch, tokens);
+    if (size.has_value()) p.size = table<float>(*size, "size", merged, ScalarType::Float, batch, length);
+  }
+  p.weight = vector(weight, "weight", merged);
+  p.gamma = vector(gamma, "gamma", merged);
+  p.batch = batch;
+  p.length = to_int(length, "the number of tokens");
+  p.tokens = to_int(tokens, "tokens");
+  p.channels = to_int(channels, "the number of channels");
+  if (x_out.numel() > 0) {
+    const View contiguous = view(x_out);
+    const bool aligned = is_aligned_view(contiguous, dtype, channels) && is_aligned_view(view(merged), dtype, channels) &&
+                         (!grad_x.has_value() || is_aligned_view(p.grad_x, dtype, channels)) &&
+                         (!grad_y.has_value() || is_aligned_like(p.grad_y, p.grad_y_dtype, dtype, channels)) &&
+                         is_aligned_vector(p.weight) && is_aligned_vector(p.gamma);
+    check_grid((batch * length + 7) / 8);
+    norm::launch_backward(p, dtype, aligned, current_stream(merged));
+    check_launch();
+  }
+  return {x_out, branch_out};
+}
+
+Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats) {
+  check_tensor(a, "a", 3);
+  check_tensor(b, "b", 3);
+  check_like(b, "b", a, b.scalar_type());
+  for (int64_t dim = 0; dim < 3; ++dim) TOME_CHECK(a.size(dim) == b.size(dim), "a and b must have one shape");
+  const DeviceScope scope(a);
+  ColumnParams p{};
+  p.a = view(a);
+  p.b = view(b);
+  p.a_dtype = floating_dtype(a, "a");
+  p.b_dtype = floating_dtype(b, "b");
+  if (stats.has_value()) p.stats_ptr = static_cast<const float2*>(stats->const_data_ptr());
+  p.batch = a.size(0);
+  p.rows = to_int(a.size(1), "the number of rows");
+  p.channels = to_int(a.size(2), "the number of channels");
+  const bool aligned = p.channels % norm::kColumnPack == 0 && is_aligned_view(p.a, p.a_dtype, p.channels) &&
+                       is_aligned_view(p.b, p.b_dtype, p.channels);
+  p.slabs = norm::slabs(p.batch * p.rows, p.channels);
+  Tensor out = new_empty(a, {p.slabs, 2, p.channels}, ScalarType::Float);
+  p.out_ptr = static_cast<float*>(out.mutable_data_ptr());
+  if (p.channels > 0) {
+    norm::launch_columns(p, aligned, current_stream(a));
+    check_launch();
+  }
+  return out;
+}
+
+}  // namespace tome

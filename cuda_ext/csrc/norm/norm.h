@@ -1,0 +1,75 @@
+// Residual add, merge and LayerNorm in one step, and its gradient.
+#pragma once
+
+#include "../merge/merge.h"
+
+namespace tome::norm {
+
+using merge_ops::GatherParams;
+using merge_ops::Table;
+using merge_ops::View;
+
+// A [channels] tensor of any dtype as it lies; data_ptr null where there is none.
+struct Vector {
+  const void* data_ptr;
+  int64_t stride;
+  Dtype dtype;
+};
+
+struct NormParams {
+  GatherParams merge;  // x, and x merged; without a slot map every token is an output
+  View branch;         // [batch, length, channels]
+  void* y_ptr;         // [batch, tokens, channels], contiguous
+  float2* stats_ptr;   // [batch, tokens]: mean and 1 / standard deviation
+  Dtype y_dtype;
+  Vector gamma, weight, bias;
+  float eps;
+  float share;  // 1 / channels
+};
+
+// aligned: 16 bytes of x and as many channels of everything else can be accessed at a time.
+void launch_norm(const NormParams& params, Dtype dtype, Dtype branch_dtype, bool aligned, cudaStream_t stream);
+
+// From the gradients of x merged and of y to those of x and branch; data_ptr null where there is none.
+struct BackwardParams {
+  View grad_x, grad_y;      // [batch, tokens, channels]
+  const void* merged_ptr;   // [batch, tokens, channels], contiguous
+  const float2* stats_ptr;  // [batch, tokens]
+  void* x_out_ptr;          // [batch, length, channels], contiguous
+  void* branch_out_ptr;     // likewise
+  Table<int32_t> slot;      // [batch, length]
+  Table<float> size;        // [batch, length]
+  Table<float> total;       // [batch, tokens]
+  Vector weight, gamma;
+  Dtype grad_y_dtype, branch_dtype;
+  int64_t batch;
+  int length, tokens, channels;
+};
+
+void launch_backward(const BackwardParams& params, Dtype dtype, bool aligned, cudaStream_t stream);
+
+// Sums over all rows, in slabs of rows: out[slab][0] of a, out[slab][1] of a * b, where b is normalised first if there
+// are statistics.
+struct ColumnParams {
+  View a, b;                // [batch, rows, channels]
+  const float2* stats_ptr;  // [batch, rows] or null
+  float* out_ptr;           // [slabs, 2, channels]
+  Dtype a_dtype, b_dtype;
+  int64_t batch;
+  int rows, channels, slabs;
+};
+
+constexpr int kColumnPack = 8;  // channels per thread where aligned
+
+// Some hundreds of blocks whatever the GPU, so that every GPU adds in the same order.
+inline int slabs(int64_t rows, int channels) {
+  constexpr int64_t kBlocks = 768, kLeastRows = 64;
+  const int64_t tiles = channels / (32 * kColumnPack) + 1;
+  const int64_t most = (rows + kLeastRows - 1) / kLeastRows;
+  const int64_t wanted = kBlocks / tiles > 1 ? kBlocks / tiles : 1;
+  return static_cast<int>(most < 1 ? 1 : most < wanted ? most : wanted);
+}
+
+void launch_columns(const ColumnParams& params, bool aligned, cudaStream_t stream);
+
+}  // namespace tome::norm
