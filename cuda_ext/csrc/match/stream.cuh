@@ -1,5 +1,5 @@
-// How one block of the score kernel divides its work, and how the targets of an image stream past its sources:
-// tile by tile through shared memory, by cp.async, some tiles ahead.
+// How one block of the score kernel divides its work, and how the targets of an image stream past its
+// sources: tile by tile through shared memory, by cp.async, some tiles ahead.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
@@ -29,7 +29,7 @@ struct Traits {
   static constexpr int kColumns = kBlockColumns;
   static constexpr int kSteps = kDepth;  // products over all channels; 0: any number
   static constexpr int kRowLanes = kSteps <= 4 ? 8 : 16;
-  static constexpr int kStages = kTiles;  // tiles of targets in shared memory
+  static constexpr int kStages = kTiles;      // tiles of targets in shared memory
   static constexpr int kBlocks = kMinBlocks;  // per multiprocessor
   static constexpr int kWarpsN = kBlockWarpsN;
   static constexpr int kWarpColumns = kColumns / kWarpsN;
