@@ -30,7 +30,7 @@ import tome
 from tome import measure, patch, schedule
 from tome.cli.common import create_model
 from tome.cli.visualize import draw
-from tome.patch import timm_vit
+from tome.patch import timm_cost
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -113,7 +113,7 @@ def evaluate(model: VisionTransformer, images: Tensor, labels: Tensor) -> list[d
     batch = images[:256]
     calls = {name: (lambda v=v: v(batch)) for name, v in variants.items()}
     seconds = measure.time_calls(calls, torch.device("cpu"), warm_up=3, runs=15)
-    tokens, cost = timm_vit.cost(model)
+    tokens, cost = timm_cost.cost(model)
     rows = []
     with torch.inference_mode():
         for name, variant in variants.items():

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import median_seconds, repeated
 
 from tome import backend, ops, use_backend
+
+SETS = 4  # of inputs, so that a GPU's cache does not hold the next one
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,21 @@ GPU = [
     Shape(32, 1369, 16, 80, 40),
     Shape(8, 4096, 10, 64, 2048),
 ]
-OPERATIONS = ("match", "kth_match", "random_match", "merge", "unmerge", "attention", "merge_add_norm")
+MORE_ATTENTION = [Shape(256, 149, 12, 64, 16), Shape(256, 101, 12, 64, 16), Shape(32, 1369, 16, 64, 40)]
+MATCHING = ("match", "kth_match", "random_match", "match+merge", "merge", "unmerge")
+NORMS = ("add_norm", "merge_add_norm", "merge_add_norm autocast")
+SDPA = ("sdpa without sizes", "sdpa with a mask")  # PyTorch's attention, to compare with
 
 
 def cases() -> list[Any]:
-    found = [("reference", "cpu", torch.float32, shape) for shape in CPU]
+    every = (*MATCHING, "attention", *NORMS)
+    found = [(op, "reference", "cpu", torch.float32, shape) for op in every for shape in CPU]
     if torch.cuda.is_available():
         names = ["reference"] + (["cuda"] if backend.extension_problem() is None else [])
-        found += [(name, "cuda", torch.float16, shape) for shape in GPU for name in names]
-    return [pytest.param(op, *case, id=f"{op}-{case[0]}-{case[1]}-{case[3]}") for op in OPERATIONS for case in found]
+        found += [(op, name, "cuda", torch.float16, shape) for op in every for shape in GPU for name in names]
+        found += [("attention", name, "cuda", torch.float16, shape) for shape in MORE_ATTENTION for name in names]
+        found += [(op, "torch", "cuda", torch.float16, shape) for op in SDPA for shape in GPU + MORE_ATTENTION]
+    return [pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2]}-{case[4]}".replace(" ", "_")) for case in found]
 
 
 def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Any], list[Any]]:
@@ -50,20 +60,36 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     packed = torch.randn(b, n, 3, shape.heads, shape.d, device=device).to(dtype)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     x, branch = (torch.randn(b, n, channels, device=device).to(dtype) for _ in range(2))
+    wide = x.float()
     size = torch.randint(1, 5, (b, n), device=device).float()
     slot, tokens = ops.match(k, shape.r, 0), n - shape.r  # no prefix: the last shape merges half of all tokens
     weight = torch.ones(channels, device=device, dtype=dtype)
+    weights = torch.ones(channels, device=device)
     merged = x[:, :tokens].contiguous()
+    mask = size.log().to(dtype)[:, None, None, :]
     return {
         "match": (lambda: ops.match(k, shape.r, 0), [k]),
         "kth_match": (lambda: ops.kth_match(k, 2, 0), [k]),
         "random_match": (lambda: ops.random_match(k, shape.r, 0), [k]),
+        "match+merge": (lambda: ops.merge(x, ops.match(k, shape.r, 0), tokens, size), [k, x, size]),
         "merge": (lambda: ops.merge(x, slot, tokens, size), [x, slot, size]),
         "unmerge": (lambda: ops.unmerge(merged, slot), [merged, slot]),
         "attention": (lambda: ops.attention(q, k, v, size), [q, k, v, size]),
+        "sdpa without sizes": (lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v]),
+        "sdpa with a mask": (lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), [q, k, v, mask]),
+        "add_norm": (
+            lambda: ops.merge_add_norm(x, branch, None, n, None, weight, weight, 1e-6)[:2],
+            [x, branch, weight, weight],
+        ),
         "merge_add_norm": (
             lambda: ops.merge_add_norm(x, branch, slot, tokens, size, weight, weight, 1e-6),
             [x, branch, slot, size, weight, weight],
+        ),
+        "merge_add_norm autocast": (
+            lambda: ops.merge_add_norm(
+                wide, branch, slot, tokens, size, weights, weights, 1e-6, norm_dtype=torch.float16
+            ),
+            [wide, branch, slot, size, weights, weights],
         ),
     }[op]
 
@@ -76,21 +102,24 @@ def bytes_of(tensors: Any) -> int:
 @pytest.mark.parametrize(("op", "name", "device", "dtype", "shape"), cases())
 def test_operation(benchmark, bandwidth, op, name, device, dtype, shape):
     device = torch.device(device)
-    with torch.inference_mode(), use_backend(name):
+    sets = SETS if device.type == "cuda" else 1
+    with torch.inference_mode(), use_backend(None if name == "torch" else name):
         try:
-            call, inputs = prepare(op, shape, dtype, device)
-            out = call()
+            prepared = [prepare(op, shape, dtype, device) for _ in range(sets)]
+            calls = [call for call, _ in prepared]
+            moved = bytes_of(prepared[0][1]) + bytes_of(calls[0]())
         except backend.BackendError as error:
             pytest.skip(str(error))
-        moved = bytes_of(inputs) + bytes_of(out)
+        median = median_seconds(calls, device)
         benchmark.extra_info.update(
             op=op, backend=f"{name}/{device}", shape=str(shape), dtype=str(dtype).removeprefix("torch."), bytes=moved,
-            floor_us=moved / bandwidth(device) * 1e6,
+            floor_us=moved / bandwidth(device) * 1e6, median_us=median * 1e6,
         )  # fmt: skip
+        timed = calls[0] if device.type == "cpu" else repeated(calls)
 
-        def timed() -> None:
-            call()
+        def finished() -> None:
+            timed()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        benchmark.pedantic(timed, rounds=20, warmup_rounds=5)
+        benchmark.pedantic(finished, rounds=5, warmup_rounds=1)

@@ -67,7 +67,9 @@ class NormCase:
         )
         weight, bias, gamma = (None if d is None else normal((self.channels,), d) for d in self.parameters)
         size = torch.randint(1, 40, (self.batch, self.n), generator=generator).float()
-        rest = torch.randint(1 if self.crowded else self.tokens, (self.batch, self.n - self.tokens), generator=generator)
+        rest = torch.randint(
+            1 if self.crowded else self.tokens, (self.batch, self.n - self.tokens), generator=generator
+        )
         slot = torch.cat([torch.arange(self.tokens).expand(self.batch, -1), rest], dim=1)
         slot = slot.gather(1, torch.rand(slot.shape, generator=generator).argsort(dim=1)).int()
         return Call(

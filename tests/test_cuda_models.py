@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tome
 from tome import schedule
-from tome.patch import timm_vit
+from tome.patch import timm_cost
 
 pytestmark = [NO_EXTENSION, pytest.mark.usefixtures("no_grad")]
 
@@ -71,7 +71,7 @@ def test_the_same_logits(host, dtype, autocast, r):
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
 
-    entering, _ = timm_vit.cost(model)
+    entering, _ = timm_cost.cost(model)
     assert model._tome_info["size"].shape[1] == schedule.plan(r, 4, entering, model.num_prefix_tokens).tokens[-1]
 
     # Root mean squares over a batch: in half precision rounding makes either backend choose a few other pairs than

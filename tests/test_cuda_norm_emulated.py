@@ -78,9 +78,7 @@ def test_a_bad_map_reads_and_writes_nothing_out_of_range() -> None:
     torch.testing.assert_close(out[0, 3], (x + branch)[0, 7])
     assert torch.equal(total, torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0]]))
     assert not bool(y.isnan().any())
-    grad, _ = emulator.merge_add_norm_backward(
-        *(out, y, out, stats, slot, None, total, None, None, 40, torch.float32)
-    )
+    grad, _ = emulator.merge_add_norm_backward(*(out, y, out, stats, slot, None, total, None, None, 40, torch.float32))
     assert bool(grad[0, 6].isnan().all())
     assert not bool(grad[0, 7].isnan().any())
 

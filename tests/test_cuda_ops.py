@@ -15,9 +15,9 @@ import tome
 import tome_cuda
 import tome_reference
 from tome import backend
-from tome_cuda import library, ops
+from tome_cuda import library, ops, predicates
 
-NAMES = ("match", "kth_match", "random_match", "max_r", "merge", "unmerge", "merge_add_norm")
+NAMES = ("attention", "match", "kth_match", "random_match", "max_r", "merge", "unmerge", "merge_add_norm")
 
 
 @pytest.fixture
@@ -68,6 +68,12 @@ def test_signature_and_docstring_are_the_reference_s(name: str) -> None:
         (lambda: add_norm(eps=0.0), ValueError),
         (lambda: add_norm(norm_dtype=torch.float64), TypeError),
         (lambda: add_norm(norm_dtype=torch.int32), TypeError),
+        (lambda: tome_cuda.attention(meta(4, 2), meta(4, 2), meta(4, 2)), ValueError),
+        (lambda: tome_cuda.attention(meta(1, 1, 4, 2), meta(1, 1, 4, 2), meta(1, 1, 5, 2)), ValueError),
+        (lambda: tome_cuda.attention(meta(1, 1, 4, 2), meta(1, 1, 4, 2), meta(1, 1, 4, 2).half()), TypeError),
+        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2).double()] * 3), TypeError),
+        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2)] * 3, meta(1, 5)), ValueError),
+        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2)] * 3, dropout_p=1.0), ValueError),
     ],
 )
 def test_bad_arguments_raise_before_anything_is_loaded(call: Callable[[], object], kind: type[Exception]) -> None:
@@ -103,6 +109,11 @@ def test_fakes(fake: FakeTensorMode) -> None:
     assert (merged.shape, merged.dtype, merged.requires_grad) == ((2, 6, 5), torch.bfloat16, True)
     assert (total.shape, total.dtype, total.requires_grad) == ((2, 6), torch.float32, False)
     assert tome_cuda.unmerge(merged, slot).shape == x.shape
+    q = torch.empty(2, 9, 3, 4, 64, device="cuda", dtype=torch.float16).permute(2, 0, 3, 1, 4)
+    out = tome_cuda.attention(*q, total.new_ones(2, 9))
+    assert (out.shape, out.stride(), out.dtype) == ((2, 4, 9, 64), (2304, 64, 256, 1), torch.float16)
+    assert tome_cuda.attention(*(t.requires_grad_() for t in q.clone()), None).requires_grad
+    assert [t.shape for t in ops._attention_fake(q[0], q[1], q[2], None, 1.0, True)] == [(2, 9, 4, 64), (2, 4, 32)]
     assert ops._merge_backward_fake(merged, slot, None, total).shape == x.shape
     assert ops._unmerge_backward_fake(x, slot, 6).shape == merged.shape
 
@@ -136,7 +147,7 @@ def test_gradients_of_merge_add_norm_have_the_dtypes_of_their_inputs() -> None:
 
 
 def test_operators_are_registered_for_cuda_and_autograd(fake: FakeTensorMode) -> None:
-    for name in ("merge", "merge_backward", "unmerge", "unmerge_backward", "merge_add_norm",
+    for name in ("merge", "merge_backward", "unmerge", "unmerge_backward", "attention", "merge_add_norm",
                  "merge_add_norm_backward", "column_sums"):  # fmt: skip
         for key in ("CUDA", "Autograd", "Meta"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cuda::{name}", key), (name, key)
@@ -147,7 +158,7 @@ def test_operators_are_registered_for_cuda_and_autograd(fake: FakeTensorMode) ->
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("attention", (torch.zeros(1, 1, 4, 2),) * 3, "no kernel for attention"),
+        ("attention", (torch.zeros(1, 1, 4, 2),) * 3, "cpu"),
         ("match", (torch.zeros(1, 4, 2), 1), "cpu"),
         ("merge", (torch.zeros(1, 4, 2),), "cpu"),
         ("unmerge", (torch.zeros(1, 4, 2),), "cpu"),
@@ -177,6 +188,30 @@ def test_why_not_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tome_cuda.why_not("merge_add_norm", wide, wide, None, 4, None, None, None, 1e-5) is None
     assert tome_cuda.why_not("match", other, 1) == "the wrong GPU"
     assert tome_cuda.why_not("match", keys=fine, r=1) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "torch.float32"),
+        ({"d": 40}, "40"),
+        ({"dropout_p": 0.1}, "drop"),
+        ({"scale": -1.0}, "-1.0"),
+        ({"scale": 0.0}, "0.0"),
+        ({"step": 2}, "gaps"),
+        ({"n": 0}, "no keys"),
+    ],
+)
+def test_what_attention_leaves_to_torch(change: dict[str, object], reason: str | None) -> None:
+    """Under every choice of a backend a float32 model runs, and a model in training with dropout."""
+    case = {"dtype": torch.float16, "d": 64, "dropout_p": 0.0, "scale": None, "step": 1, "n": 5} | change
+    q = torch.zeros(1, 2, case["n"], case["d"] * case["step"], dtype=case["dtype"], device="meta")
+    q = q[..., :: case["step"]]
+    told = predicates.without_kernel(q, q, q, case["scale"], case["dropout_p"])
+    assert told is reason or reason in str(told)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert tome_cuda.why_not("attention", torch.empty(q.shape, device="cuda", dtype=torch.float64)) is not None
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tome
 from tome import schedule
-from tome.patch import timm_vit
+from tome.patch import timm_cost
 from tome.utils import parse_r
 
 PUBLISHED = [
@@ -111,7 +111,7 @@ def test_wrong_schedules(r, error, message):
 def test_flops_agree_with_those_counted_in_a_run(host, r):
     model = tome.patch.timm(make(host)).requires_grad_(False)  # else the counter looks for gradient functions
     model.r = r
-    tokens, cost = timm_vit.cost(model)
+    tokens, cost = timm_cost.cost(model)
     plan = schedule.plan(r, 4, tokens, model.num_prefix_tokens)
     # torch counts the products of plain attention on every version; its fused CPU kernel only on newer ones.
     plain = sdpa_kernel(SDPBackend.MATH)

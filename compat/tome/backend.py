@@ -2,10 +2,8 @@
 
 ``TOME_BACKEND=auto|reference|cuda`` and :func:`set_backend` choose for the process, :func:`use_backend` for one
 thread. ``auto`` takes the extension for CUDA tensors where it can and the reference elsewhere. An explicit ``cuda``
-raises where the extension cannot be used at all, and where it has the operation but cannot run it on these inputs
-(their device, dtype, width); it never falls back. Operations that the extension has no kernel for (``tome info`` lists
-them) run on the reference under every choice: a model needs all of them, and a choice that no model could make would
-be none.
+raises where the extension cannot be used at all or cannot run an operation on these inputs (their device, dtype,
+width); it never falls back.
 """
 
 from __future__ import annotations
@@ -16,19 +14,32 @@ import importlib.util
 import os
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, TracebackType
+from typing import NamedTuple
 
 import torch
 
 import tome_reference
 
 CHOICES = ("auto", "reference", "cuda")
+PART = "part"  # a record of :func:`recorded` that is no operation: what follows is of the part its reason names
 INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
+
+
+class Call(NamedTuple):
+    """An operation, the backend that ran it ("reference" or "cuda"; None: it could not be used), and why."""
+
+    op: str
+    backend: str | None
+    reason: str | None
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.name: str | None = None  # of the instance: torch.compile watches no class attribute
+        self.calls: list[Call] | None = None
 
 
 _thread = _Thread()
@@ -87,32 +98,49 @@ class use_backend:  # noqa: N801  # used like a function
 
 
 def implementation(op: str, *args: object) -> ModuleType:
-    """The package that computes ``op`` on these arguments.
+    """The package that computes ``op`` on these arguments, the first of which is the tokens or keys.
 
     Raises:
         BackendError: "cuda" was chosen and cannot run.
 
     """
     name = get_backend()
-    on_gpu = any(isinstance(a, torch.Tensor) and a.is_cuda for a in args)
-    if name == "reference" or (name == "auto" and not on_gpu):
-        return tome_reference
-    missing = extension_problem()
-    if missing is not None:
-        if name == "cuda":
-            raise BackendError(f"the CUDA backend cannot run {op}: {missing}")
-        _warn_once(missing)
-        return tome_reference
-    import tome_cuda as extension  # here, so that torch.compile can trace it and importing tome loads no kernels
+    if name == "reference":
+        reason: str | None = "the reference was chosen"
+    elif name == "auto" and not (args and isinstance(args[0], torch.Tensor) and args[0].is_cuda):
+        reason = "the tokens are not on a GPU"
+    else:
+        reason = extension_problem()
+        if reason is None:
+            import tome_cuda  # here, so that torch.compile can trace it and importing tome loads no kernels
 
-    if not hasattr(extension, op):
-        return tome_reference
-    reason: str | None = extension.why_not(op, *args)
-    if reason is None:
-        return extension
-    if name == "cuda":
-        raise BackendError(f"the CUDA backend cannot run {op}: {reason}")
+            reason = tome_cuda.why_not(op, *args)
+            if reason is None:
+                if _thread.calls is not None:
+                    report(op, "cuda", tome_cuda.remark(op, *args))
+                return tome_cuda
+        elif name == "auto":
+            _warn_once(reason)
+        if name == "cuda":
+            raise BackendError(f"the CUDA backend cannot run {op}: {reason}")
+    report(op, "reference", reason)
     return tome_reference
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Collect what the operations of this thread run on, and why (:mod:`tome.report`)."""
+    outer, _thread.calls = _thread.calls, []
+    try:
+        yield _thread.calls
+    finally:
+        _thread.calls = outer
+
+
+def report(op: str, backend: str | None, reason: str | None = None) -> None:
+    """Tell :func:`recorded` of an operation."""
+    if _thread.calls is not None:
+        _thread.calls.append(Call(op, backend, reason))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped

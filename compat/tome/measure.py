@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
+from typing import TypeVar
 
 import torch
 from rich.progress import Progress
 
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def checked_device(device: torch.device | str | int) -> torch.device:
@@ -35,10 +37,10 @@ def checked_device(device: torch.device | str | int) -> torch.device:
 
 
 def time_calls(
-    calls: dict[str, Call], device: torch.device, warm_up: int, runs: int, progress: bool = True
-) -> dict[str, list[float]]:
+    calls: dict[Name, Call], device: torch.device, warm_up: int, runs: int, progress: bool = True
+) -> dict[Name, list[float]]:
     """Seconds of each of ``runs`` calls of each variant, after ``warm_up`` calls that are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
     with torch.inference_mode(), Progress(transient=True) if progress else nullcontext() as bar:
         task = None if bar is None else bar.add_task("measuring", total=(warm_up + runs) * len(calls))
         for run in range(warm_up + runs):

@@ -17,6 +17,8 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
       "merge_add_norm(Tensor x, Tensor branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool training) -> (Tensor, Tensor)");
+  m.def(
       "merge_add_norm_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? slot, "
       "Tensor? size, Tensor? total, Tensor? weight, Tensor? gamma, SymInt length, ScalarType branch_dtype) -> "
       "(Tensor, Tensor)");
@@ -32,6 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("unmerge", TORCH_BOX(&tome::unmerge));
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
+  m.impl("attention", TORCH_BOX(&tome::attention));
   m.impl("merge_add_norm_backward", TORCH_BOX(&tome::merge_add_norm_backward));
   m.impl("column_sums", TORCH_BOX(&tome::column_sums));
 }

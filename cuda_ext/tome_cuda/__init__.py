@@ -6,11 +6,12 @@ Importing this package loads no library and asks for no GPU. The first call of a
 """
 
 from tome_cuda.library import LibraryError, build_info, unavailable
-from tome_cuda.ops import kth_match, match, max_r, merge, merge_add_norm, random_match, unmerge
-from tome_cuda.predicates import why_not
+from tome_cuda.ops import attention, kth_match, match, max_r, merge, merge_add_norm, random_match, unmerge
+from tome_cuda.predicates import remark, why_not
 
 __all__ = [
     "LibraryError",
+    "attention",
     "build_info",
     "kth_match",
     "match",
@@ -18,6 +19,7 @@ __all__ = [
     "merge",
     "merge_add_norm",
     "random_match",
+    "remark",
     "unavailable",
     "unmerge",
     "why_not",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of which the kernels lack the last
 MAX_CHANNELS = 256  # of a metric
+ROW_ELEMENTS = 8  # of a half-precision dtype in 16 bytes
 INTEGERS = (int, torch.SymInt)
 
 
@@ -107,3 +108,22 @@ def add_norm(
         raise TypeError(f"norm_dtype must be float16, bfloat16, float32 or float64, got {norm_dtype}")
     if norm_dtype is torch.float64:
         raise TypeError(f"norm_dtype must be float16, bfloat16 or float32 for the kernels, got {norm_dtype}")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, size_: object, dropout_p: float) -> None:
+    """Arguments of attention: q [B, H, Nq, D], k and v [B, H, N, D] of one dtype and device, size [B, N]."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        floating(name, value, (4,), "[B, H, N, D]")
+        if value.dtype != q.dtype or value.device != q.device:
+            raise TypeError(
+                f"q, k and v must share dtype and device, got {name} {value.dtype} on {value.device} "
+                f"with q {q.dtype} on {q.device}"
+            )
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            "q must be [B, H, Nq, D], k and v [B, H, N, D], got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    size(size_, k.shape[0], k.shape[2], k.device)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tome_cuda import checks, library
+from tome_cuda import checks, library, predicates
+
+T = TypeVar("T")
+C = TypeVar("C", Tensor, "Tensor | None")
 
 
 def max_r(n: int, prefix: int) -> int:
@@ -117,9 +122,12 @@ def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> t
         [0, tokens).
 
     """
-    checks.merging(x, slot, tokens, size)
-    merged, total = _ops().merge(x, slot, tokens, None if size is None else size.detach())
-    return merged, total.detach()
+
+    def run() -> tuple[Tensor, Tensor]:
+        merged, total = _ops().merge(x, slot, tokens, _constant(size))
+        return merged, _constant(total)
+
+    return _checked(x, lambda: checks.merging(x, slot, tokens, size), run)
 
 
 def unmerge(x: Tensor, slot: Tensor) -> Tensor:
@@ -175,21 +183,91 @@ def merge_add_norm(
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
 
     """
-    checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps, norm_dtype)
-    if slot is None:
-        checks.integer("tokens", tokens, x.shape[1], x.shape[1])
-        checks.size(size, x.shape[0], x.shape[1], x.device)
-    else:
-        checks.merging(x, slot, tokens, size)
-    counts = None if slot is None or size is None else size.detach()
-    norm_dtype = x.dtype if norm_dtype is None else norm_dtype
-    merged, y, total, _ = _ops().merge_add_norm(x, branch, slot, tokens, counts, weight, bias, eps, gamma, norm_dtype)
-    return merged, y, size if slot is None else total.detach()
+
+    def check() -> None:
+        checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps, norm_dtype)
+        if slot is None:
+            checks.integer("tokens", tokens, x.shape[1], x.shape[1])
+            checks.size(size, x.shape[0], x.shape[1], x.device)
+        else:
+            checks.merging(x, slot, tokens, size)
+
+    def run() -> tuple[Tensor, Tensor, Tensor | None]:
+        merged, y, total, _ = _ops().merge_add_norm(
+            *(x, branch, slot, tokens, _constant(size), weight, bias, eps, gamma),
+            x.dtype if norm_dtype is None else norm_dtype,
+        )
+        return merged, y, size if slot is None else _constant(total)
+
+    return _checked(x, check, run)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Proportional attention: softmax(q k^T scale + log size) v.
+
+    Args:
+        q: [B, H, Nq, D], floating point, any strides.
+        k: [B, H, N, D], the dtype of q.
+        v: [B, H, N, D], the dtype of q.
+        size: float32 [B, N], positive: how many original tokens each key stands for; None is plain attention.
+        scale: the factor of the scores; None is D ** -0.5.
+        dropout_p: the probability of dropping an attention weight, in [0, 1).
+
+    Returns:
+        [B, H, Nq, D] in the dtype of q. Gradients flow to q, k and v.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape, device or probability.
+
+    """
+
+    def run() -> Tensor:
+        if q.numel() == 0:
+            return q.clone()  # on a GPU torch's own function fails on an empty batch
+        if predicates.without_kernel(q, k, v, scale, dropout_p) is not None:
+            # float32, dropout, rare head dimensions: torch computes, so that every model runs under an explicit "cuda".
+            checks.attention(q, k, v, size, dropout_p)
+            bias = None if size is None else size.detach().log()[:, None, None, :].to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        out: Tensor = _ops().attention(q, k, v, _constant(size), factor, training)[0]
+        return out.transpose(1, 2)
+
+    return _checked(q, lambda: checks.attention(q, k, v, size, dropout_p), run)
 
 
 def _identity(keys: Tensor) -> Tensor:
     n = keys.shape[-2]
     return torch.arange(n, dtype=torch.int32, device=keys.device).expand(keys.shape[0], n).contiguous()
+
+
+def _checked(x: Tensor, check: Callable[[], None], run: Callable[[], T]) -> T:
+    """Run an operator, whose own checks are fast; where they fail, say what is wrong in the words of the reference.
+
+    Nothing is launched before the operator's checks. Where it doesn't run (while compiling, on meta tensors) or takes
+    what isn't a tensor, the other checks come first.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_cuda:
+        check()
+        return run()
+    try:
+        return run()
+    except Exception:
+        check()
+        raise
+
+
+def _constant(size: C) -> C:
+    """Sizes are counts: no gradient flows to them."""
+    return size.detach() if size is not None and size.requires_grad else size
 
 
 def _ops() -> Any:
@@ -220,6 +298,7 @@ def _register() -> bool:
     torch.library.register_fake("tome_cuda::unmerge", _unmerge_fake)
     torch.library.register_fake("tome_cuda::unmerge_backward", _unmerge_backward_fake)
     torch.library.register_fake("tome_cuda::merge_add_norm", _merge_add_norm_fake)
+    torch.library.register_fake("tome_cuda::attention", _attention_fake)
     torch.library.register_fake("tome_cuda::merge_add_norm_backward", _merge_add_norm_backward_fake)
     torch.library.register_fake("tome_cuda::column_sums", _column_sums_fake)
     register_autograd = torch.library.register_autograd
@@ -227,6 +306,7 @@ def _register() -> bool:
     register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
     register_autograd("tome_cuda::unmerge", _unmerge_grad, setup_context=_unmerge_context)
     register_autograd("tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context)
+    register_autograd("tome_cuda::attention", _attention_grad, setup_context=_attention_context)
     register_autograd("tome_cuda::merge_add_norm", _merge_add_norm_grad, setup_context=_merge_add_norm_context)
     register_autograd("tome_cuda::merge_add_norm_backward", _no_second_gradient)
     register_autograd("tome_cuda::column_sums", _no_second_gradient)
@@ -349,6 +429,51 @@ def _unmerge_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 def _unmerge_grad_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (slot,) = ctx.saved_tensors
     return torch.ops.tome_cuda.unmerge(grad, slot), None, None
+
+
+LOGSUMEXP_ROWS = 32  # torch's gradient reads the log-sum-exps of a head in rows of this many
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, training: bool
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, head_dim = q.shape
+    rows = (queries + LOGSUMEXP_ROWS - 1) // LOGSUMEXP_ROWS * LOGSUMEXP_ROWS
+    logsumexp = q.new_empty((batch, heads, rows) if training else (0,), dtype=torch.float32)
+    return q.new_empty((batch, queries, heads, head_dim)), logsumexp
+
+
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, size, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, size, *output)
+
+
+def _attention_grad(ctx: Any, grad: Tensor, _logsumexp_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Torch's gradient of memory-efficient attention, from the log-sum-exps of our own forward pass."""
+    q, k, v, size, out, logsumexp = ctx.saved_tensors
+    if logsumexp.numel() == 0:
+        raise RuntimeError("attention was called with training=False, so it has no gradient")
+    bias = None
+    if size is not None:  # rows of a mask must start on 16-byte boundaries, so it is cut from a longer one
+        keys = k.shape[2]
+        bias = F.pad(size.log().to(q.dtype), (0, -keys % 16))[:, None, None, :keys]
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], keys)
+    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of the dropout, of which there is none
+    wanted = [*ctx.needs_input_grad[:3], False]
+    grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        *(grad.transpose(1, 2), _aligned(q), _aligned(k), _aligned(v), bias, out.transpose(1, 2), logsumexp),
+        *(seed, seed, 0.0, wanted),
+        scale=ctx.scale,
+    )
+    return *grads[:3], None, None, None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """As it lies where torch can read it so, else a copy."""
+    rows = all(stride % checks.ROW_ELEMENTS == 0 for stride in x.stride()[:-1])
+    aligned = rows and x.storage_offset() % checks.ROW_ELEMENTS == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

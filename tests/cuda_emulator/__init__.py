@@ -18,7 +18,10 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda_ext" / "csrc"
-SOURCES = ("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu", "norm/backward.cu")
+SOURCES = (
+    *("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu", "norm/backward.cu"),
+    *("attention/resident.cu", "attention/streamed.cu"),
+)
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 BIPARTITE, RUNS, LISTED = range(3)
@@ -212,6 +215,33 @@ def merge_add_norm(
         *(batch, length, tokens, channels, block_outputs, int(aligned), seed),
     )
     return out.check(), y.check(), total.check(), stats.check()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None,
+    scale: float,
+    streamed: bool = False,
+    teams: int = 0,
+    splits: int = 0,
+    shared_bytes: int = HOPPER_SHARED_BYTES,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attention [B, Nq, H, D] by one of two kernels, and log-sum-exps; ``teams`` and ``splits`` overrule the plan."""
+    batch, heads, queries, head_dim = q.shape
+    out = Guarded((batch, queries, heads, head_dim), q.dtype)
+    lse = Guarded((batch, heads, (queries + 31) // 32 * 32), torch.float32)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if size is None else size.stride()))
+    library().emulated_attention(
+        *(_address(t) for t in (q, k, v, size, out.tensor)),
+        _longs(*strides),
+        *(DTYPES[q.dtype], batch, heads, queries, k.shape[2], head_dim, ctypes.c_float(scale)),
+        *(int(_is_aligned(q) and _is_aligned(k) and _is_aligned(v)), int(streamed), teams, splits),
+        *(_address(lse.tensor), shared_bytes, seed),
+    )
+    return out.check(), lse.check()
 
 
 def merge_add_norm_backward(

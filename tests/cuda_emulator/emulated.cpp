@@ -1,6 +1,7 @@
 // The kernels, unchanged, behind plain C functions that take host pointers. Built by tests/cuda_emulator.
 #include <cuda_runtime.h>
 
+#include "attention/plan.h"
 #include "match/match.h"
 #include "merge/merge.h"
 #include "norm/norm.h"
@@ -157,6 +158,42 @@ extern "C" void emulated_norm(const void* x, const void* branch, void* out, void
   p.eps = eps;
   p.share = 1.0f / static_cast<float>(channels);
   tome::norm::launch_norm(p, static_cast<Dtype>(dtypes[0]), static_cast<Dtype>(dtypes[1]), aligned != 0, nullptr);
+}
+
+// strides: q, k, v (batch, head, row each), size (batch, key). teams and splits: 0 for the plan's own.
+extern "C" void emulated_attention(const void* q, const void* k, const void* v, const float* size, void* out,
+                                   const int64_t* strides, int dtype, int batch, int heads, int queries,
+                                   int keys, int head_dim, float scale, int aligned, int streamed, int teams,
+                                   int splits, float* lse, int shared_bytes, unsigned seed) {
+  namespace ops = tome::attention_ops;
+  emulator::state().random.seed(seed);
+  ops::AttentionParams p{};
+  p.q = {q, strides[0], strides[1], strides[2]};
+  p.k = {k, strides[3], strides[4], strides[5]};
+  p.v = {v, strides[6], strides[7], strides[8]};
+  p.size_ptr = size;
+  p.size_batch_stride = strides[9];
+  p.size_stride = strides[10];
+  p.out_ptr = out;
+  p.batch = batch;
+  p.heads = heads;
+  p.queries = queries;
+  p.keys = keys;
+  p.head_dim = head_dim;
+  p.scale = scale;
+  p.is_aligned = aligned != 0;
+  p.lse_ptr = lse;
+  const int limit = shared_bytes;
+  emulator::state().limit = shared_bytes;
+  if (streamed) {
+    ops::launch_streamed(p, static_cast<Dtype>(dtype), limit, nullptr);
+  } else {
+    ops::ResidentParams plan = ops::plan_resident(p, 132);
+    if (teams > 0) plan.team_bits = teams / 2;  // of 1, 2, 4
+    if (splits > 0) plan.splits = splits;
+    ops::launch_resident(plan, static_cast<Dtype>(dtype), limit, nullptr);
+  }
+  emulator::state().limit = emulator::kSharedBytes;
 }
 
 // strides: grad_x and grad_y batch, row, channel; slot, size, total batch, row; weight, gamma. dtypes: x, y,

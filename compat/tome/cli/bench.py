@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,19 @@ from rich.table import Table
 from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 
-from tome import measure, patch, schedule
+from tome import backend, measure, patch, schedule
 from tome.cli.common import (
+    DTYPES,
     DeviceType,
     ScheduleType,
+    autocast_to,
     checked_plan,
     create_model,
     default_device,
+    input_size,
 )
-from tome.patch import UnsupportedModelError, timm_vit
+from tome.patch import UnsupportedModelError, timm_cost, timm_vit
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EPILOG = """\b
 Examples:
   tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0
@@ -39,10 +43,23 @@ Examples:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The model with a schedule ("none": unpatched), the backend it chooses, and "eager" or "compiled"."""
+
+    r: str
+    backend: str
+    mode: str
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.r, self.backend, self.mode) if part not in ("", "auto", "eager"))
+
+
+@dataclass(frozen=True)
 class Result:
     """One row: a variant of the model and what it cost. Ratios are against the unpatched model of its mode."""
 
     r: str
+    backend: str
     mode: str
     tokens: tuple[int, ...]
     gflops: float
@@ -50,6 +67,7 @@ class Result:
     median_ms: float
     spread_percent: float
     peak_mib: float
+    first_call_s: float
     speedup: float
     allowed: float
 
@@ -72,7 +90,15 @@ class Result:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--autocast", type=click.Choice(["float16", "bfloat16"]), help="Run both sides under autocast.")
 @click.option("--device", type=DeviceType(), default=default_device, help="cpu or cuda; the GPU if there is one.")
+@click.option(
+    "--backend",
+    "backends",
+    type=click.Choice(backend.CHOICES),
+    multiple=True,
+    help="Who merges; repeat it to compare. Without it TOME_BACKEND chooses.",
+)
 @click.option("--compile", "compiled", is_flag=True, help="Also measure both sides under torch.compile.")
 @click.option("--cuda-graph", is_flag=True, help="Replay each variant as a CUDA graph.")
 @click.option("--runs", type=click.IntRange(min=1), default=15, show_default=True, help="Measured passes.")
@@ -84,7 +110,9 @@ def command(
     schedules: tuple[schedule.Schedule, ...],
     batch_size: int,
     dtype: str,
+    autocast: str | None,
     device: torch.device,
+    backends: tuple[str, ...],
     compiled: bool,
     cuda_graph: bool,
     runs: int,
@@ -101,43 +129,44 @@ def command(
     if plot_file is not None:
         _matplotlib()
     set_fused_attn(True)
-    model = create_model(model_name, pretrained=False).to(device, DTYPES[dtype])
+    model = create_model(model_name, pretrained=False, device=device).to(DTYPES[dtype])
     try:
-        tokens, cost = timm_vit.cost(patch.unpatch(patch.timm(model)))
+        tokens, cost = timm_cost.cost(patch.unpatch(patch.timm(model)))
     except UnsupportedModelError as error:
         raise click.UsageError(str(error)) from error
     depth, prefix = len(model.blocks), model.num_prefix_tokens
     plans = {"none": schedule.plan(0, depth, tokens, prefix)}
-    models = {"none": model}
-    for r in schedules:
-        plans[str(r)] = checked_plan(model_name, r, depth, tokens, prefix)
-        models[str(r)] = _patched(model, r)
+    plans |= {str(r): checked_plan(model_name, r, depth, tokens, prefix) for r in schedules}
 
-    x = torch.randn(batch_size, *_input_size(model), device=device, dtype=DTYPES[dtype])
-    calls: dict[str, measure.Call] = {}
-    for name, variant in models.items():
-        for mode in ("eager", "compiled") if compiled else ("eager",):
-            call = _call(torch.compile(variant) if mode == "compiled" else variant, x)
-            calls[f"{name} {mode}"] = _graphed(call) if cuda_graph else call
+    x = torch.randn(batch_size, *input_size(model), device=device, dtype=DTYPES[dtype])
+    calls: dict[Variant, measure.Call] = {}
+    first_seconds: dict[Variant, float] = {}
+    modes = ("eager", "compiled") if compiled else ("eager",)
+    for variant, layers in _variants(model, schedules, backends or (backend.get_backend(),), modes):
+        call = _call(torch.compile(layers) if variant.mode == "compiled" else layers, x, variant.backend, autocast)
+        try:
+            first_seconds[variant] = measure.time_calls({"": call}, device, 0, 1, progress=False)[""][0]
+        except backend.BackendError as error:
+            raise click.ClickException(str(error)) from error
+        calls[variant] = _graphed(call) if cuda_graph else call
     seconds = measure.time_calls(calls, device, warm_up, runs)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = {variant: statistics.median(times) for variant, times in seconds.items()}
     full = schedule.flops(plans["none"].tokens, cost)
     results = []
-    for name, times in seconds.items():
-        r_text, mode = name.rsplit(" ", 1)
-        flops = schedule.flops(plans[r_text].tokens, cost)
+    for variant, times in seconds.items():
+        flops = schedule.flops(plans[variant.r].tokens, cost)
         quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
         results.append(
             Result(
-                r=r_text,
-                mode=mode,
-                tokens=plans[r_text].tokens,
+                **asdict(variant),
+                tokens=plans[variant.r].tokens,
                 gflops=flops / 1e9,
-                images_per_second=batch_size / medians[name],
-                median_ms=medians[name] * 1e3,
-                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[name],
-                peak_mib=measure.peak_memory(calls[name], device) / 2**20,
-                speedup=medians[f"none {mode}"] / medians[name],
+                images_per_second=batch_size / medians[variant],
+                median_ms=medians[variant] * 1e3,
+                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant],
+                peak_mib=measure.peak_memory(calls[variant], device) / 2**20,
+                first_call_s=first_seconds[variant],
+                speedup=medians[Variant("none", "", variant.mode)] / medians[variant],
                 allowed=full / flops,
             )
         )
@@ -145,6 +174,7 @@ def command(
         "model": model_name,
         "batch size": str(batch_size),
         "dtype": dtype,
+        "autocast": str(autocast),
         "cuda graph": str(cuda_graph),
         **measure.machine(device),
     }
@@ -156,6 +186,18 @@ def command(
         _draw(results, conditions, plot_file)
 
 
+def _variants(
+    model: VisionTransformer,
+    schedules: tuple[schedule.Schedule, ...],
+    backends: tuple[str, ...],
+    modes: tuple[str, ...],
+) -> Iterator[tuple[Variant, VisionTransformer]]:
+    for mode in modes:
+        yield Variant("none", "", mode), model
+    for r, name, mode in product(schedules, backends, modes):
+        yield Variant(str(r), name, mode), _patched(model, r)
+
+
 def _patched(model: VisionTransformer, r: schedule.Schedule) -> VisionTransformer:
     """A patched copy that shares the weights."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -165,8 +207,19 @@ def _patched(model: VisionTransformer, r: schedule.Schedule) -> VisionTransforme
     return variant
 
 
-def _call(model: Callable[[torch.Tensor], object], x: torch.Tensor) -> measure.Call:
-    return lambda: model(x)
+def _call(
+    model: Callable[[torch.Tensor], object], x: torch.Tensor, backend_name: str, autocast: str | None
+) -> measure.Call:
+    if autocast is None and backend_name in ("", backend.get_backend()):
+        return lambda: model(x)
+
+    def call() -> object:
+        with ExitStack() as stack:
+            stack.enter_context(autocast_to(autocast, x.device))
+            stack.enter_context(backend.use_backend(backend_name or None))
+            return model(x)
+
+    return call
 
 
 def _graphed(call: measure.Call) -> measure.Call:
@@ -182,20 +235,15 @@ def _graphed(call: measure.Call) -> measure.Call:
     return graph.replay
 
 
-def _input_size(model: VisionTransformer) -> tuple[int, int, int]:
-    height, width = model.patch_embed.img_size
-    return model.patch_embed.proj.in_channels, height, width
-
-
 def _print(results: list[Result], conditions: dict[str, str]) -> None:
-    console = Console(width=max(Console().width, 92))  # figures cut short are worse than a long line
+    console = Console(width=max(Console().width, 104))  # figures cut short are worse than a long line
     title = "against the unpatched model with fused attention, same run"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("r", "tokens", "GFLOPs", "im/s", "ms", "spread", "MiB", "speed-up", "allowed", "share"):
         table.add_column(name, justify="left" if name == "r" else "right", no_wrap=True)
     for row in results:
         table.add_row(
-            escape(row.r) if row.mode == "eager" else f"{escape(row.r)} {row.mode}",
+            escape(str(Variant(row.r, row.backend, row.mode))),
             f"{row.tokens[0]}-{row.tokens[-1]}",
             f"{row.gflops:.2f}",
             f"{row.images_per_second:.5g}",
@@ -218,11 +266,11 @@ def _print(results: list[Result], conditions: dict[str, str]) -> None:
 def _draw(results: list[Result], conditions: dict[str, str], file: Path) -> None:
     pyplot = _matplotlib()
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    names = [row.r if len({r.mode for r in results}) == 1 else f"{row.r}\n{row.mode}" for row in results]
+    names = [str(Variant(row.r, row.backend, row.mode)) for row in results]
     colours = ["0.6" if row.r == "none" else "tab:blue" for row in results]
     bars = axes.bar(range(len(results)), [row.images_per_second for row in results], color=colours)
     axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in results])
-    axes.set_xticks(range(len(results)), names)
+    axes.set_xticks(range(len(results)), names, rotation=20, ha="right", rotation_mode="anchor")
     axes.set_xlabel("r")
     axes.set_ylabel("images/s")
     device = conditions.get("gpu", conditions["cpu"])

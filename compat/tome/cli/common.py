@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import click
@@ -16,6 +17,7 @@ from tome.measure import checked_device
 from tome_reference import max_r
 
 RANDOM_WEIGHTS = "--random-weights"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in older versions of click
@@ -55,7 +57,18 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def create_model(name: str, pretrained: bool) -> VisionTransformer:
+def autocast_to(dtype: str | None, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to a dtype of DTYPES; None leaves it off."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, DTYPES[dtype])
+
+
+def input_size(model: VisionTransformer) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model was made for."""
+    height, width = model.patch_embed.img_size
+    return model.patch_embed.proj.in_channels, height, width
+
+
+def create_model(name: str, pretrained: bool, device: torch.device | str = "cpu") -> VisionTransformer:
     """A Vision Transformer of timm in eval mode.
 
     Raises:
@@ -70,7 +83,7 @@ def create_model(name: str, pretrained: bool) -> VisionTransformer:
     if pretrained and not timm.is_model_pretrained(name):
         raise click.UsageError(f"timm has no pretrained weights for {name!r}: use {RANDOM_WEIGHTS}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device(device):  # random weights of large models are slow on a CPU
             warnings.simplefilter("ignore")
             model = timm.create_model(name, pretrained=pretrained)
     except Exception as error:  # whatever the hub, the network or the file system raises ends in the same advice

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from tome import patch, schedule, vis
 from tome.cli.common import RANDOM_WEIGHTS, ScheduleType, checked_plan, create_model
-from tome.patch import UnsupportedModelError, timm_vit
+from tome.patch import UnsupportedModelError, timm_cost, timm_vit
 
 EPILOG = """\b
 Examples:
@@ -42,7 +42,7 @@ def command(images: tuple[Path, ...], model_name: str, r: schedule.Schedule, out
     except UnsupportedModelError as error:
         raise click.UsageError(str(error)) from error
     assert isinstance(patched, timm_vit.PatchedViT)
-    tokens, _ = timm_vit.cost(patched)
+    tokens, _ = timm_cost.cost(patched)
     plan = checked_plan(model_name, r, len(patched.blocks), tokens, patched.num_prefix_tokens)
     patched.r = r
     try:

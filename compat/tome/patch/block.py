@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tome import ops, schedule
+from tome import backend, ops, schedule
 
 
 class UnsupportedModelError(ValueError):
@@ -21,12 +21,14 @@ class Tokens(NamedTuple):
         x: [B, N, C].
         size: float32 [B, N], how many original tokens each stands for; None while nothing has been merged.
         slot: int32 [B, N0], where each original token is now; None where nobody asked.
+        normed: x [B, N, C] after the norm that reads it next, where both were computed together.
 
     """
 
     x: Tensor
     size: Tensor | None = None
     slot: Tensor | None = None
+    normed: Tensor | None = None
 
     @classmethod
     def start(cls, x: Tensor, trace: bool) -> Tokens:
@@ -35,44 +37,111 @@ class Tokens(NamedTuple):
         return cls(x, None, identity.expand(x.shape[0], -1).contiguous() if trace else None)
 
 
+class Branch(NamedTuple):
+    """What is added to x: value [B, N, C], times gamma [C] where there is a LayerScale."""
+
+    value: Tensor
+    gamma: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """A plain LayerNorm, and the dtype that its only reader wants: what can be computed with the addition before it."""
+
+    module: nn.LayerNorm
+    dtype: torch.dtype | None = None
+
+
 class MergingBlock:
     """A transformer block that merges between attention and MLP (section 3, figure 1); mixed into a host's block.
 
-    The host's class gives the two branches. The settings are attributes of types that torch.compile takes for
-    constants, so that token counts stay static; a float would make them symbols, hence the str.
+    The host's class gives the two branches and the norms before them. The settings are attributes of types that
+    torch.compile takes for constants, so that token counts stay static; a float would make them symbols, hence
+    the str.
     """
 
     _tome_r: int | str  # its entry of the schedule: tokens, or the repr of a share of the free ones
     _tome_prefix: int  # protected tokens
     _tome_prop_attn: bool  # whether attention weighs keys by size
 
-    def forward(self, tokens: Tokens) -> Tokens:
+    def forward(self, tokens: Tokens, next_norm: Norm | None = None) -> Tokens:
         if self._tome_r == 0 and tokens.size is None:
             unmerged: Tensor = super().forward(tokens.x)  # type: ignore[misc]  # of the host's block
-            return tokens._replace(x=unmerged)
-        return self.merging_forward(tokens)
+            return Tokens(unmerged, None, tokens.slot)
+        return self.merging_forward(tokens, next_norm)
 
-    def merging_forward(self, tokens: Tokens) -> Tokens:
-        """The block with its merge, also where it has nothing to merge."""
-        x, size, slot = tokens
-        branch, keys = self.attention_branch(x, size if self._tome_prop_attn else None)
-        x = x + branch
+    def merging_forward(self, tokens: Tokens, next_norm: Norm | None = None) -> Tokens:
+        """The block with its merge, also where it has nothing to merge.
+
+        Args:
+            tokens: the tokens.
+            next_norm: the norm that will read the result, to be computed with the last addition; None leaves it out.
+
+        """
+        x, size, slot, normed = tokens
+        branch, keys = self.attention_branch(x, normed, size if self._tome_prop_attn else None)
         n = x.shape[1]
         entry = float(self._tome_r) if isinstance(self._tome_r, str) else self._tome_r
         r = schedule.merged(entry, n - self._tome_prefix)
-        if r > 0:
-            step = ops.match(keys, r, self._tome_prefix)
-            x, size = ops.merge(x, step, n - r, size)
-            slot = None if slot is None else step.gather(1, slot.long())
-        return Tokens(x + self.mlp_branch(x), size, slot)
+        step = ops.match(keys, r, self._tome_prefix) if r > 0 else None
+        if step is not None and slot is not None:
+            slot = step.gather(1, slot.long())
+        x, normed, size = add(x, branch, step, n - r, size, self.mlp_norm())
+        x, normed, size = add(x, self.mlp_branch(x, normed), None, n - r, size, next_norm)
+        return Tokens(x, size, slot, normed)
 
-    def attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        """X [B, N, C], size float32 [B, N] or None -> what attention adds to x, and the keys [B, H, N, D]."""
+    def attention_norm(self) -> Norm | None:
+        """The norm that attention reads x through, where another block may compute it."""
         raise NotImplementedError
 
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        """X [B, M, C] -> what the MLP adds to x."""
+    def mlp_norm(self) -> Norm | None:
+        """The norm that the MLP reads x through, where it can be computed with the addition before it."""
         raise NotImplementedError
+
+    def attention_branch(self, x: Tensor, normed: Tensor | None, size: Tensor | None) -> tuple[Branch, Tensor]:
+        """X [B, N, C], its norm or None, sizes float32 [B, N] or None -> what attention adds, keys [B, H, N, D]."""
+        raise NotImplementedError
+
+    def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Branch:
+        """X [B, M, C], its norm or None -> what the MLP adds."""
+        raise NotImplementedError
+
+
+def add(
+    x: Tensor, branch: Branch, slot: Tensor | None, tokens: int, size: Tensor | None, norm: Norm | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """X + branch, merged along ``slot`` if there is one, and its norm if there is one: x, normed, size."""
+    value, gamma = branch
+    if norm is not None and (value.dtype is x.dtype or x.dtype is torch.float32):
+        weight, bias, eps = norm.module.weight, norm.module.bias, norm.module.eps
+        return ops.merge_add_norm(x, value, slot, tokens, size, weight, bias, eps, gamma, norm.dtype)
+    x = x + (value if gamma is None else value * gamma)
+    if slot is not None:
+        x, size = ops.merge(x, slot, tokens, size)
+    return x, None, size
+
+
+def plain_norm(module: nn.Module, types: tuple[type[nn.Module], ...]) -> nn.LayerNorm | None:
+    """The module if it is a LayerNorm over the last dimension that can be computed outside of it, else None."""
+    reason = None
+    if not isinstance(module, nn.LayerNorm) or type(module) not in types:
+        reason = f"{type(module).__name__} is not a plain LayerNorm"
+    elif len(module.normalized_shape) != 1:
+        reason = f"the LayerNorm is over {len(module.normalized_shape)} dimensions"
+    elif has_hooks(module):
+        reason = "the LayerNorm has hooks"
+    elif hasattr(module.weight, "device_mesh"):
+        reason = "the LayerNorm's weight is distributed"
+    else:
+        return module
+    backend.report("merge_add_norm", None, reason)
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches calls of the module, so that it has to be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: class swaps for the model and its blocks, over :mod:`tome.patch.block`.
+"""timm's VisionTransformer: class swaps for the model and its parts, over :mod:`tome.patch.block`.
 
 Only types that are known to the letter are swapped, so a change in timm ends in an error instead of a model that is
 quietly wrong.
@@ -15,18 +15,17 @@ import torch
 from timm.layers import AttentionPoolLatent
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tome import ops, schedule
-from tome.backend import get_backend, use_backend
-from tome.patch.block import MergingBlock, Tokens, UnsupportedModelError
+from tome.backend import PART, get_backend, report, use_backend
+from tome.patch.block import MergingBlock, Norm, Tokens, UnsupportedModelError, has_hooks, plain_norm
+from tome.patch.embed import PatchConv2d, is_patch_conv, pays
+from tome.patch.timm_block import BLOCKS, PLAIN_NORMS, check_block
 from tome.utils import adjacency
 from tome_reference.attention import size_bias
-
-BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
-ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
 class ModelSettings(NamedTuple):
@@ -36,53 +35,6 @@ class ModelSettings(NamedTuple):
     trace_source: bool = False
     prop_attn: bool = True
     backend: str | None = None
-
-
-def attend(attn: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Timm's Attention with sizes: x [B, N, C] -> (output [B, N, C], keys [B, H, N, D])."""
-    batch, n, _ = x.shape
-    gate = getattr(attn, "gate", None)
-    opening = None if gate is None else gate(x).sigmoid()
-    qkv = attn.qkv(x).reshape(batch, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    # Under autocast the norms return float32; attention would round it to the dtype of v.
-    q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
-    dropout_p = attn.attn_drop.p if attn.training else 0.0
-    scale = None if attn.fused_attn else attn.scale
-    x = ops.attention(q, k, v, size, scale, dropout_p)
-    x = x.transpose(1, 2).reshape(batch, n, attn.num_heads * attn.head_dim)
-    x = getattr(attn, "norm", nn.Identity())(x)
-    if opening is not None:
-        x = x * opening
-    return attn.proj_drop(attn.proj(x)), k
-
-
-class ToMeBlock(MergingBlock, Block):
-    """Pre-norm block; takes and returns :class:`Tokens`."""
-
-    _tome_base = Block
-
-    def attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, keys = attend(self.attn, self.norm1(x), size)
-        return self.drop_path1(self.ls1(x)), keys
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return branch
-
-
-class ToMeResPostBlock(MergingBlock, ResPostBlock):
-    """Block that normalises its branches; takes and returns :class:`Tokens`."""
-
-    _tome_base = ResPostBlock
-
-    def attention_branch(self, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, keys = attend(self.attn, x, size)
-        return self.drop_path1(self.norm1(x)), keys
-
-    def mlp_branch(self, x: Tensor) -> Tensor:
-        branch: Tensor = self.drop_path2(self.norm2(self.mlp(x)))
-        return branch
 
 
 class PatchedViT(VisionTransformer):
@@ -143,7 +95,7 @@ class PatchedViT(VisionTransformer):
         """Images -> normalised tokens [B, M, C], or [B, N, C] with ``restore``: each original token's output."""
         _refuse_mask(attn_mask, is_causal)
         tokens = self.forward_tokens(x, restore)
-        x = self.norm(tokens.x)
+        x = self._normed(tokens)
         return _with_size(_restored(x, tokens.slot), None) if restore else _with_size(x, tokens.size)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
@@ -154,7 +106,7 @@ class PatchedViT(VisionTransformer):
         """Images [B, 3, H, W] -> logits [B, classes]."""
         _refuse_mask(attn_mask, is_causal)
         tokens = self.forward_tokens(x)
-        return self._head(self.norm(tokens.x), tokens.size)
+        return self._head(self._normed(tokens), tokens.size)
 
     def pool(self, x: Tensor, pool_type: str | None = None, size: Tensor | None = None) -> Tensor:
         """The pooling of timm, with every token counted as often as it stands for."""
@@ -233,19 +185,53 @@ class PatchedViT(VisionTransformer):
         return taken if intermediates_only else (result["image_features"], taken)
 
     def _embed(self, x: Tensor, trace: bool) -> Tokens:
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        report(PART, None, "patch_embed")
+        with use_backend(self._tome.backend):
+            x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         return Tokens.start(x, trace or self._tome.trace_source)
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """The step of timm; where nothing needs a graph of it, the patches are written once instead of twice."""
+        plain = self._tome_base is VisionTransformer and self.pos_embed is not None and not self.dynamic_img_size
+        if not plain or not pays(x) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super()._pos_embed(x)
+        pos, n = self.pos_embed, self.num_prefix_tokens
+        first = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        out = x.new_empty((x.shape[0], n + x.shape[1], x.shape[2]), dtype=torch.result_type(x, pos))
+        if first:
+            prefix = torch.cat(first, dim=1)
+            out[:, :n] = prefix if self.no_embed_class else prefix + pos[:, :n]
+        torch.add(x, pos if self.no_embed_class else pos[:, n:], out=out[:, n:])
+        return self.pos_drop(out)
 
     def _run(self, tokens: Tokens, blocks: int) -> Iterator[Tokens]:
         backend = self._tome.backend
-        for block in self.blocks[:blocks]:
+        layers: list[nn.Module] = list(self.blocks)
+        for i, block in enumerate(layers[:blocks]):
+            report(PART, None, f"blocks.{i}")
+            norm = self._norm_between(block, layers[i + 1] if i + 1 < len(layers) else None)
             if self.grad_checkpointing:
-                tokens = checkpoint(partial(_run_block, block, backend or get_backend()), tokens, use_reentrant=False)
+                call = partial(_run_block, block, backend or get_backend(), next_norm=norm)
+                tokens = checkpoint(call, tokens, use_reentrant=False)
             else:
-                tokens = block(tokens) if backend is None else _run_block(block, backend, tokens)
+                tokens = block(tokens, norm) if backend is None else _run_block(block, backend, tokens, norm)
             yield tokens
         if not torch.compiler.is_compiling() or self._tome.trace_source:
             self._tome_last = (tokens.size, tokens.slot)
+
+    def _norm_between(self, block: nn.Module, following: nn.Module | None) -> Norm | None:
+        """The norm that reads the block's result, where the block can compute it with its last addition."""
+        if has_hooks(block):  # which may replace the result
+            return None
+        if following is None:
+            plain = plain_norm(self.norm, PLAIN_NORMS) if type(self.norm) is not nn.Identity else None
+            return None if plain is None else Norm(plain)
+        if has_hooks(following) or not isinstance(following, MergingBlock):
+            return None
+        return following.attention_norm()
+
+    def _normed(self, tokens: Tokens) -> Tensor:
+        return self.norm(tokens.x) if tokens.normed is None else tokens.normed
 
     def _size_of(self, x: Tensor, pool_type: str) -> Tensor | None:
         """The sizes that forward_features left on its result."""
@@ -302,7 +288,6 @@ MODELS: dict[type[nn.Module], type[nn.Module]] = {
     VisionTransformer: ToMeVisionTransformer,
     VisionTransformerDistilled: ToMeVisionTransformerDistilled,
 }
-BLOCKS: dict[type[nn.Module], type[nn.Module]] = {Block: ToMeBlock, ResPostBlock: ToMeResPostBlock}
 
 
 def apply_patch(
@@ -315,6 +300,8 @@ def apply_patch(
     backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
     for block in inner.blocks:
         block.__class__ = BLOCKS.get(type(block), type(block))
+    if is_patch_conv(getattr(inner.patch_embed, "proj", None)):
+        inner.patch_embed.proj.__class__ = PatchConv2d
     inner.__class__ = MODELS[original]
     inner._tome = ModelSettings(0, trace_source, prop_attn, backend)
     inner._tome_last = (None, None)
@@ -324,42 +311,10 @@ def apply_patch(
     return model
 
 
-def cost(model: VisionTransformer, image_size: tuple[int, int] | None = None) -> tuple[int, schedule.Cost]:
-    """Tokens that enter the first block, and the FLOPs of a timm Vision Transformer, patched or not.
-
-    Args:
-        model: the model.
-        image_size: height and width in pixels; None for the model's own.
-
-    """
-    grid = model.patch_embed.grid_size if image_size is None else model.patch_embed.dynamic_feat_size(image_size)
-    patches = grid[0] * grid[1]
-    block = model.blocks[0]
-    heads = [m for name, m in model.named_children() if name in ("head", "head_dist")]
-    fixed = patches * _per_token(model.patch_embed) + sum(_per_token(m) for m in heads)
-    pool, per_token = model.attn_pool, 0
-    if pool is not None:
-        per_token = _per_token(pool.kv) + 4 * pool.latent_len * pool.num_heads * pool.head_dim
-        fixed += pool.latent_len * (_per_token(pool) - _per_token(pool.kv))
-    dims = schedule.Cost(
-        attention=_per_token(block.attn),
-        mixing=4 * block.attn.num_heads * block.attn.head_dim,
-        mlp=_per_token(block.mlp),
-        fixed=fixed,
-        pool=per_token,
-    )
-    return patches + model.num_prefix_tokens, dims
-
-
-def _per_token(module: nn.Module) -> int:
-    weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return sum(2 * w.numel() for w in weights)
-
-
-def _run_block(block: nn.Module, backend: str, tokens: Tokens) -> Tokens:
+def _run_block(block: nn.Module, backend: str, tokens: Tokens, next_norm: Norm | None) -> Tokens:
     # A checkpoint runs the block again in another thread, where the caller's choice of backend does not hold.
     with use_backend(backend):
-        result: Tokens = block(tokens)
+        result: Tokens = block(tokens, next_norm)
         return result
 
 
@@ -389,15 +344,4 @@ def _check_model(model: Any, original: type[nn.Module]) -> None:
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
         raise UnsupportedModelError(f"attn_pool: {type(pool).__name__} cannot weigh tokens by their size")
     for i, block in enumerate(model.blocks):
-        if getattr(type(block), "_tome_base", type(block)) not in BLOCKS:
-            raise UnsupportedModelError(f"blocks.{i}: {type(block).__name__} is not supported")
-        _check_parts(f"blocks.{i}", block, BLOCK_PARTS)
-        if type(block.attn) is not Attention:
-            raise UnsupportedModelError(f"blocks.{i}.attn: {type(block.attn).__name__} is not supported")
-        _check_parts(f"blocks.{i}.attn", block.attn, ATTENTION_PARTS)
-
-
-def _check_parts(name: str, module: nn.Module, known: set[str]) -> None:
-    unknown = sorted({child for child, _ in module.named_children()} - known)
-    if unknown:
-        raise UnsupportedModelError(f"{name}: {type(module).__name__} has parts that are not understood: {unknown}")
+        check_block(f"blocks.{i}", block)

@@ -14,5 +14,5 @@ inline __half __float2half_rn(float x) { return {static_cast<uint16_t>(_cvtss_sh
 struct __half2 {
   __half x, y;
 };
-inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }

@@ -49,6 +49,7 @@ struct uint2 {
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
 struct float4 {
   float x, y, z, w;
 };
@@ -57,6 +58,7 @@ struct int2 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
@@ -209,8 +211,8 @@ inline void __syncthreads() {
     while (s.generation == generation) emulator::yield();
   }
 }
-inline void __threadfence() {}
 inline void __syncwarp() { emulator::sync_warp(); }
+inline void __threadfence() {}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -233,6 +235,7 @@ inline bool __any_sync(unsigned mask, bool value) { return __ballot_sync(mask, v
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline float __logf(float x) { return std::log(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }

@@ -1,0 +1,61 @@
+"""The patch embedding as the matrix product that it is: a convolution whose windows do not overlap."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tome.backend import get_backend, report
+
+WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+class PatchConv2d(nn.Conv2d):
+    """Conv2d over patches. On a GPU cuDNN's takes several times as long as gathering the patches and one product.
+
+    The products are those of the convolution, added in another order; on the reference backend it is the convolution.
+    """
+
+    _tome_base = nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        whole = x.dim() == 4 and x.shape[2] % height == 0 and x.shape[3] % width == 0
+        if not pays(x) or not whole or (x.requires_grad and torch.is_grad_enabled()):
+            report("convolution", "torch")
+            return super().forward(x)
+        report("matrix product", "torch")
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = F.linear(patches(x, height, width), self.weight.flatten(1), self.bias)
+        grid: Tensor = y.transpose(1, 2).unflatten(2, (x.shape[2] // height, x.shape[3] // width))
+        return grid
+
+
+def pays(x: Tensor) -> bool:
+    """Whether other kernels than PyTorch's own choice are wanted for these tokens or images."""
+    return x.is_cuda and get_backend() != "reference"
+
+
+def is_patch_conv(module: object) -> bool:
+    """Whether the module is a Conv2d over windows that neither overlap nor leave gaps."""
+    return (
+        type(module) is nn.Conv2d
+        and module.stride == module.kernel_size
+        and module.padding == (0, 0)
+        and module.dilation == (1, 1)
+        and module.groups == 1
+    )
+
+
+def patches(x: Tensor, height: int, width: int) -> Tensor:
+    """Images [B, C, H, W] -> [B, H / height * W / width, C * height * width], in the order of Conv2d's weights.
+
+    The pixels of a patch's row move as 8-byte words where they can: two to four times as fast as one by one.
+    """
+    row_bytes = width * x.element_size()
+    word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
+    rows = x.contiguous().view(word)
+    grid: Tensor = rows.unflatten(3, (-1, row_bytes // word.itemsize)).unflatten(2, (-1, height))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2).view(x.dtype)

@@ -1,0 +1,106 @@
+// Host side of attention: checks, output, choice of the kernel.
+#include "attention.h"
+
+#include <limits>
+
+#include "../ops.h"
+#include "plan.h"
+
+namespace tome {
+namespace {
+
+using attention_ops::AttentionParams;
+using attention_ops::Heads;
+
+int to_int(int64_t value, const char* name) {
+  TOME_CHECK(value >= 0 && value <= std::numeric_limits<int>::max() / 8, name, " is out of range: ", value);
+  return static_cast<int>(value);
+}
+
+Heads heads_of(const Tensor& tensor, const char* name, const Tensor& q) {
+  check_tensor(tensor, name, 4);
+  check_like(tensor, name, q, q.scalar_type());
+  TOME_CHECK(tensor.size(0) == q.size(0) && tensor.size(1) == q.size(1) && tensor.size(3) == q.size(3), name,
+             " must have the batch, heads and head dimension of q");
+  TOME_CHECK(tensor.stride(3) == 1, name, " must have channels without gaps, got stride ", tensor.stride(3));
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+bool is_aligned_view(const Tensor& t) {
+  return is_aligned(t.const_data_ptr(), 2, t.stride(3), t.size(3), {t.stride(0), t.stride(1), t.stride(2)});
+}
+
+}  // namespace
+
+namespace attention_ops {
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
+  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int multiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const char* dev = getenv("TOME_ATTENTION_PATH");  // DEV
+  if (dev ? dev[0] == 'h' : hopper::fits_hopper_resident(p)) {
+    return hopper::launch_hopper_resident(p, dtype, device_attribute(cudaDevAttrMultiProcessorCount), stream);
+  }
+  const ResidentParams plan = plan_resident(p, device_attribute(cudaDevAttrMultiProcessorCount));
+  if (dev ? dev[0] == 'r' : fits_resident(plan, limit, multiprocessor)) {
+    launch_resident(plan, dtype, limit, stream);
+  } else {
+    launch_streamed(p, dtype, limit, stream);
+  }
+}
+
+}  // namespace attention_ops
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& size, double scale, bool training) {
+  check_tensor(q, "q", 4);
+  const Dtype dtype = floating_dtype(q, "q");
+  TOME_CHECK(dtype != Dtype::kFloat, "q must be float16 or bfloat16");
+  AttentionParams p{};
+  p.q = heads_of(q, "q", q);
+  p.k = heads_of(k, "k", q);
+  p.v = heads_of(v, "v", q);
+  p.batch = q.size(0);
+  p.heads = to_int(q.size(1), "the number of heads");
+  p.queries = to_int(q.size(2), "the number of queries");
+  p.keys = to_int(k.size(2), "the number of keys");
+  p.head_dim = to_int(q.size(3), "the head dimension");
+  TOME_CHECK(v.size(2) == k.size(2), "v must have as many rows as k");
+  TOME_CHECK(attention_ops::is_head_dim(p.head_dim), "no kernel for the head dimension ", p.head_dim);
+  TOME_CHECK(p.keys >= 1, "there must be at least one key");
+  p.scale = static_cast<float>(scale);
+  TOME_CHECK(p.scale >= attention_ops::kLeastScale && p.scale <= std::numeric_limits<float>::max(),
+             "scale must be positive, got ", scale);
+  p.is_aligned = is_aligned_view(q) && is_aligned_view(k) && is_aligned_view(v);
+  if (size.has_value()) {
+    check_like(*size, "size", q, ScalarType::Float);
+    TOME_CHECK(size->dim() == 2 && size->size(0) == p.batch && size->size(1) == p.keys, "size must be [",
+               p.batch, ", ", p.keys, "]");
+    p.size_ptr = static_cast<const float*>(size->const_data_ptr());
+    p.size_batch_stride = size->stride(0);
+    p.size_stride = size->stride(1);
+  }
+  const DeviceScope scope(q);
+  Tensor out = new_empty(q, {p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type());
+  Tensor lse = training
+                   ? new_empty(q, {p.batch, p.heads, attention_ops::lse_rows(p.queries)}, ScalarType::Float)
+                   : new_empty(q, {0}, ScalarType::Float);
+  if (out.numel() == 0) return {out, lse};
+  if (training) p.lse_ptr = static_cast<float*>(lse.mutable_data_ptr());
+  p.out_ptr = out.mutable_data_ptr();
+  const int64_t most_blocks = p.batch * p.heads * ((p.queries + 63) / 64);
+  TOME_CHECK(most_blocks <= std::numeric_limits<int>::max(), "too many rows for one launch: ", most_blocks,
+             " blocks");
+  attention_ops::launch_attention(p, dtype, current_stream(q));
+  check_launch();
+  return {out, lse};
+}
+
+}  // namespace tome

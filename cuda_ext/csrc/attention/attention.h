@@ -1,0 +1,48 @@
+// Attention whose keys count by their size: softmax(q k^T scale + log size) v. Scores are never stored.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../dtype.h"
+
+namespace tome::attention_ops {
+
+// A [batch, heads, rows, head_dim] tensor as it lies; strides in elements, channels without gaps.
+struct Heads {
+  const void* data_ptr;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct AttentionParams {
+  Heads q, k, v;
+  void* out_ptr;          // [batch, queries, heads, head_dim], contiguous
+  const float* size_ptr;  // [batch, keys]; null: plain attention
+  int64_t size_batch_stride, size_stride;
+  int64_t batch;
+  int heads, queries, keys, head_dim;
+  float scale;      // above kLeastScale
+  float* lse_ptr;   // [batch, heads, queries rounded up to kLseRows]: log of each row's sum; null: not wanted
+  bool is_aligned;  // every row of q, k and v starts on a 16-byte boundary
+};
+
+// mma.sync: every architecture, every length, head dimensions of is_head_dim().
+void launch_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
+
+// wgmma: compute capability 9.0 and aligned rows only, no lse, for long sequences.
+void launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
+
+// The bias enters a score before the scale does, so it is divided by it: this keeps the quotient finite.
+constexpr float kLeastScale = 1e-30f;
+
+constexpr int kLseRows = 32;  // as torch's gradient of memory-efficient attention reads them
+
+constexpr int64_t lse_rows(int64_t queries) { return (queries + kLseRows - 1) / kLseRows * kLseRows; }
+
+constexpr bool is_head_dim(int64_t head_dim) {
+  return head_dim == 32 || head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 96 ||
+         head_dim == 128;
+}
+
+}  // namespace tome::attention_ops

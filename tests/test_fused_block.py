@@ -1,0 +1,205 @@
+"""Patched timm models run addition, merge and norm as one operation, and the patch embedding as a matrix product,
+wherever nobody can tell the difference.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import HOSTS, images, make
+from torch import nn
+
+import tome
+from tome import backend, report
+from tome.patch import embed
+
+NOTHING = 0.001  # a share of the free tokens that comes to none: all of the merging path, without a merge
+every_host = pytest.mark.parametrize("host", HOSTS)
+
+
+def twins(host, r=NOTHING):
+    """A model, and a patched copy of it."""
+    model = make(host)
+    twin = tome.patch.timm(copy.deepcopy(model))
+    twin.r = r
+    return model, twin
+
+
+def calls(model, x=None):
+    return {part.name: part.calls for part in report.parts(model, images() if x is None else x)}
+
+
+def ops_of(calls):
+    return [(call.op, call.backend) for call in calls]
+
+
+@every_host
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_chain_of_norms_is_the_unpatched_model_bit_for_bit(host, autocast):
+    model, twin = twins(host)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(twin(images()), model(images()))
+        assert torch.equal(twin.forward_features(images()), model.forward_features(images()))
+        features, intermediates = twin.forward_intermediates(images(), norm=True, stop_early=True, indices=[0, 2])
+        expected, expected_intermediates = model.forward_intermediates(
+            images(), norm=True, stop_early=True, indices=[0, 2]
+        )
+        assert torch.equal(features, expected)
+        assert all(map(torch.equal, intermediates, expected_intermediates))
+
+
+@pytest.mark.parametrize("host", ["plain", "deit3 layer scale", "drop path", "registers"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_through_the_chain_are_those_of_the_unpatched_model(host, checkpointed):
+    model, twin = (each.train() for each in twins(host))
+    twin.set_grad_checkpointing(checkpointed)
+    for each in (model, twin):
+        torch.manual_seed(3)
+        each(images()).square().sum().backward()
+    for (name, ours), theirs in zip(twin.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_every_addition_is_computed_with_its_norm():
+    found = calls(twins("plain", 3)[1])
+    assert list(found) == ["patch_embed", *(f"blocks.{i}" for i in range(4))]
+    for i in range(4):
+        assert ops_of(found[f"blocks.{i}"]) == [
+            (op, "reference") for op in ("attention", "match", "merge_add_norm", "merge_add_norm")
+        ]
+
+
+def test_a_hook_on_a_block_may_change_its_tokens():
+    model, twin = twins("plain")
+    x = images()
+    with torch.no_grad():
+        before = model(x)
+        model.blocks[1].register_forward_hook(lambda module, args, out: out * 2)
+        twin.blocks[1].register_forward_hook(lambda module, args, out: out._replace(x=out.x * 2))
+        assert torch.equal(twin(x), model(x))
+        assert not torch.equal(model(x), before)
+        model.blocks[3].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+        twin.blocks[3].register_forward_pre_hook(lambda module, args: (args[0]._replace(x=args[0].x + 1), *args[1:]))
+        assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "part", ["blocks.2.norm1", "blocks.1.norm2", "norm", "blocks.0.ls1", "blocks.0.attn.proj_drop"]
+)
+def test_hooks_inside_a_block_are_called(part):
+    model, twin = twins("deit3 layer scale")
+    seen = []
+    for each in (model, twin):
+        each.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append(out) or out + 1)
+    with torch.no_grad():
+        assert torch.equal(twin(images()), model(images()))
+    assert torch.equal(*seen)
+    reasons = [call.reason for part in calls(twin).values() for call in part if call.backend is None]
+    assert reasons == (["the LayerNorm has hooks"] if "norm" in part else [])
+
+
+class OtherNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def test_a_norm_that_is_not_plain_is_called_and_reported():
+    model = make("plain")
+    model.blocks[2].norm1.__class__ = OtherNorm
+    twin = tome.patch.timm(copy.deepcopy(model))
+    twin.r = NOTHING
+    with torch.no_grad():
+        assert torch.equal(twin(images()), model(images()))
+    found = calls(twin)
+    assert backend.Call("merge_add_norm", None, "OtherNorm is not a plain LayerNorm") in found["blocks.1"]
+    assert ops_of(found["blocks.2"]) == [("attention", "reference")] + 2 * [("merge_add_norm", "reference")]
+
+
+def test_a_report_tells_what_was_left_out_and_joins_equal_blocks():
+    _, model = twins("res-post-norm", [0, 3, 3])
+    joined = report.ranges(report.parts(model, images()))
+    assert [part.name for part in joined] == ["patch_embed", "blocks.0", "blocks.1-2", "blocks.3"]
+    assert joined[1].calls == ()
+    assert ops_of(joined[2].calls) == [("attention", "reference"), ("match", "reference"), ("merge", "reference")]
+    assert {call.reason for call in joined[2].calls} == {"the tokens are not on a GPU"}
+    with tome.use_backend("reference"):
+        assert {c.reason for c in report.parts(model, images())[2].calls} == {"the reference was chosen"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (14, 14), (4, 7), (8, 3), (1, 1)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "sliced"])
+def test_patches_are_those_of_unfold(dtype, height, width, layout):
+    x = torch.randn(2, 3, 3 * height, 2 * width + (layout == "sliced")).to(dtype)
+    x = x[..., 1:] if layout == "sliced" else x
+    x = x.contiguous(memory_format=torch.channels_last) if layout == "channels last" else x
+    expected = F.unfold(x.double(), (height, width), stride=(height, width)).transpose(1, 2).to(dtype)
+    assert torch.equal(embed.patches(x, height, width), expected)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Let the CPU do what is done on a GPU."""
+    monkeypatch.setattr(embed, "pays", lambda x: True)
+    monkeypatch.setattr("tome.patch.timm_vit.pays", lambda x: True)
+
+
+@pytest.mark.usefixtures("products")
+@every_host
+def test_the_embedding_as_a_matrix_product_is_the_convolution(host):
+    model, twin = (each.double() for each in twins(host))
+    x = images().double()
+    with torch.no_grad():
+        assert ops_of(calls(twin, x)["patch_embed"]) == [("matrix product", "torch")]
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-9, atol=1e-9)
+    twin(x).sum().backward()
+    model(x).sum().backward()
+    torch.testing.assert_close(twin.patch_embed.proj.weight.grad, model.patch_embed.proj.weight.grad)
+    twin.zero_grad()
+    leaf = x.clone().requires_grad_()
+    twin(leaf).sum().backward()
+    assert leaf.grad is not None
+    assert type(tome.unpatch(twin).patch_embed.proj) is nn.Conv2d
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("host", ["plain", "registers", "siglip map"])
+def test_the_embedding_under_autocast(host):
+    model, twin = twins(host)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for embedded in (lambda m: m.patch_embed(images()), lambda m: m._pos_embed(m.patch_embed(images()))):
+            ours, theirs = embedded(twin), embedded(model)
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("products")
+@every_host
+def test_positions_are_added_as_in_timm(host):
+    model, twin = twins(host)
+    with torch.no_grad():
+        x = model.patch_embed(images())
+        assert torch.equal(twin._pos_embed(x), model._pos_embed(x))
+
+
+@pytest.mark.usefixtures("products")
+def test_images_that_patches_do_not_tile_are_left_to_the_convolution():
+    model, twin = (each.patch_embed.proj for each in twins("plain"))
+    x = images(size=50)
+    with torch.no_grad():
+        assert torch.equal(twin(x), model(x))
+
+
+def test_only_convolutions_over_whole_patches_are_products():
+    for conv, expected in (
+        (nn.Conv2d(3, 8, 16, 16), True),
+        (nn.Conv2d(3, 8, (4, 8), (4, 8)), True),
+        (nn.Conv2d(3, 8, 16, 8), False),
+        (nn.Conv2d(3, 8, 16, 16, padding=1), False),
+        (nn.Conv2d(4, 8, 16, 16, groups=2), False),
+        (nn.Conv2d(3, 8, 16, 16, dilation=2), False),
+        (nn.Linear(3, 8), False),
+        (None, False),
+    ):
+        assert embed.is_patch_conv(conv) == expected
