@@ -70,8 +70,8 @@ def headline() -> list[str]:
     return [
         *lines,
         "",
-        f"{BASE}, batch 256; {conditions(half)}. Compiling took {seconds[0]:.0f} s unpatched and {min(seconds[1:]):.0f} to "
-        f"{max(seconds[1:]):.0f} s patched.",
+        f"{BASE}, batch 256; {conditions(half)}. Compiling took {seconds[0]:.0f} s unpatched and "
+        f"{min(seconds[1:]):.0f} to {max(seconds[1:]):.0f} s patched.",
     ]
 
 

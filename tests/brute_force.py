@@ -3,9 +3,6 @@
 import numpy as np
 from torch import Tensor
 
-# Cosines of float32 vectors of up to 256 entries carry at most about this error.
-NEAR = 1e-5
-
 
 def scores(keys: Tensor) -> np.ndarray:
     """Cosine of every pair of tokens, float64 [B, N, N]; NaN becomes -inf."""
@@ -32,36 +29,6 @@ def match(score: np.ndarray, r: int, prefix: int) -> list[int]:
     kept = [*range(prefix), *(i for i in a if i not in merged), *b]
     place = {token: position for position, token in enumerate(kept)}
     return [place[target[i]] if i in merged else place[i] for i in range(n)]
-
-
-def flips(slot: list[int], score: np.ndarray, r: int, prefix: int) -> int:
-    """Prove a slot map right up to near-ties in float64; return in how many tokens it differs from the exact one.
-
-    Raises:
-        AssertionError: a choice that is worse than another by more than rounding.
-    """
-    n = len(score)
-    exact = match(score, r, prefix)
-    if slot == exact:
-        return 0
-    r = min(r, (n - prefix) // 2)
-    a = [i for i in range(prefix, n) if i % 2 == 0]
-    b = [j for j in range(prefix, n) if j % 2 == 1]
-    first_b = prefix + len(a) - r
-    merged = [i for i in a if slot[i] >= first_b]
-    unmerged = [i for i in a if slot[i] < first_b]
-    assert len(merged) == r, f"{len(merged)} tokens merged, expected {r}"
-    assert slot[:prefix] == list(range(prefix))
-    assert [slot[i] for i in unmerged] == list(range(prefix, first_b))
-    assert [slot[j] for j in b] == list(range(first_b, n - r))
-    best = {i: max(score[i, j] for j in b) for i in a}
-    for i in merged:
-        chosen = score[i, b[slot[i] - first_b]]
-        assert chosen >= best[i] - NEAR, f"token {i} went to a target of score {chosen}, the best has {best[i]}"
-    worst = min(best[i] for i in merged)
-    for i in unmerged:
-        assert best[i] <= worst + NEAR, f"token {i} of score {best[i]} was kept, one of {worst} merged"
-    return sum(s != e for s, e in zip(slot, exact, strict=True))
 
 
 def merge(x: np.ndarray, slot: np.ndarray, tokens: int, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
-FEATURES = ("normal", "duplicates", "constant", "zero rows", "one outlier", "tiny", "huge", "nan", "inf")
-LAYOUTS = ("contiguous", "packed", "transposed", "stepped")
+FEATURES = ("normal", "duplicates", "constant", "zero rows", "one outlier", "tiny", "huge", "nan", "inf", "mixed")
+LAYOUTS = ("contiguous", "packed", "transposed", "stepped", "misaligned")
 TOKENS = st.one_of(st.sampled_from((1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 197)), st.integers(1, 80))
+
+BATCHES, WIDTHS = st.integers(0, 3), st.integers(1, 96)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Case:
             keys = keys.expand(shape)
         else:
             keys = torch.randn(shape, generator=generator)
-            keys = _featured(keys, self.feature, generator)
+            keys = _featured(keys, self.feature, self.dtype, generator)
         keys = keys.to(self.dtype).to(device)  # first: moving a strided view would make it contiguous
         return strided(keys if self.heads else keys[:, 0], self.layout)
 
@@ -53,7 +55,8 @@ class Case:
         return self.n - self.merged
 
 
-def _featured(keys: Tensor, feature: str, generator: torch.Generator) -> Tensor:
+def _featured(keys: Tensor, feature: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    is_half = dtype is torch.float16
     rows = torch.randint(0, keys.shape[2], (max(1, keys.shape[2] // 3),), generator=generator)
     if feature == "duplicates":
         keys[:, :, rows] = keys[:, :, rows[:1]]
@@ -64,13 +67,18 @@ def _featured(keys: Tensor, feature: str, generator: torch.Generator) -> Tensor:
     elif feature == "one outlier":
         keys[:, :, rows[0]] *= 1000.0
     elif feature == "tiny":
-        keys *= 1e-4
+        keys *= 1e-4 if is_half else 1e-38
     elif feature == "huge":
-        keys *= 1e4
+        keys *= 1e3 if is_half else 1e30
     elif feature == "nan":
         keys[:, :, rows] = torch.nan
     elif feature == "inf":
         keys[:, :, rows, 0] = torch.inf
+    elif feature == "mixed":
+        chance = torch.rand(keys.shape[:-1], generator=generator)
+        keys[chance < 0.1] = torch.nan
+        keys[(chance > 0.1) & (chance < 0.2)] = 0.0
+        keys[(chance > 0.2) & (chance < 0.25)] = torch.inf
     return keys
 
 
@@ -86,22 +94,35 @@ def strided(x: Tensor, layout: str) -> Tensor:
         wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan)
         wide[..., 1::2] = x
         return wide[..., 1::2]
+    if layout == "misaligned":  # one element off whatever torch's allocator aligns to
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
     return x.contiguous()
 
 
 @st.composite
-def cases(draw: st.DrawFn, features: tuple[str, ...] = FEATURES, dtypes=HALF_AND_SINGLE) -> Case:
-    """Any legal call of match."""
+def cases(
+    draw: st.DrawFn,
+    features: tuple[str, ...] = FEATURES,
+    dtypes=HALF_AND_SINGLE,
+    batches=BATCHES,
+    tokens=TOKENS,
+    heads: tuple[int, ...] = (0, 1, 2, 3, 6),
+    widths=WIDTHS,
+) -> Case:
+    """Any legal call of match, on at most two million numbers."""
     feature = draw(st.sampled_from(features))
-    n = draw(TOKENS)
+    n = draw(tokens)
     prefix = draw(st.one_of(st.integers(0, min(n, 5)), st.just(n)))
     cap = (n - prefix) // 2
-    # Means over a power of two of heads keep exact inputs exact.
+    # Norms that are powers of two, and means over a power of two of heads, keep exact inputs exact.
+    is_exact = feature == "exact"
+    d = draw(st.sampled_from((1, 4, 16, 64, 256)) if is_exact else widths)
+    h = draw(st.sampled_from(tuple(h for h in heads if h in (0, 1, 2, 4)) if is_exact else heads))
     return Case(
-        batch=draw(st.integers(0, 3)),
+        batch=min(draw(batches), max(1, 2_000_000 // (n * d * max(h, 1)))),
         n=n,
-        d=draw(st.sampled_from((4, 16, 64, 256))) if feature == "exact" else draw(st.integers(1, 96)),
-        heads=draw(st.sampled_from((0, 1, 2, 4) if feature == "exact" else (0, 1, 2, 3, 6))),
+        d=d,
+        heads=h,
         r=draw(st.one_of(st.integers(0, cap), st.sampled_from((0, 1, cap, cap + 1, 10 * n)))),
         prefix=prefix,
         dtype=draw(st.sampled_from(dtypes)),
@@ -111,7 +132,7 @@ def cases(draw: st.DrawFn, features: tuple[str, ...] = FEATURES, dtypes=HALF_AND
     )
 
 
-FINITE = tuple(f for f in FEATURES if f not in ("nan", "inf"))
+FINITE = tuple(f for f in FEATURES if f not in ("nan", "inf", "mixed"))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from backends import NO_EXTENSION
-from cuda_emulator.judge import bipartite_positions, judge
 from hypothesis import given
 from hypothesis import strategies as st
+from judge import judge_match
+from strategies import FEATURES, LAYOUTS, Case, cases, strided
 from torch import Tensor
 
 import tome_cuda
@@ -26,81 +27,33 @@ ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.
 SEEDS = st.integers(0, 2**31 - 1)
 LENGTHS = st.one_of(st.sampled_from([1, 2, 3, 15, 16, 17, 63, 64, 65, 197, 577]), st.integers(1, 2000))
 WIDTHS = st.one_of(st.sampled_from([8, 16, 32, 64, 72, 80, 128, 256]), st.integers(1, 256))
-EXACT_WIDTHS = st.sampled_from([1, 4, 16, 64, 256])  # norms are powers of two, so that scores are exact
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator("cuda").manual_seed(seed)
 
 
-def lay(value: Tensor, layout: str) -> Tensor:
-    """The same values, lying differently."""
-    if layout == "packed":
-        packed = torch.stack([value + 1, value, value + 2], dim=1).permute(0, 3, 1, 2, 4).contiguous()
-        return packed[:, :, 1].transpose(1, 2)
-    if layout == "misaligned":
-        return torch.cat([value.new_zeros(1), value.reshape(-1)])[1:].view(value.shape)
-    if layout == "sparse":
-        return value.repeat_interleave(2, dim=-1)[..., ::2]
-    return value
+def long_cases(*features: str) -> st.SearchStrategy[Case]:
+    batches = st.sampled_from([1, 2, 3, 64])
+    return cases(features, batches=batches, tokens=LENGTHS, heads=(0, 1, 2, 3, 12), widths=WIDTHS)
 
 
-LAYOUTS = st.sampled_from(["dense", "packed", "misaligned", "sparse"])
-
-
-@st.composite
-def keys(draw: st.DrawFn, exact: bool) -> Tensor:
-    """Keys [B, H, N, D], at most a few million numbers."""
-    n, d = draw(LENGTHS), draw(EXACT_WIDTHS if exact else WIDTHS)
-    heads = draw(st.sampled_from([1, 2, 4] if exact else [1, 2, 3, 12]))
-    batch = min(draw(st.sampled_from([1, 2, 3, 64])), max(1, 2_000_000 // (n * d * heads)))
-    random, dtype = generator(draw(SEEDS)), draw(DTYPES)
-    if exact:  # every head the same: their sum is a power of two times one head
-        signs = torch.randn(batch, 1, n, d, device="cuda", generator=random) > 0
-        value = torch.where(signs, 1.0, -1.0).expand(batch, heads, n, d).contiguous()
-    else:
-        value = torch.randn(batch, heads, n, d, device="cuda", generator=random)
-        kind = draw(st.sampled_from(["plain", "plain", "duplicates", "hostile", "tiny", "huge", "equal"]))
-        if kind == "duplicates":
-            value = value[:, :, torch.randint(max(1, n // 3), (n,), device="cuda", generator=random)]
-        elif kind == "hostile":
-            chance = torch.rand(value.shape[:-1], device="cuda", generator=random)
-            value[chance < 0.1] = torch.nan
-            value[(chance > 0.1) & (chance < 0.2)] = 0.0
-            value[(chance > 0.2) & (chance < 0.25)] = torch.inf
-        elif kind == "tiny":
-            value = value * (1e-4 if dtype is torch.float16 else 1e-38)
-        elif kind == "huge":
-            value = value * (1e3 if dtype is torch.float16 else 1e30)
-        elif kind == "equal":
-            value = value[:, :, :1].expand_as(value).contiguous()
-    return lay(value.to(dtype), draw(LAYOUTS))
-
-
-RS = st.one_of(st.integers(0, 40), st.sampled_from([10**6]))
-
-
-@given(keys(exact=True), RS, st.integers(0, 5))
-def test_exact_keys_give_equal_slots(value: Tensor, r: int, prefix: int) -> None:
-    prefix = min(prefix, value.shape[2])
+@given(long_cases("exact"))
+def test_exact_keys_give_equal_slots(case: Case) -> None:
+    value, r, prefix = case.keys("cuda"), case.r, case.prefix
     assert torch.equal(tome_cuda.match(value, r, prefix), tome_reference.match(value, r, prefix))
     assert torch.equal(tome_cuda.kth_match(value, r + 1, prefix), tome_reference.kth_match(value, r + 1, prefix))
     ours = tome_cuda.random_match(value, r, prefix, generator(r))
     assert torch.equal(ours, tome_reference.random_match(value, r, prefix, generator(r)))
 
 
-@given(keys(exact=False), RS, st.integers(0, 5))
-def test_real_keys_differ_in_near_ties_only(value: Tensor, r: int, prefix: int) -> None:
-    batch, _, n, _ = value.shape
-    prefix = min(prefix, n)
+@given(long_cases(*FEATURES))
+def test_real_keys_differ_in_near_ties_only(case: Case) -> None:
+    value = case.keys("cuda")
     before = value.nan_to_num()
-    slot = tome_cuda.match(value, r, prefix)
+    slot = tome_cuda.match(value, case.r, case.prefix)
     assert torch.equal(value.nan_to_num(), before)
-    merged = min(r, tome_reference.max_r(n, prefix))
-    if merged == 0:
-        assert torch.equal(slot, tome_reference.match(value, r, prefix))
-        return
-    verdict = judge(value, slot, *bipartite_positions(batch, n, prefix, value.device), merged, prefix)
+    verdict = judge_match(value, slot, case.r, case.prefix)
     assert verdict.is_right(), verdict
 
 
@@ -116,7 +69,7 @@ def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor | None]:
     slot = torch.cat([torch.arange(tokens, device="cuda").expand(batch, -1), rest], dim=1)
     order = torch.rand(batch, n, device="cuda", generator=random).argsort(dim=1)
     x = torch.randn(batch, 1, n, channels, device="cuda", generator=random).to(draw(DTYPES))
-    x = lay(x, draw(LAYOUTS))[:, 0]
+    x = strided(x, draw(st.sampled_from(LAYOUTS)))[:, 0]
     size = torch.randint(1, 300, (batch, n), device="cuda", generator=random).float()
     return x, slot.gather(1, order).int(), tokens, draw(st.sampled_from([size, size, None]))
 
@@ -153,8 +106,10 @@ def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None
     assert error(ours_grad, exact) <= error(theirs_grad, exact) + floor * float(exact.abs().max())
 
 
-@given(keys(exact=False), st.lists(st.integers(1, 30), min_size=1, max_size=4), SEEDS)
-def test_laws_over_several_layers(value: Tensor, schedule: list[int], seed: int) -> None:
+@given(long_cases(*FEATURES), st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_laws_over_several_layers(case: Case, schedule: list[int]) -> None:
+    value = case.keys("cuda")
+    value = value if case.heads else value[:, None]
     batch, heads, n, d = value.shape
     x = value.nan_to_num(0.0, 1.0, -1.0).float().clamp(-9, 9).transpose(1, 2).reshape(batch, n, heads * d)
     slots, size, mass = None, None, x.double().sum(dim=1)

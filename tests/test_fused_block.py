@@ -66,7 +66,7 @@ def test_every_addition_is_computed_with_its_norm():
     assert list(found) == ["patch_embed", *(f"blocks.{i}" for i in range(4))]
     for i in range(4):
         assert ops_of(found[f"blocks.{i}"]) == [
-            (op, "reference") for op in ("attention", "match", "merge_add_norm", "merge_add_norm")
+            (op, "reference") for op in ("match", "attention", "merge_add_norm", "merge_add_norm")
         ]
 
 
@@ -121,7 +121,7 @@ def test_a_report_tells_what_was_left_out_and_joins_equal_blocks():
     joined = report.ranges(report.parts(model, images()))
     assert [part.name for part in joined] == ["patch_embed", "blocks.0", "blocks.1-2", "blocks.3"]
     assert joined[1].calls == ()
-    assert ops_of(joined[2].calls) == [("attention", "reference"), ("match", "reference"), ("merge", "reference")]
+    assert ops_of(joined[2].calls) == [("match", "reference"), ("attention", "reference"), ("merge", "reference")]
     assert {call.reason for call in joined[2].calls} == {"the tokens are not on a GPU"}
     with tome.use_backend("reference"):
         assert {c.reason for c in report.parts(model, images())[2].calls} == {"the reference was chosen"}

@@ -47,8 +47,11 @@ extern "C" void emulated_match(const void* keys, const int64_t* strides, const i
   p.pairing = static_cast<Pairing>(pairing);
   tome::match::set_layout(p);
   if (tiled) {
-    if (!tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr))
+    const int multiprocessors = seed % 2 == 0 ? 1 : 132;  // many sources for the GPU, or few
+    if (!tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, multiprocessors,
+                                   nullptr)) {
       std::abort();
+    }
   } else {
     tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr);
   }
@@ -82,7 +85,7 @@ extern "C" int emulated_plan(int batch, int heads, int tokens, int channels, int
     if (is_fused)
       tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr);
     if (!is_fused &&
-        !tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr)) {
+        !tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, 132, nullptr)) {
       std::snprintf(s.refused, sizeof(s.refused), "no tile fits %d bytes", shared_bytes);
     }
   }

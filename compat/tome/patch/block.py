@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tome import backend, ops, schedule
+
+Match = Callable[[Tensor], Tensor | None]  # keys [B, H, N, D] -> the slot map of this block's merge, if it merges
 
 
 class UnsupportedModelError(ValueError):
@@ -78,27 +82,39 @@ class MergingBlock:
 
         """
         x, size, slot, normed = tokens
-        branch, keys = self.attention_branch(x, normed, size if self._tome_prop_attn else None)
         n = x.shape[1]
         entry = float(self._tome_r) if isinstance(self._tome_r, str) else self._tome_r
         r = schedule.merged(entry, n - self._tome_prefix)
-        step = ops.match(keys, r, self._tome_prefix) if r > 0 else None
+        side = side_stream(x) if r > 0 else None
+
+        def match(keys: Tensor) -> Tensor | None:
+            if side is None:
+                return ops.match(keys, r, self._tome_prefix) if r > 0 else None
+            side.wait_stream(torch.cuda.current_stream(x.device))
+            with torch.cuda.stream(side):
+                return ops.match(keys, r, self._tome_prefix)
+
+        branch, step = self.attention_branch(x, normed, size if self._tome_prop_attn else None, match)
+        if side is not None:
+            torch.cuda.current_stream(x.device).wait_stream(side)
         if step is not None and slot is not None:
             slot = step.gather(1, slot.long())
-        x, normed, size = add(x, branch, step, n - r, size, self.mlp_norm())
+        x, normed, size = add(x, branch, step, n - r, size, self.mlp_norm(x.device.type))
         x, normed, size = add(x, self.mlp_branch(x, normed), None, n - r, size, next_norm)
         return Tokens(x, size, slot, normed)
 
-    def attention_norm(self) -> Norm | None:
-        """The norm that attention reads x through, where another block may compute it."""
+    def attention_norm(self, device: str) -> Norm | None:
+        """The norm that attention reads x through, where another block may compute it; ``device`` is a type."""
         raise NotImplementedError
 
-    def mlp_norm(self) -> Norm | None:
+    def mlp_norm(self, device: str) -> Norm | None:
         """The norm that the MLP reads x through, where it can be computed with the addition before it."""
         raise NotImplementedError
 
-    def attention_branch(self, x: Tensor, normed: Tensor | None, size: Tensor | None) -> tuple[Branch, Tensor]:
-        """X [B, N, C], its norm or None, sizes float32 [B, N] or None -> what attention adds, keys [B, H, N, D]."""
+    def attention_branch(
+        self, x: Tensor, normed: Tensor | None, size: Tensor | None, match: Match
+    ) -> tuple[Branch, Tensor | None]:
+        """X [B, N, C], its norm or None, sizes float32 [B, N] or None -> what attention adds, and the matched keys."""
         raise NotImplementedError
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Branch:
@@ -120,16 +136,32 @@ def add(
     return x, None, size
 
 
+def side_stream(x: Tensor) -> torch.cuda.Stream | None:
+    """Where matching may run beside attention: on a second branch of the CUDA graph that is being captured.
+
+    Few images fill no GPU, so that the two take hardly longer than one of them. Outside of a graph the host would pay
+    more for a second stream than the GPU gains. Each use waits for the current stream first, and the current stream
+    waits for it before anything reads what it made; so the memory of either can be used again by the other.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
+        return None
+    return _side_stream(x.device)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def plain_norm(module: nn.Module, types: tuple[type[nn.Module], ...]) -> nn.LayerNorm | None:
     """The module if it is a LayerNorm over the last dimension that can be computed outside of it, else None."""
-    reason = None
     if not isinstance(module, nn.LayerNorm) or type(module) not in types:
         reason = f"{type(module).__name__} is not a plain LayerNorm"
     elif len(module.normalized_shape) != 1:
         reason = f"the LayerNorm is over {len(module.normalized_shape)} dimensions"
     elif has_hooks(module):
         reason = "the LayerNorm has hooks"
-    elif hasattr(module.weight, "device_mesh"):
+    elif module.weight.__class__ is not nn.Parameter and hasattr(module.weight, "device_mesh"):
         reason = "the LayerNorm's weight is distributed"
     else:
         return module

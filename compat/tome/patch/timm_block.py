@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from tome import ops
-from tome.patch.block import Branch, MergingBlock, Norm, UnsupportedModelError, has_hooks, plain_norm
+from tome.patch.block import Branch, Match, MergingBlock, Norm, UnsupportedModelError, has_hooks, plain_norm
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
@@ -23,15 +23,17 @@ class ToMeBlock(MergingBlock, Block):
 
     _tome_base = Block
 
-    def attention_norm(self) -> Norm | None:
-        return _norm(self.norm1, type(self.attn.qkv) is nn.Linear)
+    def attention_norm(self, device: str) -> Norm | None:
+        return _norm(self.norm1, device, type(self.attn.qkv) is nn.Linear)
 
-    def mlp_norm(self) -> Norm | None:
-        return _norm(self.norm2, type(self.mlp) in LINEAR_READERS)
+    def mlp_norm(self, device: str) -> Norm | None:
+        return _norm(self.norm2, device, type(self.mlp) in LINEAR_READERS)
 
-    def attention_branch(self, x: Tensor, normed: Tensor | None, size: Tensor | None) -> tuple[Branch, Tensor]:
-        value, keys = attend(self.attn, self.norm1(x) if normed is None else normed, size)
-        return _branch(value, self.ls1, self.drop_path1), keys
+    def attention_branch(
+        self, x: Tensor, normed: Tensor | None, size: Tensor | None, match: Match
+    ) -> tuple[Branch, Tensor | None]:
+        value, slot = attend(self.attn, self.norm1(x) if normed is None else normed, size, match)
+        return _branch(value, self.ls1, self.drop_path1), slot
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Branch:
         return _branch(self.mlp(self.norm2(x) if normed is None else normed), self.ls2, self.drop_path2)
@@ -42,15 +44,17 @@ class ToMeResPostBlock(MergingBlock, ResPostBlock):
 
     _tome_base = ResPostBlock
 
-    def attention_norm(self) -> None:
+    def attention_norm(self, device: str) -> None:
         return None
 
-    def mlp_norm(self) -> None:
+    def mlp_norm(self, device: str) -> None:
         return None
 
-    def attention_branch(self, x: Tensor, normed: Tensor | None, size: Tensor | None) -> tuple[Branch, Tensor]:
-        value, keys = attend(self.attn, x, size)
-        return Branch(self.drop_path1(self.norm1(value))), keys
+    def attention_branch(
+        self, x: Tensor, normed: Tensor | None, size: Tensor | None, match: Match
+    ) -> tuple[Branch, Tensor | None]:
+        value, slot = attend(self.attn, x, size, match)
+        return Branch(self.drop_path1(self.norm1(value))), slot
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Branch:
         return Branch(self.drop_path2(self.norm2(self.mlp(x))))
@@ -59,8 +63,8 @@ class ToMeResPostBlock(MergingBlock, ResPostBlock):
 BLOCKS: dict[type[nn.Module], type[nn.Module]] = {Block: ToMeBlock, ResPostBlock: ToMeResPostBlock}
 
 
-def attend(attn: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Timm's Attention with sizes: x [B, N, C] -> (output [B, N, C], keys [B, H, N, D])."""
+def attend(attn: Attention, x: Tensor, size: Tensor | None, match: Match) -> tuple[Tensor, Tensor | None]:
+    """Timm's Attention with sizes: x [B, N, C] -> (output [B, N, C], what ``match`` makes of the keys)."""
     batch, n, _ = x.shape
     gate = getattr(attn, "gate", None)
     opening = None if gate is None else gate(x).sigmoid()
@@ -68,6 +72,7 @@ def attend(attn: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Ten
     q, k, v = qkv.unbind(0)
     # Under autocast the norms return float32; attention would round it to the dtype of v.
     q, k = _through(attn.q_norm, q).to(v.dtype), _through(attn.k_norm, k).to(v.dtype)
+    slot = match(k)
     dropout_p = attn.attn_drop.p if attn.training else 0.0
     scale = None if attn.fused_attn else attn.scale
     x = ops.attention(q, k, v, size, scale, dropout_p)
@@ -76,7 +81,7 @@ def attend(attn: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Ten
     x = x if norm is None else _through(norm, x)
     if opening is not None:
         x = x * opening
-    return _through(attn.proj_drop, attn.proj(x)), k
+    return _through(attn.proj_drop, attn.proj(x)), slot
 
 
 def check_block(name: str, block: nn.Module) -> None:
@@ -95,14 +100,12 @@ def check_block(name: str, block: nn.Module) -> None:
     _check_parts(f"{name}.attn", attn, ATTENTION_PARTS)
 
 
-def _norm(module: nn.Module, linear_reader: bool) -> Norm | None:
+def _norm(module: nn.Module, device: str, linear_reader: bool) -> Norm | None:
     plain = plain_norm(module, PLAIN_NORMS)
-    if plain is None:
-        return None
-    device = plain.weight.device.type if plain.weight is not None else "cuda"
+    if plain is None or not torch.is_autocast_enabled(device) or not linear_reader:
+        return None if plain is None else Norm(plain)
     # Autocast would round for the linear layer anyway; writing that dtype at once saves a pass over the tokens.
-    rounded = linear_reader and torch.is_autocast_enabled(device)
-    return Norm(plain, torch.get_autocast_dtype(device) if rounded else None)
+    return Norm(plain, torch.get_autocast_dtype(device))
 
 
 def _branch(value: Tensor, scale: nn.Module, drop_path: nn.Module) -> Branch:

@@ -207,9 +207,10 @@ class PatchedViT(VisionTransformer):
     def _run(self, tokens: Tokens, blocks: int) -> Iterator[Tokens]:
         backend = self._tome.backend
         layers: list[nn.Module] = list(self.blocks)
+        device = tokens.x.device.type
         for i, block in enumerate(layers[:blocks]):
             report(PART, None, f"blocks.{i}")
-            norm = self._norm_between(block, layers[i + 1] if i + 1 < len(layers) else None)
+            norm = self._norm_between(block, layers[i + 1] if i + 1 < len(layers) else None, device)
             if self.grad_checkpointing:
                 call = partial(_run_block, block, backend or get_backend(), next_norm=norm)
                 tokens = checkpoint(call, tokens, use_reentrant=False)
@@ -219,7 +220,7 @@ class PatchedViT(VisionTransformer):
         if not torch.compiler.is_compiling() or self._tome.trace_source:
             self._tome_last = (tokens.size, tokens.slot)
 
-    def _norm_between(self, block: nn.Module, following: nn.Module | None) -> Norm | None:
+    def _norm_between(self, block: nn.Module, following: nn.Module | None, device: str) -> Norm | None:
         """The norm that reads the block's result, where the block can compute it with its last addition."""
         if has_hooks(block):  # which may replace the result
             return None
@@ -228,7 +229,7 @@ class PatchedViT(VisionTransformer):
             return None if plain is None else Norm(plain)
         if has_hooks(following) or not isinstance(following, MergingBlock):
             return None
-        return following.attention_norm()
+        return following.attention_norm(device)
 
     def _normed(self, tokens: Tokens) -> Tensor:
         return self.norm(tokens.x) if tokens.normed is None else tokens.normed

@@ -30,8 +30,9 @@ struct AttentionParams {
 // mma.sync: every architecture, every length, head dimensions of is_head_dim().
 void launch_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 
-// wgmma: compute capability 9.0 and aligned rows only, no lse, for long sequences.
-void launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
+// wgmma, for what hopper_takes() accepts. False, and nothing launched, where no tensor map describes the
+// inputs.
+bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 
 // The bias enters a score before the scale does, so it is divided by it: this keeps the quotient finite.
 constexpr float kLeastScale = 1e-30f;

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "../dtype.h"
+#include "../vector.cuh"
 
 namespace tome::attention_ops::hopper {
 
@@ -34,6 +35,18 @@ struct Product;
   };
 #define TOME_PRODUCTS(COLUMNS)             \
   TOME_PRODUCT(__half, F16, COLUMNS)       \
+#define TOME_PRODUCT(T, NAME, COLUMNS)                                                                       \
+  template <>                                                                                                \
+  struct Product<T, COLUMNS> {                                                                               \
+    using ByKeys = cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,  \
+                                                                                cute::SM90::GMMA::Major::K>; \
+    using ByValues =                                                                                         \
+        cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,             \
+                                                                     cute::SM90::GMMA::Major::MN>;           \
+    using OfWarp = cute::SM80_16x8x16_F32##NAME##NAME##F32_TN;                                               \
+  };
+#define TOME_PRODUCTS(COLUMNS)       \
+  TOME_PRODUCT(__half, F16, COLUMNS) \
   TOME_PRODUCT(__nv_bfloat16, BF16, COLUMNS)
 TOME_PRODUCTS(16)
 TOME_PRODUCTS(32)
@@ -109,6 +122,20 @@ struct TileLayout {
   __device__ static uint64_t by_rows(uint32_t tile, int step) {
     return descriptor(tile + step * kProductDepth * kPitch, kPanelBytes);
   }
+  // Rows by 16 columns, of which a product takes the sum, and how far the next 16 columns are.
+  __device__ static uint64_t by_columns(uint32_t tile) { return descriptor(tile, 16); }
+  __device__ static constexpr uint64_t columns_advance(int step) {
+    const int column = step * kProductDepth;
+    return (column / kPanel * kPanelBytes + column % kPanel * 2) >> 4;
+  }
+  __device__ static uint64_t by_columns(uint32_t tile, int step) {
+    return by_columns(tile) + columns_advance(step);
+  }
+
+  // All columns of 16 rows, of which a product takes the sum, and how far the next 16 rows are.
+  __device__ static uint64_t by_rows(uint32_t tile) { return descriptor(tile, kPanelBytes); }
+  __device__ static constexpr uint64_t rows_advance(int step) { return step * kProductDepth * kPitch >> 4; }
+  __device__ static uint64_t by_rows(uint32_t tile, int step) { return by_rows(tile) + rows_advance(step); }
 };
 
 }  // namespace tome::attention_ops::hopper

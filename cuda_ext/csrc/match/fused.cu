@@ -75,11 +75,12 @@ __global__ __launch_bounds__(kThreads, 2) void match_fused_kernel(const Params p
   auto* best = reinterpret_cast<unsigned long long*>(shared + p.rows() * row_bytes(p.padded));
   const int b = blockIdx.x;
   for (int i = threadIdx.x; i < p.sources; i += kThreads) best[i] = pack_best(-INFINITY, 0);
+  write_fixed(p, b, threadIdx.x, kThreads);
   load_metric<T, kAligned>(p, b, shared);
   __syncthreads();
   score_image(p, shared, best);
   __syncthreads();
-  write_slots<kThreads>(p, b, best, storage);
+  write_sources<kThreads>(p, b, best, storage);
 }
 
 template <class T, bool kAligned>

@@ -59,13 +59,14 @@ Tensor run(Params p, const Tensor& keys) {
                                   {p.batch_stride, p.head_stride, p.token_stride});
   const int device = keys.get_device_index();
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  const int multiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (match::fits_one_block(p, limit, multiprocessor)) {
+  const int multiprocessor_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (match::fits_one_block(p, limit, multiprocessor_bytes)) {
     match::launch_fused(p, dtype, aligned, limit, stream);
     check_launch();
     return slot;
   }
   const int64_t rows = p.rows();
+  TOME_CHECK(p.batch * rows <= std::numeric_limits<int>::max(), "too many tokens: ", p.batch * rows);
   const int64_t metric_bytes = round_up(p.batch * rows * 2 * p.padded * static_cast<int64_t>(sizeof(__half)));
   const int64_t best_bytes = round_up(static_cast<int64_t>(p.batch) * p.sources * 8);
   const Tensor scratch = new_empty(keys, {metric_bytes + best_bytes + p.batch * 4}, ScalarType::Byte);
@@ -73,7 +74,8 @@ Tensor run(Params p, const Tensor& keys) {
   p.metric_ptr = reinterpret_cast<__half*>(scratch_ptr);
   p.best_ptr = reinterpret_cast<unsigned long long*>(scratch_ptr + metric_bytes);
   p.done_ptr = reinterpret_cast<int*>(scratch_ptr + metric_bytes + best_bytes);
-  const bool launched = match::launch_tiled(p, dtype, aligned, limit, stream);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const bool launched = match::launch_tiled(p, dtype, aligned, limit, multiprocessors, stream);
   check_launch();
   TOME_CHECK(launched, "the GPU has too little shared memory per block (", limit, " bytes) for ", p.channels,
              " channels");

@@ -36,6 +36,7 @@ struct Params {
   Pairing pairing;
 
   __host__ __device__ int rows() const { return sources + targets; }
+  __host__ __device__ int first_target() const { return prefix + sources - merged; }  // its slot
 };
 
 constexpr int kProductDepth = 16;  // channels per matrix product
@@ -59,6 +60,7 @@ inline void set_layout(Params& params) {
 bool fits_one_block(const Params& params, int max_shared_bytes, int multiprocessor_bytes);
 void launch_fused(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
 // False where the GPU has too little shared memory for even the smallest tile.
-bool launch_tiled(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
+bool launch_tiled(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, int multiprocessors,
+                  cudaStream_t stream);
 
 }  // namespace tome::match

@@ -35,7 +35,40 @@ __device__ __forceinline__ int row_position(const Params& p, int b, int l) {
   return static_cast<int>(min(max(position, int64_t{0}), static_cast<int64_t>(p.tokens - 1)));
 }
 
-constexpr int kHeadsInFlight = 6;
+constexpr int kHeadsInFlight = 8;
+constexpr int kHeadsLeft = 4;
+
+// Add 8 channels of `count` heads, at most kHeads, or of just so many if kAll.
+template <class T, int kHeads, bool kAll>
+__device__ __forceinline__ void add_heads(const T* row_ptr, int64_t head_stride, int count, bool is_whole,
+                                          float (&sum)[kLaneChannels]) {
+  constexpr int kPacks = kLaneChannels / kPackSize<T>;
+  // All loads are issued before the first is used: this phase is bound by memory latency.
+  Pack<T, kPackSize<T>> pack[kHeads][kPacks];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      // The second pack of float32 channels may lie behind the last channel.
+      if ((kAll || h < count) && (i == 0 || is_whole)) {
+        pack[h][i] = load_pack<T, kPackSize<T>>(row_ptr + i * kPackSize<T>);
+      } else {
+        *reinterpret_cast<uint4*>(&pack[h][i]) = make_uint4(0, 0, 0, 0);
+      }
+    }
+    row_ptr += head_stride;
+  }
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float x[kPackSize<T>];
+      unpack(pack[h][i], x);
+#pragma unroll
+      for (int c = 0; c < kPackSize<T>; ++c) sum[i * kPackSize<T> + c] += x[c];
+    }
+  }
+}
 
 // Sum over heads of channels [channel, channel + 8) of one token; channels past the end count as zero.
 template <class T, bool kAligned>
@@ -45,34 +78,15 @@ __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, 
 #pragma unroll
   for (int c = 0; c < kLaneChannels; ++c) sum[c] = 0.0f;
   if constexpr (kAligned) {
-    constexpr int kPacks = kLaneChannels / kPackSize<T>;
     if (channel >= p.channels) return;
     row_ptr += channel;
-    // All loads of a group are issued before the first is used: this phase is bound by memory latency.
-    for (int head = 0; head < p.heads; head += kHeadsInFlight) {
-      Pack<T, kPackSize<T>> pack[kHeadsInFlight][kPacks];
-#pragma unroll
-      for (int h = 0; h < kHeadsInFlight; ++h) {
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-          // The second pack of float32 channels may lie behind the last channel.
-          if (head + h < p.heads && (i == 0 || channel + i * kPackSize<T> < p.channels)) {
-            pack[h][i] = load_pack<T, kPackSize<T>>(row_ptr + (head + h) * p.head_stride + i * kPackSize<T>);
-          } else {
-            *reinterpret_cast<uint4*>(&pack[h][i]) = make_uint4(0, 0, 0, 0);
-          }
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < kHeadsInFlight; ++h) {
-#pragma unroll
-        for (int i = 0; i < kPacks; ++i) {
-          float x[kPackSize<T>];
-          unpack(pack[h][i], x);
-#pragma unroll
-          for (int c = 0; c < kPackSize<T>; ++c) sum[i * kPackSize<T> + c] += x[c];
-        }
-      }
+    const bool is_whole = channel + kPackSize<T> < p.channels;
+    int heads = p.heads;
+    for (; heads >= kHeadsInFlight; heads -= kHeadsInFlight, row_ptr += kHeadsInFlight * p.head_stride) {
+      add_heads<T, kHeadsInFlight, true>(row_ptr, p.head_stride, kHeadsInFlight, is_whole, sum);
+    }
+    for (; heads > 0; heads -= kHeadsLeft, row_ptr += kHeadsLeft * p.head_stride) {
+      add_heads<T, kHeadsLeft, false>(row_ptr, p.head_stride, heads, is_whole, sum);
     }
   } else {
     for (int head = 0; head < p.heads; ++head) {

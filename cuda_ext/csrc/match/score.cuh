@@ -18,7 +18,7 @@ using Product = cute::SM80_16x8x16_F32F16F16F32_TN;
 
 constexpr int kProductRows = 16;
 constexpr int kProductColumns = 8;
-constexpr int kCorrectedTiles = 4;  // tiles of targets corrected at once, as many as registers allow
+constexpr int kMaxCorrected = 4;  // tiles of targets corrected at once, as many as registers allow
 constexpr float kCorrection = 1.2e-3f * kMetricScale * kMetricScale;  // 2^-10 and the rounding of 48 products
 
 __device__ __forceinline__ void load_matrices(const char* shared_ptr, uint32_t (&m)[4]) {
@@ -49,11 +49,20 @@ struct Best {
   }
 };
 
-// A packed best: the score in an order that unsigned numbers keep, then the lowest index.
-__device__ __forceinline__ unsigned long long pack_best(float score, int index) {
+// A number's place among all, in an order that unsigned integers keep, and back.
+__device__ __forceinline__ uint32_t order_of(float score) {
   const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 counts as 0
-  const uint32_t ordered = (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
-  return (static_cast<unsigned long long>(ordered) << 32) | (0xffffffffu - static_cast<uint32_t>(index));
+  return (bits & 0x80000000u) ? ~bits : (bits | 0x80000000u);
+}
+
+__device__ __forceinline__ float score_of(uint32_t order) {
+  return __uint_as_float((order & 0x80000000u) ? (order & 0x7fffffffu) : ~order);
+}
+
+// A packed best: the order of its score, then the lowest index.
+__device__ __forceinline__ unsigned long long pack_best(float score, int index) {
+  return (static_cast<unsigned long long>(order_of(score)) << 32) |
+         (0xffffffffu - static_cast<uint32_t>(index));
 }
 
 __device__ __forceinline__ uint32_t best_order(unsigned long long best) {
@@ -82,6 +91,7 @@ template <int kTilesM, int kTilesN>
 __device__ __forceinline__ void score_tile(const char* const (&source_ptr)[kTilesM],
                                            const char* const (&target_ptr)[kTilesN / 2], int padded,
                                            int column, int columns, Best<kTilesM>& best) {
+  constexpr int kCorrectedTiles = kTilesN < kMaxCorrected ? kTilesN : kMaxCorrected;
   static_assert(kTilesN % kCorrectedTiles == 0 && kCorrectedTiles % 2 == 0, "one ldmatrix reads two tiles");
   const int low = 2 * padded;  // bytes from the high to the low halves of a row
   float score[kTilesM][kTilesN][4];

@@ -1,7 +1,8 @@
 // From each source's best target to the slot map of one image, by one block.
 //
-// The r-th largest score is found by its digits (four histograms of 8 bits), then one ordered pass counts the
-// merged and the kept sources before each source. Integer counts only: the result depends on no timing.
+// The r-th largest score is found bit by bit, by every warp alone, or where sources are many by its digits (four
+// histograms of 8 bits). Then one ordered pass counts the merged and the kept sources before each source.
+// Integer counts only: the result depends on no timing.
 #pragma once
 
 #include "score.cuh"
@@ -63,27 +64,66 @@ __device__ __forceinline__ uint32_t find_threshold(const unsigned long long* bes
   return threshold;
 }
 
-// Write the slots of image b. `best` holds the packed best of every source, in shared or device memory. Every
-// thread of the block takes part.
-template <int kThreads>
-__device__ __forceinline__ void write_slots(const Params& p, int b, const unsigned long long* best,
-                                            SelectStorage& shared) {
-  static_assert(kThreads % kWarpSize == 0 && kThreads <= kMaxWarps * kWarpSize);
-  int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
-  const int first_target = p.prefix + p.sources - p.merged;
-  for (int i = threadIdx.x; i < p.prefix; i += kThreads) slot_ptr[i] = i;
-  for (int j = threadIdx.x; j < p.targets; j += kThreads) {
-    slot_ptr[row_position(p, b, p.sources + j)] = first_target + j;
+// The same without a barrier: each warp holds all scores in its registers and counts.
+constexpr int kLaneSources = 32;
+constexpr int kFewSources = kLaneSources * kWarpSize;
+
+__device__ __forceinline__ uint32_t find_threshold_of_few(const unsigned long long* best, int sources, int r,
+                                                          int& equal) {
+  constexpr int kPart = 4;  // scores that are skipped together where there are fewer
+  uint32_t order[kLaneSources];
+#pragma unroll
+  for (int j = 0; j < kLaneSources; ++j) {
+    const int i = j * kWarpSize + threadIdx.x % kWarpSize;
+    order[j] = i < sources ? best_order(best[i]) : 0;  // below every threshold
   }
-  if (p.merged == p.sources) {
-    for (int i = threadIdx.x; i < p.sources; i += kThreads) {
-      slot_ptr[row_position(p, b, i)] = first_target + best_index(best[i]);
+  auto count_from = [&](uint32_t least) {
+    int count = 0;
+#pragma unroll
+    for (int j = 0; j < kLaneSources; j += kPart) {
+      if (j * kWarpSize >= sources) break;
+#pragma unroll
+      for (int k = 0; k < kPart; ++k) count += order[j + k] >= least;
     }
+    return __reduce_add_sync(kFullWarp, count);
+  };
+  uint32_t threshold = 0;
+  for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
+    if (count_from(threshold | bit) >= r) threshold |= bit;
+  }
+  equal = r - count_from(threshold + 1);
+  return threshold;
+}
+
+// Slots that no score decides: the prefix and the targets of image b. This thread does its share of them.
+__device__ __forceinline__ void write_fixed(const Params& p, int b, int first, int step) {
+  int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
+  for (int i = first; i < p.prefix; i += step) slot_ptr[i] = i;
+  for (int j = first; j < p.targets; j += step) {
+    slot_ptr[row_position(p, b, p.sources + j)] = p.first_target() + j;
+  }
+}
+
+__device__ __forceinline__ void write_merged(const Params& p, int b, int i, unsigned long long best) {
+  p.slot_ptr[static_cast<int64_t>(b) * p.tokens + row_position(p, b, i)] = p.first_target() + best_index(best);
+}
+
+// The slots of all sources of image b. `best` holds the packed best of every source, in shared or device
+// memory. Every thread of the block takes part.
+template <int kThreads>
+__device__ __forceinline__ void write_sources(const Params& p, int b, const unsigned long long* best,
+                                              SelectStorage& shared) {
+  static_assert(kThreads % kWarpSize == 0 && kThreads <= kMaxWarps * kWarpSize);
+  if (p.merged == p.sources) {
+    for (int i = threadIdx.x; i < p.sources; i += kThreads) write_merged(p, b, i, best[i]);
     return;
   }
 
+  int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
   int equal = 0;
-  const uint32_t threshold = find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
+  const uint32_t threshold = p.sources <= kFewSources
+                                 ? find_threshold_of_few(best, p.sources, p.merged, equal)
+                                 : find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   int2 before = make_int2(0, 0);
@@ -108,8 +148,11 @@ __device__ __forceinline__ void write_slots(const Params& p, int b, const unsign
     if (i < p.sources) {
       const bool is_merged = is_above || (is_equal && equal_before < equal);
       const int merged_before = above_before + min(equal_before, equal);
-      slot_ptr[row_position(p, b, i)] =
-          is_merged ? first_target + best_index(mine) : p.prefix + i - merged_before;
+      if (is_merged) {
+        write_merged(p, b, i, mine);
+      } else {
+        slot_ptr[row_position(p, b, i)] = p.prefix + i - merged_before;
+      }
     }
     __syncthreads();  // the counts are overwritten by the next round
   }

@@ -50,7 +50,6 @@ struct float2 {
   float x, y;
 };
 struct alignas(16) float4 {
-struct float4 {
   float x, y, z, w;
 };
 struct int2 {
@@ -62,10 +61,30 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
+// Kernels never overlap here.
+constexpr cudaError_t cudaSuccess = 0;
+constexpr int cudaLaunchAttributeProgrammaticStreamSerialization = 0;
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P)) {
+  attributes->ptxVersion = 80;
+  return cudaSuccess;
+}
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 namespace tome {
@@ -224,6 +243,13 @@ T __shfl_down_sync(unsigned, T value, int step) {
     return emulator::lane() + step < 32 ? all[emulator::lane() + step] : value;
   });
 }
+inline int __reduce_add_sync(unsigned, int value) {
+  return emulator::exchange(value, [](const int* all) {
+    int sum = 0;
+    for (int lane = 0; lane < 32; ++lane) sum += all[lane];
+    return sum;
+  });
+}
 inline unsigned __ballot_sync(unsigned, bool value) {
   return emulator::exchange(value, [](const bool* all) {
     unsigned mask = 0;
@@ -239,6 +265,12 @@ inline float __logf(float x) { return std::log(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, 4);

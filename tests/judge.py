@@ -49,6 +49,17 @@ def bipartite_positions(batch: int, n: int, prefix: int, device: torch.device) -
     return sets[0].expand(batch, -1), sets[1].expand(batch, -1)
 
 
+def judge_match(keys: Tensor, slot: Tensor, r: int, prefix: int) -> Verdict:
+    """Judge the map of ``match(keys, r, prefix)``; where nothing merges it must be the identity."""
+    batch, n = slot.shape
+    merged = min(r, (n - prefix) // 2)
+    if merged == 0 or batch == 0:
+        identity = torch.arange(n, dtype=torch.int32, device=slot.device).expand(batch, -1)
+        assert torch.equal(slot, identity)
+        return Verdict(0.0, 0.0)
+    return judge(keys, slot, *bipartite_positions(batch, n, prefix, slot.device), merged, prefix)
+
+
 def judge(keys: Tensor, slot: Tensor, sources: Tensor, targets: Tensor, merged: int, prefix: int) -> Verdict:
     """Check the structure of a slot map exactly (AssertionError), its choices by score."""
     batch = slot.shape[0]

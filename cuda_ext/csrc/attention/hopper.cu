@@ -1,0 +1,275 @@
+// Attention on Hopper's warpgroup products: out = softmax(q k^T scale + log(size)) v.
+//
+// One persistent block per multiprocessor. Warpgroups of consumers own 64 queries at a time; one more warp
+// streams keys, values and biases through a ring of stages, tile by tile of kTileKeys keys. A pass is all key
+// tiles of a head, seen by `pass_tiles` tiles of queries: as many as there are consumers, or, where a whole
+// head fits into the ring, all tiles of the head, which the consumers take in turn without waiting for each
+// other. Each consumer runs on its own: while one waits for its products another computes exponentials, and
+// the product with the values of a tile runs during the softmax of the next.
+#include "hopper.h"
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../launch.cuh"
+#include "hopper_consumer.cuh"
+#include "hopper_plan.cuh"
+#include "hopper_producer.cuh"
+
+namespace tome::attention_ops {
+namespace hopper {
+namespace {
+
+#ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+
+template <class Traits>
+__device__ __forceinline__ void load_queries(const HopperParams& p, const Shared<Traits>& shared, int group,
+                                             const Item& item) {
+  using Layout = typename Traits::Queries;
+  const uint32_t full = shared.queries_full(group);
+  barrier_expect(full, Layout::kBytes);
+  barrier_arrive(full);
+#pragma unroll
+  for (int panel = 0; panel < Layout::kPanels; ++panel) {
+    load_box(p.q_map, full, shared.queries(group) + panel * Layout::kPanelBytes, panel * Layout::kPanel,
+             item.tile * kTileRows, item.head % p.heads, item.head / p.heads);
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void consume(const HopperParams& p, const Shared<Traits>& shared) {
+  // Read from one lane, so that the compiler knows it, and all that follows from it, to be uniform in a warp.
+  const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
+  const bool leads = threadIdx.x % kGroupThreads == 0;
+  Consumer<Traits> consumer(p, shared);
+  consumer.turn = {group, p.has_turns};
+  consumer.thread = __shfl_sync(kFullWarp, threadIdx.x % kGroupThreads, threadIdx.x % kWarpSize);
+  if (group == Traits::kGroups - 1) consumer.turn.give();  // the first turn is the first group's
+  const int passes = (p.passes - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
+  const int rounds = (passes * p.pass_tiles + Traits::kGroups - 1) / Traits::kGroups;
+  uint32_t parity = 0;
+  {
+    const Item first(p, group);
+    if (first.is_used && leads) load_queries(p, shared, group, first);
+  }
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    const Item item(p, round * Traits::kGroups + group);
+    if (item.is_used) {
+      barrier_wait(shared.queries_full(group), parity);
+      parity ^= 1;
+      consumer.read_queries(group);
+      named_barrier(1 + group, kGroupThreads);  // every warp has read: the next queries may come
+    }
+    if (leads) {
+      const Item next(p, (round + 1) * Traits::kGroups + group);
+      if (next.is_used) load_queries(p, shared, group, next);
+    }
+    Cursor<Traits> cursor(item.round * p.key_tiles);
+    if (item.is_used) {
+      const int first_row = item.tile * kTileRows + consumer.thread / kWarpSize * kWarpRows;
+      consumer.has_rows = first_row < p.queries;
+      consumer.attend(cursor);
+      if (consumer.has_rows) consumer.store(item, first_row);
+    } else {
+      // The others count on this one's turns and releases.
+      for (int tile = 0; tile <= p.key_tiles; ++tile, cursor.advance()) {
+        if (item.exists && tile < p.key_tiles) {
+          barrier_wait(shared.full(cursor.stage), cursor.parity);
+          consumer.release(cursor.stage);
+        }
+        consumer.turn.take();
+        consumer.turn.give();
+      }
+    }
+  }
+}
+
+#endif  // CUTE_ARCH_MMA_SM90A_ENABLED
+
+template <class Traits>
+__global__ __launch_bounds__(Traits::kThreads,
+                             1) void attention_hopper_kernel(const __grid_constant__ HopperParams p) {
+#ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+  const Shared<Traits> shared(dynamic_shared());
+  if (threadIdx.x == 0) {
+    prefetch_map(p.q_map);
+    prefetch_map(p.k_map);
+    prefetch_map(p.v_map);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      barrier_init(shared.full(stage), 1);
+      barrier_init(shared.empty(stage), p.pass_tiles * (kGroupThreads / kWarpSize));
+    }
+    for (int group = 0; group < Traits::kGroups; ++group) barrier_init(shared.queries_full(group), 1);
+    barrier_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x >= Traits::kGroups * kGroupThreads) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (threadIdx.x < Traits::kGroups * kGroupThreads + kWarpSize) produce<Traits>(p, shared);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    consume<Traits>(p, shared);
+  }
+#endif
+}
+
+// cuTensorMapEncodeTiled belongs to the driver's library, which a machine without a GPU doesn't have: asking
+// for it at run time keeps the extension loadable there.
+using Encode = decltype(&cuTensorMapEncodeTiled);
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                             cudaEnableDefault, &result);
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
+                                                                       : nullptr;
+}
+Encode encode() {
+  static const Encode function = find_encode();
+  return function;
+}
+
+template <class Layout>
+bool make_map(CUtensorMap& map, const Heads& heads, const AttentionParams& params, int rows, int box_rows,
+              bool is_half) {
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(params.head_dim), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(params.heads), static_cast<cuuint64_t>(params.batch)};
+  cuuint64_t strides[3] = {static_cast<cuuint64_t>(heads.row_stride),
+                           static_cast<cuuint64_t>(heads.head_stride),
+                           static_cast<cuuint64_t>(heads.batch_stride)};
+  // The stride of a dimension of one may be anything; the map wants a multiple of 16 bytes.
+  for (int i = 0; i < 3; ++i) strides[i] = sizes[i + 1] == 1 ? kAccessBytes : strides[i] * 2;
+  const cuuint32_t box[4] = {Layout::kPanel, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const CUtensorMapSwizzle swizzle = Layout::kPanel == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : Layout::kPanel == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                            : CU_TENSOR_MAP_SWIZZLE_32B;
+  return encode()(&map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+                  const_cast<void*>(heads.data_ptr), sizes, strides, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+int current_multiprocessors() {
+  int device = 0;
+  int count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many tiles of queries share a pass. Few in all: one, so that every tile has a multiprocessor of its
+// own. All of a head, where the ring holds the head and whole heads fill the multiprocessors about as evenly
+// as passes of one tile per consumer do. Otherwise the latter.
+void plan_passes(HopperParams& p, int64_t heads, int groups, int stages, int multiprocessors) {
+  const int64_t split = divide_up(heads * divide_up(p.query_tiles, groups), multiprocessors) * groups;
+  const int64_t whole = divide_up(heads, multiprocessors) * p.query_tiles;
+  const bool is_few = heads * p.query_tiles <= multiprocessors;
+  const bool is_whole = p.key_tiles <= stages && 5 * whole <= 6 * split;
+  p.pass_tiles = is_few ? 1 : is_whole ? p.query_tiles : groups;
+  p.has_turns = !is_few && !is_whole;
+}
+
+template <class T, int kDim, int kTail>
+bool launch_tail(const AttentionParams& params, cudaStream_t stream) {
+  using Shape = Traits<T, kDim, kTail>;
+  constexpr bool kIsHalf = std::is_same_v<T, __half>;
+  HopperParams p{};
+  if (!make_map<typename Shape::Queries>(p.q_map, params.q, params, params.queries, kTileRows, kIsHalf) ||
+      !make_map<typename Shape::Keys>(p.k_map, params.k, params, params.keys, Shape::kTileKeys, kIsHalf) ||
+      !make_map<typename Shape::Keys>(p.v_map, params.v, params, params.keys, Shape::kTileKeys, kIsHalf)) {
+    return false;
+  }
+  p.out_ptr = params.out_ptr;
+  p.size_ptr = params.size_ptr;
+  p.size_batch_stride = params.size_batch_stride;
+  p.size_stride = params.size_stride;
+  p.heads = params.heads;
+  p.queries = params.queries;
+  p.keys = params.keys;
+  p.head_dim = params.head_dim;
+  p.scale = params.scale * 1.4426950408889634f;
+  p.query_tiles = (params.queries + kTileRows - 1) / kTileRows;
+  p.key_tiles = (params.keys + Shape::kTileKeys - 1) / Shape::kTileKeys;
+  const int multiprocessors = current_multiprocessors();
+  plan_passes(p, params.batch * params.heads, Shape::kGroups, Shape::kStages, multiprocessors);
+  p.head_passes = (p.query_tiles + p.pass_tiles - 1) / p.pass_tiles;
+  p.passes = static_cast<int>(params.batch * params.heads * p.head_passes);
+  launch_kernel(attention_hopper_kernel<Shape>, std::min(p.passes, multiprocessors), Shape::kThreads,
+                Shape::kUsedBytes, Shape::kUsedBytes, stream, p);
+  return true;
+}
+
+// A last tile with few keys takes narrower products and fewer exponentials.
+template <class T, int kDim>
+bool launch(const AttentionParams& params, cudaStream_t stream) {
+  constexpr int kTileKeys = tile_keys(kDim);
+  const int last = (params.keys - 1) % kTileKeys + 1;
+  if (last <= 16) return launch_tail<T, kDim, 16>(params, stream);
+  if (last <= 32) return launch_tail<T, kDim, 32>(params, stream);
+  if (last <= 64) return launch_tail<T, kDim, 64>(params, stream);
+  return launch_tail<T, kDim, kTileKeys>(params, stream);
+}
+
+template <class T>
+bool launch_dim(const AttentionParams& params, cudaStream_t stream) {
+  switch (params.head_dim) {
+    case 32:
+      return launch<T, 32>(params, stream);
+    case 64:
+      return launch<T, 64>(params, stream);
+    case 72:
+      return launch<T, 72>(params, stream);
+    case 80:
+      return launch<T, 80>(params, stream);
+    case 96:
+      return launch<T, 96>(params, stream);
+    case 128:
+      return launch<T, 128>(params, stream);
+  }
+  return false;
+}
+
+}  // namespace
+}  // namespace hopper
+
+bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream) {
+  switch (dtype) {
+    case Dtype::kHalf:
+      return hopper::launch_dim<__half>(params, stream);
+    case Dtype::kBFloat16:
+      return hopper::launch_dim<__nv_bfloat16>(params, stream);
+    default:
+      return false;
+  }
+}
+
+// What a tensor map can describe: strides are multiples of 16 bytes, below 2^40 bytes.
+static bool has_map(const Heads& heads, const AttentionParams& params, int rows) {
+  const int64_t sizes[3] = {rows, params.heads, params.batch};
+  const int64_t strides[3] = {heads.row_stride, heads.head_stride, heads.batch_stride};
+  for (int i = 0; i < 3; ++i) {
+    const int64_t bytes = strides[i] * 2;
+    if (sizes[i] > 1 && (bytes <= 0 || bytes % kAccessBytes != 0 || bytes >> 40 != 0)) return false;
+  }
+  return reinterpret_cast<uintptr_t>(heads.data_ptr) % kAccessBytes == 0;
+}
+
+bool hopper_takes(const AttentionParams& params) {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0 && params.lse_ptr == nullptr && has_map(params.q, params, params.queries) &&
+         has_map(params.k, params, params.keys) && has_map(params.v, params, params.keys) &&
+         hopper::encode() != nullptr;
+}
+
+}  // namespace tome::attention_ops
