@@ -15,14 +15,27 @@ from models import images, make
 from torch import Tensor, nn
 
 import tome
-from tome import schedule
+from tome import backend, report, schedule
 from tome.patch import timm_cost
 
 pytestmark = [NO_EXTENSION, pytest.mark.usefixtures("no_grad")]
 
 # The schedules 8, (8, -1), 16 and (16, -1) of 12 layers and 197 tokens, for 4 layers and 37.
 SCHEDULES = [4, (4, -1.0), 8, (8, -1.0)]
-HOSTS = ["plain", "dinov2 registers", "siglip map", "mae avg", "deit distilled", "res-post-norm"]
+HOSTS = ["plain", "dinov2 registers", "siglip map", "mae avg", "deit distilled", "res-post-norm", "q/k norm"]
+WIDE = {"embed_dim": 128, "num_heads": 2}  # the small models with a head dimension that attention has kernels for
+REAL = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}  # vit_small_patch16_224
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, None),
+        (torch.float16, None),
+        (torch.bfloat16, None),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.bfloat16),
+    ],
+    ids=str,
+)
 # Rounding of one entry; a model adds some hundreds of roundings, most of which cancel.
 FLOOR = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 STEPS = 16
@@ -48,31 +61,35 @@ def slots(model: nn.Module, x: Tensor, backend: str) -> Tensor:
 
 
 @pytest.mark.parametrize("r", SCHEDULES, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [
-        (torch.float32, None),
-        (torch.float16, None),
-        (torch.bfloat16, None),
-        (torch.float32, torch.float16),
-        (torch.float32, torch.bfloat16),
-    ],
-    ids=str,
-)
+@DTYPES
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_same_logits(host, dtype, autocast, r):
-    model = tome.patch.timm(make(host)).cuda()
+    compare(tome.patch.timm(make(host, **WIDE)).cuda(), images(32).cuda(), dtype, autocast, r)
+
+
+@pytest.mark.parametrize("r", [8, (8, -1.0), 16, (16, -1.0)], ids=str)
+@DTYPES
+def test_the_same_logits_at_full_size(dtype, autocast, r):
+    compare(tome.patch.timm(make("plain", **REAL)).cuda(), images(16, 224).cuda(), dtype, autocast, r)
+
+
+def compare(
+    model: nn.Module, x: Tensor, dtype: torch.dtype, autocast: torch.dtype | None, r: schedule.Schedule
+) -> None:
     model.r = r
     truth_model = copy.deepcopy(model).double()
     model = model.to(dtype)
-    x = images(32).cuda()
+    with tome.use_backend("cuda"), backend.recorded() as calls:
+        logits(model, x.to(dtype), "cuda", autocast)
+    assert {call.backend for call in calls} <= {None, "torch", "cuda"}
     truth = logits(truth_model, x.double(), "reference", None)
     ours, theirs = (logits(model, x.to(dtype), name, autocast) for name in ("cuda", "reference"))
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
 
     entering, _ = timm_cost.cost(model)
-    assert model._tome_info["size"].shape[1] == schedule.plan(r, 4, entering, model.num_prefix_tokens).tokens[-1]
+    plan = schedule.plan(r, len(model.blocks), entering, model.num_prefix_tokens)
+    assert model._tome_info["size"].shape[1] == plan.tokens[-1]
 
     # Root mean squares over a batch: in half precision rounding makes either backend choose a few other pairs than
     # float64 does, and one image with another pair says nothing.
@@ -84,11 +101,30 @@ def test_the_same_logits(host, dtype, autocast, r):
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_same_pairs_in_float32(host):
     """Real weights nearly never tie; a different pair would be the sign of more than rounding."""
-    model = tome.patch.timm(make(host)).cuda()
+    model = tome.patch.timm(make(host, **WIDE)).cuda()
     model.r = 4
     x = images(16).cuda()
     ours, theirs = (slots(model, x, name) for name in ("cuda", "reference"))
     assert float((ours != theirs).any(dim=1).float().mean()) <= 1 / 16
+
+
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+def test_the_gradients_under_autocast(autocast):
+    """No further from float64's than the reference's own, plus rounding."""
+    model = tome.patch.timm(make("deit3 layer scale", **WIDE)).cuda()
+    model.r = 4
+    found = {}
+    for name, each, dtype in (
+        ("truth", copy.deepcopy(model).double(), None),
+        *((name, model, autocast) for name in ("cuda", "reference")),
+    ):
+        each.zero_grad()
+        with torch.enable_grad():
+            x = images(4).cuda().to(next(each.parameters()).dtype)
+            logits(each, x, "reference" if name == "truth" else name, dtype).float().square().sum().backward()
+        found[name] = torch.cat([p.grad.double().flatten() for p in each.parameters() if p.grad is not None])
+    errors = {name: float((found[name] - found["truth"]).norm()) for name in ("cuda", "reference")}
+    assert errors["cuda"] <= 1.5 * errors["reference"] + FLOOR[autocast] * float(found["truth"].norm())
 
 
 @pytest.mark.parametrize("host", ["plain", "mae avg"])
@@ -104,6 +140,54 @@ def test_the_same_gradients_in_float32(host):
     assert found[0].keys() == found[1].keys()
     for name, grad in found[0].items():
         torch.testing.assert_close(grad, found[1][name], rtol=1e-3, atol=1e-4 * float(grad.abs().max() + 1), msg=name)
+
+
+def test_a_graph_of_a_model_replays_on_new_images():
+    """Matching runs on a branch of its own there; the results are those of running one by one."""
+    model = tome.patch.timm(make("plain", **REAL)).half().cuda()
+    model.r = 8
+    x = images(2, 224).half().cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        model(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = model(x)
+    for _ in range(10):
+        x.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, model(x))
+
+
+def test_the_report_of_a_model_names_the_kernels():
+    model = tome.patch.timm(make("plain", **WIDE)).half().cuda()
+    model.r = 4
+    with tome.use_backend("auto"):
+        parts = report.ranges(report.parts(model, images().half().cuda()))
+    assert [part.name for part in parts] == ["patch_embed", "blocks.0-3"]
+    assert [call.op for call in parts[0].calls] == ["matrix product"]
+    assert parts[1].calls == tuple(
+        backend.Call(op, "cuda", None) for op in ("match", "attention", "merge_add_norm", "merge_add_norm")
+    )
+    with tome.use_backend("auto"):
+        (wide,) = report.ranges(report.parts(model.float(), images().cuda()))[1:]
+    assert "by torch: the kernels of attention know float16 and bfloat16" in wide.calls[1].reason
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_on_a_second_gpu(dtype):
+    model = tome.patch.timm(make("plain", **REAL)).to(dtype).cuda()
+    model.r = 8
+    x = images(4, 224).to(dtype).cuda()
+    expected = logits(model, x, "cuda", None)
+    assert torch.cuda.current_device() == 0
+    other = logits(model.to("cuda:1"), x.to("cuda:1"), "cuda", None)
+    assert other.device.index == 1
+    assert torch.equal(other.to(x.device), expected)
 
 
 def test_auto_takes_the_kernels():

@@ -25,10 +25,6 @@ struct Turn {
   }
 };
 
-// From one lane, so that the compiler knows the value to be uniform in a warp and keeps descriptors made of
-// it in uniform registers. Else it moves each there on its own, between products.
-__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(kFullWarp, x, 0); }
-
 // One warpgroup's view of its tile of queries.
 template <class Traits>
 struct Consumer {
@@ -148,12 +144,12 @@ struct Consumer {
   template <int kKeys>
   __device__ __forceinline__ void step(Cursor<Traits>& at, int previous, bool is_last) {
     const int stage = at.stage;
-    const uint64_t keys = Keys::by_columns(uniform(shared.keys(stage)));
+    const uint64_t keys = Keys::by_columns(shared.keys(stage));
     fence_registers(s);
     cute::warpgroup_arrive();
     multiply_keys<kKeys>(keys);
     turn.give();
-    const uint64_t values = Keys::by_rows(uniform(shared.values(stage)));
+    const uint64_t values = Keys::by_rows(shared.values(stage));
     if (!is_last) at.advance();
     cute::warpgroup_wait<0>();
     fence_registers(s);

@@ -106,10 +106,18 @@ struct TileLayout {
     return column / kPanel * kPanelBytes + (linear ^ (linear >> 3 & kSwizzle));
   }
 
-  __device__ static uint64_t descriptor(uint32_t address, int leading_bytes) {
-    constexpr uint64_t kMode = kPanel == 64 ? 1 : kPanel == 32 ? 2 : 3;
-    return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+  static constexpr uint64_t kMode = kPanel == 64 ? 1 : kPanel == 32 ? 2 : 3;
+
+  __device__ static uint64_t descriptor(uint32_t low, int leading_bytes) {
+    return low | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
            static_cast<uint64_t>(8 * kPitch >> 4) << 32 | kMode << 62;
+  }
+  __device__ static uint32_t low_word(uint32_t address) { return (address & 0x3ffff) >> 4; }
+
+  // From one lane, so that the compiler knows it to be uniform in a warp and keeps descriptors made of it in
+  // uniform registers. Else it moves each there on its own, between products.
+  __device__ static uint32_t uniform_low_word(uint32_t address) {
+    return __shfl_sync(kFullWarp, low_word(address), 0);
   }
 
   // Rows by 16 columns, from column 16 `step` on; columns are summed over.
@@ -123,19 +131,23 @@ struct TileLayout {
     return descriptor(tile + step * kProductDepth * kPitch, kPanelBytes);
   }
   // Rows by 16 columns, of which a product takes the sum, and how far the next 16 columns are.
-  __device__ static uint64_t by_columns(uint32_t tile) { return descriptor(tile, 16); }
+  __device__ static uint64_t by_columns(uint32_t tile) { return descriptor(uniform_low_word(tile), 16); }
   __device__ static constexpr uint64_t columns_advance(int step) {
     const int column = step * kProductDepth;
     return (column / kPanel * kPanelBytes + column % kPanel * 2) >> 4;
   }
   __device__ static uint64_t by_columns(uint32_t tile, int step) {
-    return by_columns(tile) + columns_advance(step);
+    return descriptor(low_word(tile), 16) + columns_advance(step);
   }
 
   // All columns of 16 rows, of which a product takes the sum, and how far the next 16 rows are.
-  __device__ static uint64_t by_rows(uint32_t tile) { return descriptor(tile, kPanelBytes); }
+  __device__ static uint64_t by_rows(uint32_t tile) {
+    return descriptor(uniform_low_word(tile), kPanelBytes);
+  }
   __device__ static constexpr uint64_t rows_advance(int step) { return step * kProductDepth * kPitch >> 4; }
-  __device__ static uint64_t by_rows(uint32_t tile, int step) { return by_rows(tile) + rows_advance(step); }
+  __device__ static uint64_t by_rows(uint32_t tile, int step) {
+    return descriptor(low_word(tile), kPanelBytes) + rows_advance(step);
+  }
 };
 
 }  // namespace tome::attention_ops::hopper
