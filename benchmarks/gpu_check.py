@@ -335,6 +335,13 @@ def odd_shapes(first: int, step: int) -> None:
             x = torch.randn(2, n, c, device="cuda").to(dtype).requires_grad_()
             merged, _ = tome_cuda.merge(x, slot, m, torch.rand(2, n, device="cuda") + 1)
             tome_cuda.unmerge(merged, slot).sum().backward()
+            branch = torch.randn(2, n, c, device="cuda").to(torch.float16 if dtype is torch.float32 else dtype)
+            weight, gamma = (torch.ones(c, device="cuda", requires_grad=True) for _ in range(2))
+            for arguments in ((slot, m), (None, n)):
+                out, y, _ = tome_cuda.merge_add_norm(
+                    *(x, branch, *arguments, None, weight, None, 1e-5, gamma), norm_dtype=branch.dtype
+                )
+                (out.sum() + y.sum()).backward()
     lengths, dims = (1, 16, 33, 70, 101, 197, 256, 270, 400), tome_cuda.predicates.HEAD_DIMS
     shapes = itertools.product(lengths, dims, ("packed", "misaligned"), DTYPES[1:])
     for n, d, layout, dtype in itertools.islice(shapes, first, None, step):
