@@ -12,7 +12,6 @@
 
 #include <utility>
 
-#include "../dtype.h"
 #include "../vector.cuh"
 
 namespace tome::attention_ops::hopper {
@@ -22,19 +21,6 @@ constexpr int kProductDepth = 16;
 template <class T, int kColumns>
 struct Product;
 
-#define TOME_PRODUCT(T, NAME, COLUMNS)                                                              \
-  template <>                                                                                       \
-  struct Product<T, COLUMNS> {                                                                      \
-    using ByKeys =                                                                                  \
-        cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,    \
-                                                                     cute::SM90::GMMA::Major::K>;   \
-    using ByValues =                                                                                \
-        cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32##NAME##NAME##_RS<cute::SM90::GMMA::Major::K,    \
-                                                                     cute::SM90::GMMA::Major::MN>;  \
-    using OfWarp = cute::SM80_16x8x16_F32##NAME##NAME##F32_TN;                                      \
-  };
-#define TOME_PRODUCTS(COLUMNS)             \
-  TOME_PRODUCT(__half, F16, COLUMNS)       \
 #define TOME_PRODUCT(T, NAME, COLUMNS)                                                                       \
   template <>                                                                                                \
   struct Product<T, COLUMNS> {                                                                               \
@@ -120,16 +106,6 @@ struct TileLayout {
     return __shfl_sync(kFullWarp, low_word(address), 0);
   }
 
-  // Rows by 16 columns, from column 16 `step` on; columns are summed over.
-  __device__ static uint64_t by_columns(uint32_t tile, int step) {
-    const int column = step * kProductDepth;
-    return descriptor(tile + column / kPanel * kPanelBytes + column % kPanel * 2, 16);
-  }
-
-  // All columns of 16 rows, from row 16 `step` on; rows are summed over.
-  __device__ static uint64_t by_rows(uint32_t tile, int step) {
-    return descriptor(tile + step * kProductDepth * kPitch, kPanelBytes);
-  }
   // Rows by 16 columns, of which a product takes the sum, and how far the next 16 columns are.
   __device__ static uint64_t by_columns(uint32_t tile) { return descriptor(uniform_low_word(tile), 16); }
   __device__ static constexpr uint64_t columns_advance(int step) {
