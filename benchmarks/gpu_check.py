@@ -244,6 +244,7 @@ def check_runs() -> None:
         (ops.merge_backward, (leaf, slot, size, total)),
         (ops.unmerge, (leaf, slot)),
         (ops.unmerge_backward, (x, slot, 6)),
+        (ops.attention, (*torch.randn(3, 2, 3, 9, 64, device="cuda").half(), size, 0.125, False)),
     ):
         try:
             torch.library.opcheck(op.default, arguments)
@@ -302,6 +303,17 @@ def check_large() -> None:
         image.normal_()
     slots = tome_cuda.match(keys, 1000)
     expect(torch.equal(slots[-1:], tome_cuda.match(keys[-1:].clone(), 1000)), "match beyond 2^31 elements")
+    del keys
+    for n in (197, 577):
+        b = 2**32 // (n * 3 * 1024)
+        qkv = torch.empty(b, n, 3, 16, 64, device="cuda", dtype=torch.float16)
+        for images in qkv.split(64):
+            images.normal_()
+        size = torch.randint(1, 9, (b, n), device="cuda").float()
+        out = tome_cuda.attention(*qkv.permute(2, 0, 3, 1, 4), size)
+        alone = tome_cuda.attention(*qkv[-2:].clone().permute(2, 0, 3, 1, 4), size[-2:])
+        expect(torch.equal(out[-2:], alone), f"attention of {n} tokens beyond 2^31 elements")
+        del qkv, out
 
 
 def odd_shapes(first: int, step: int) -> None:
@@ -323,6 +335,13 @@ def odd_shapes(first: int, step: int) -> None:
             x = torch.randn(2, n, c, device="cuda").to(dtype).requires_grad_()
             merged, _ = tome_cuda.merge(x, slot, m, torch.rand(2, n, device="cuda") + 1)
             tome_cuda.unmerge(merged, slot).sum().backward()
+    lengths, dims = (1, 16, 33, 70, 101, 197, 256, 270, 400), tome_cuda.predicates.HEAD_DIMS
+    shapes = itertools.product(lengths, dims, ("packed", "misaligned"), DTYPES[1:])
+    for n, d, layout, dtype in itertools.islice(shapes, first, None, step):
+        q, k, v = (make_keys((2, 3, n, d), dtype, layout, "real", generator) for _ in range(3))
+        size = torch.randint(0, 9, (2, n), device="cuda").float()
+        tome_cuda.attention(q[:, :, : n - n // 3], k, v, size)
+        tome_cuda.attention(q.requires_grad_(), k, v)
     torch.cuda.synchronize()
     print(f"odd shapes, share {first}/{step}: done")
 

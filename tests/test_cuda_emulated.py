@@ -84,8 +84,8 @@ def test_long_images_of_like_tokens(d: int, noise: float, shared_bytes: int) -> 
     assert verdict.is_right(), verdict
 
 
-def test_more_sources_than_one_warp_can_select_from() -> None:
-    case = Case(1, 2101, 16, 0, 300, 0, torch.float32, "contiguous", "exact", 1)  # ties at the threshold
+def test_ties_at_the_threshold_of_many_sources() -> None:
+    case = Case(1, 2101, 16, 0, 300, 0, torch.float32, "contiguous", "exact", 1)
     _, slot = match(case, (True, 227 << 10), 0)
     assert torch.equal(slot, tome_reference.match(case.keys("cpu"), 300, 0))
 

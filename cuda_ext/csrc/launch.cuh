@@ -19,30 +19,12 @@ __device__ __forceinline__ char* dynamic_shared() {
 constexpr int kGrantedBytes = 48 << 10;
 constexpr int kStaticReserve = 8 << 10;
 
-// A kernel that calls await_previous() may be launched while the one before it still runs, to have its blocks in
-// place when that one ends. It must call it before it touches what the other writes.
-__device__ __forceinline__ void await_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// The next kernel may come as soon as every block has called this, or ended.
-__device__ __forceinline__ void admit_next() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-enum class Start { kAfterPrevious, kEarly };
-
 // `most_shared_bytes`: the most that any launch of this kernel on this GPU may need. The whole of it is asked
 // for, so that a smaller launch by another thread can't take back what this one was promised. What may go
 // wrong here is found by check_launch() right after.
 template <class Params>
 void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
-                   int most_shared_bytes, cudaStream_t stream, const Params& params,
-                   Start start = Start::kAfterPrevious) {
+                   int most_shared_bytes, cudaStream_t stream, const Params& params) {
   if (shared_bytes > kGrantedBytes - kStaticReserve) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
     // Left alone, the driver may give so much to the L1 cache that one block less fits.
@@ -54,16 +36,6 @@ void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shar
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaFuncAttributes compiled{};
-  // What was compiled from PTX for older GPUs doesn't wait.
-  if (start == Start::kEarly && cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess &&
-      compiled.ptxVersion >= 90) {
-    config.attrs = &early;
-    config.numAttrs = 1;
-  }
   cudaLaunchKernelEx(&config, kernel, params);
 }
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from tome_cuda import checks, library, predicates
 
@@ -450,30 +451,44 @@ def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _attention_grad(ctx: Any, grad: Tensor, _logsumexp_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Torch's gradient of memory-efficient attention, from the log-sum-exps of our own forward pass."""
+    """Torch's own gradient, from the log-sum-exps of our forward pass: cuDNN's where torch would take it."""
     q, k, v, size, out, logsumexp = ctx.saved_tensors
     if logsumexp.numel() == 0:
         raise RuntimeError("attention was called with training=False, so it has no gradient")
-    bias = None
-    if size is not None:  # rows of a mask must start on 16-byte boundaries, so it is cut from a longer one
-        keys = k.shape[2]
-        bias = F.pad(size.log().to(q.dtype), (0, -keys % 16))[:, None, None, :keys]
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], keys)
+    q, k, v, (queries, keys) = _aligned(q), _aligned(k), _aligned(v), (q.shape[2], k.shape[2])
+    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of the dropout, of which there is none
-    wanted = [*ctx.needs_input_grad[:3], False]
+    bias = None if size is None else size.log().to(q.dtype)[:, None, None, :]
+    if _is_cudnn_chosen(q, k, v, bias, ctx.scale):
+        bias = None if bias is None else bias.expand(*q.shape[:3], keys)
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(grad, q, k, v, out, logsumexp[:, :, :queries, None].contiguous(), seed, seed, bias),
+            *(None, None, queries, keys, 0.0, False),
+            scale=ctx.scale,
+        )
+        return *grads, None, None, None
+    if bias is not None:  # rows of a mask must start on 16-byte boundaries, so it is cut from a longer one
+        bias = F.pad(bias, (0, -keys % 16))[..., :keys].expand(*q.shape[:3], keys)
     grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        *(grad.transpose(1, 2), _aligned(q), _aligned(k), _aligned(v), bias, out.transpose(1, 2), logsumexp),
-        *(seed, seed, 0.0, wanted),
+        *(grad, q, k, v, bias, out, logsumexp, seed, seed, 0.0, [*ctx.needs_input_grad[:3], False]),
         scale=ctx.scale,
     )
     return *grads[:3], None, None, None
 
 
+def _is_cudnn_chosen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> bool:
+    """Whether torch would compute this attention with cuDNN; never asked while a compiler traces the gradient."""
+    if type(q) is not Tensor:
+        return False
+    choice = torch._fused_sdp_choice(q, k, v, bias, 0.0, False, scale=scale)
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
 def _aligned(x: Tensor) -> Tensor:
     """As it lies where torch can read it so, else a copy."""
-    rows = all(stride % checks.ROW_ELEMENTS == 0 for stride in x.stride()[:-1])
-    aligned = rows and x.storage_offset() % checks.ROW_ELEMENTS == 0
-    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+    starts = (x.storage_offset(), *x.stride()[:-1])
+    is_aligned = all(start % checks.ROW_ELEMENTS == 0 for start in starts)
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

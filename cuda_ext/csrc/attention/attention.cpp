@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <limits>
+#include <string_view>
 
 #include "../ops.h"
 #include "plan.h"
@@ -34,22 +35,26 @@ bool is_aligned_view(const Tensor& t) {
 
 namespace attention_ops {
 
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
+#define TOME_STRING(...) #__VA_ARGS__
+#define TOME_EXPAND(...) TOME_STRING(__VA_ARGS__)
+// On other builds a GPU of compute capability 9.0 runs code for older ones.
+constexpr bool kHasHopper = std::string_view(TOME_EXPAND(TOME_ARCHS)).find("90a") != std::string_view::npos;
 
 void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
-  const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int multiprocessor = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const char* dev = getenv("TOME_ATTENTION_PATH");  // DEV
-  if (dev ? dev[0] == 'h' : hopper::fits_hopper_resident(p)) {
-    return hopper::launch_hopper_resident(p, dtype, device_attribute(cudaDevAttrMultiProcessorCount), stream);
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  const auto attribute = [device](cudaDeviceAttr name) {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+    return value;
+  };
+  const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  if (kHasHopper && hopper::fits_resident(p) && attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
+    return hopper::launch_resident(p, dtype, multiprocessors, stream);
   }
-  const ResidentParams plan = plan_resident(p, device_attribute(cudaDevAttrMultiProcessorCount));
-  if (dev ? dev[0] == 'r' : fits_resident(plan, limit, multiprocessor)) {
+  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const ResidentParams plan = plan_resident(p, multiprocessors);
+  if (fits_resident(plan, limit, attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor))) {
     launch_resident(plan, dtype, limit, stream);
   } else {
     launch_streamed(p, dtype, limit, stream);

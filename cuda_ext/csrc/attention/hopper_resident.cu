@@ -1,9 +1,9 @@
 // All keys of a head in one pass, on warpgroup products: sequences of up to 256 tokens on Hopper.
 //
-// A block is one warpgroup. It loads keys and values of a head, then takes 64 queries after another: scores of
-// all keys at once in registers (accumulators start from the bias), the softmax, the product with the values.
-// There is no rescaling and no barrier between tiles. Three blocks share a multiprocessor: one loads or
-// computes exponentials while the products of another run. Keys are padded to 16.
+// A block is one warpgroup. It loads keys and values of a head, then takes 64 queries after another: scores
+// of all keys at once in registers (accumulators start from the bias), the softmax, the product with the
+// values. There is no rescaling and no barrier between tiles. Three blocks share a multiprocessor: one loads
+// or computes exponentials while the products of another run. Keys are padded to 16.
 //
 // Shared memory: keys, values, 16 queries per warp, bias.
 #include <cutlass/arch/barrier.h>
@@ -32,6 +32,13 @@ struct Plan {
   static constexpr int kSharedBytes = kBias + kKeys * 8 + kAlignment;
 };
 
+// A descriptor of what lies `bytes` further on. Addresses stay below 2^18, so only the low word changes: one
+// instruction between products where making a new descriptor takes five, each waiting for the one before.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor >> 32 << 32) | low;
+}
+
 template <class T, int kKeys>
 __device__ __forceinline__ void attend(const ResidentParams& plan) {
   using Plan = Plan<kKeys>;
@@ -40,7 +47,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
   using Values = typename Product<T, kDim>::ByValues;
   constexpr int kGroups = kKeys / kTileRows;  // of 16 rows, which a warp copies together
   const AttentionParams& p = plan.attention;
-  const int warp = __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // the same for all, as the compiler sees
+  const int warp =
+      __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // the same for all, as the compiler sees
   const int lane = threadIdx.x % kWarpSize;
   const unsigned head = blockIdx.x / static_cast<unsigned>(plan.splits);
   const int b = head / static_cast<unsigned>(p.heads);
@@ -52,7 +60,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
 
   int row = (blockIdx.x % static_cast<unsigned>(plan.splits)) * kGroupRows + warp * kTileRows;
   const auto load_queries = [&] {
-    copy_rows<T, kDim, kTileRows>(rows_address<T>(p.q, b, h, row), p.q.row_stride, p.queries - row, true, queries);
+    copy_rows<T, kDim, kTileRows>(rows_address<T>(p.q, b, h, row), p.q.row_stride, p.queries - row, true,
+                                  queries);
   };
   const auto load_keys = [&](const Heads& heads, char* to) {
     for (int i = warp; i < kGroups; i += kWarps) {
@@ -73,6 +82,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
 
+  const uint64_t by_keys = Tile::by_columns(keys, 0);
+  const uint64_t by_values = Tile::by_rows(keys + Plan::kValues, 0);
   const float c = p.scale * kLog2E;
   const int step = plan.splits * kGroupRows;
   bool has_values = false;
@@ -95,7 +106,8 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     fence_registers(score);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int k = 0; k < kDim / 16; ++k) multiply<Scores, kKeys>(q[k], Tile::by_columns(keys, k), score);
+    for (int k = 0; k < kDim / 16; ++k)
+      multiply<Scores, kKeys>(q[k], advance(by_keys, k * kKeyStep * 2), score);
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_registers(score);
@@ -105,6 +117,7 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     cute::cp_async_fence();
 
     float factor[2] = {0.0f, 0.0f};
+    float lse[2] = {INFINITY, INFINITY};
     if (first + warp * kTileRows < p.queries) {  // else what this warp multiplies is not stored
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -130,6 +143,16 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
         total += __shfl_xor_sync(kFullWarp, total, 1);
         total += __shfl_xor_sync(kFullWarp, total, 2);
         factor[half] = __frcp_rn(total);
+        if (p.lse_ptr != nullptr) lse[half] = highest * p.scale + logf(total);
+      }
+    }
+    if (p.lse_ptr != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = first + warp * kTileRows + half * 8 + lane / 4;
+        if (lane % 4 == 0 && query < lse_rows(p.queries)) {
+          p.lse_ptr[head * lse_rows(p.queries) + query] = query < p.queries ? lse[half] : INFINITY;
+        }
       }
     }
     uint32_t weight[kKeys / 16][4];
@@ -153,19 +176,21 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     cute::warpgroup_arrive();
 #pragma unroll
     for (int n = 0; n < kKeys / 16; ++n) {
-      multiply<Values, kDim>(weight[n], Tile::by_rows(keys + Plan::kValues, n), out);
+      multiply<Values, kDim>(weight[n], advance(by_values, n * kKeyStep * Tile::kPitch), out);
     }
     cute::warpgroup_commit_batch();
     cute::warpgroup_wait<0>();
     fence_registers(out);
     const int row_now = first + warp * kTileRows;
     const int64_t row_stride = static_cast<int64_t>(p.heads) * kDim;
-    T* out_ptr = static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + row_now) * row_stride + h * kDim;
+    T* out_ptr =
+        static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + row_now) * row_stride + h * kDim;
     if (row_now < p.queries) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         store_row<T, kDim>([&](int j, int i) { return out[4 * j + 2 * half + i]; }, factor[half],
-                           out_ptr + (half * 8 + lane / 4) * row_stride, half * 8 + lane / 4 < p.queries - row_now);
+                           out_ptr + (half * 8 + lane / 4) * row_stride,
+                           half * 8 + lane / 4 < p.queries - row_now);
       }
     }
     cute::cp_async_wait<0>();
@@ -187,23 +212,25 @@ void launch(const ResidentParams& plan, cudaStream_t stream) {
     return;
   } else {
     if (plan.attention.keys > kKeys) return launch<T, kKeys + kTileRows>(plan, stream);
-    launch_kernel(attention_hopper_resident_kernel<T, kKeys>, plan.attention.batch * plan.attention.heads * plan.splits,
-                  kThreads, Plan<kKeys>::kSharedBytes, Plan<kKeys>::kSharedBytes, stream, plan);
+    launch_kernel(attention_hopper_resident_kernel<T, kKeys>,
+                  plan.attention.batch * plan.attention.heads * plan.splits, kThreads,
+                  Plan<kKeys>::kSharedBytes, Plan<kKeys>::kSharedBytes, stream, plan);
   }
 }
 
 }  // namespace
 
-bool fits_hopper_resident(const AttentionParams& p) {
-  return p.is_aligned && p.lse_ptr == nullptr && p.head_dim == kDim && p.keys > kLeastKeys && p.keys <= kMostKeys;
+bool fits_resident(const AttentionParams& p) {
+  return p.is_aligned && p.head_dim == kDim && p.keys > kLeastKeys && p.keys <= kMostKeys;
 }
 
-void launch_hopper_resident(const AttentionParams& p, Dtype dtype, int multiprocessors, cudaStream_t stream) {
+void launch_resident(const AttentionParams& p, Dtype dtype, int multiprocessors, cudaStream_t stream) {
   ResidentParams plan{p, 0, 1, 0};
   const int64_t tiles = (p.queries + kGroupRows - 1) / kGroupRows;
-  plan.splits = static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(tiles, multiprocessors / (p.batch * p.heads))));
-  dispatch_half(dtype, [&](auto tag) { launch<typename decltype(tag)::type, kLeastKeys + kTileRows>(plan, stream); });
+  plan.splits =
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(tiles, multiprocessors / (p.batch * p.heads))));
+  dispatch_half(
+      dtype, [&](auto tag) { launch<typename decltype(tag)::type, kLeastKeys + kTileRows>(plan, stream); });
 }
 
 }  // namespace hopper

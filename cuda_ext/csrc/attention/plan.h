@@ -72,11 +72,12 @@ void dispatch_head_dim(int head_dim, F&& f) {
 }
 
 namespace hopper {
-// The resident kernel on warpgroup products: for compute capability 9.0, head dimension 64 and up to 256 keys.
+// The resident kernel on warpgroup products: for compute capability 9.0, head dimension 64 and up to 256
+// keys.
 constexpr int kLeastKeys = 48;  // and below the kernel whose warps take heads of their own
 constexpr int kMostKeys = 256;
-bool fits_hopper_resident(const AttentionParams& params);
-void launch_hopper_resident(const AttentionParams& params, Dtype dtype, int multiprocessors, cudaStream_t stream);
+bool fits_resident(const AttentionParams& params);
+void launch_resident(const AttentionParams& params, Dtype dtype, int multiprocessors, cudaStream_t stream);
 }  // namespace hopper
 
 ResidentParams plan_resident(const AttentionParams& params, int multiprocessors);

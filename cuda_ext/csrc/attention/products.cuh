@@ -92,8 +92,8 @@ __device__ __forceinline__ void load_transposed(const char* ptr, uint32_t (&m)[2
   cute::SM75_U16x4_LDSM_T::copy(as_chunk(ptr), m[0], m[1]);
 }
 
-// The same number, but the compiler can't know: what follows from it is computed anew instead of being kept in a
-// register, or spilled, through the loops over the keys.
+// The same number, but the compiler can't know: what follows from it is computed anew instead of being kept
+// in a register, or spilled, through the loops over the keys.
 __device__ __forceinline__ unsigned forget(unsigned x) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(x));
@@ -112,7 +112,8 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// One warp copies kCount rows of a head to shared memory, of which the first `valid` exist; the others become zero.
+// One warp copies kCount rows of a head to shared memory, of which the first `valid` exist; the others become
+// zero.
 template <class T, int kHeadDim, int kCount>
 __device__ __forceinline__ void copy_rows(const T* rows_ptr, int64_t row_stride, int valid, bool is_aligned,
                                           char* shared_ptr) {
@@ -156,8 +157,8 @@ __device__ __forceinline__ float key_size(const AttentionParams& p, int b, int k
   return p.size_ptr == nullptr ? 1.0f : __ldg(p.size_ptr + b * p.size_batch_stride + key * p.size_stride);
 }
 
-// What a size adds to a score before the scale, log(size) / scale, twice: accumulators start with the bias of an
-// even key, the next one's, and both again.
+// What a size adds to a score before the scale, log(size) / scale, twice: accumulators start with the bias of
+// an even key, the next one's, and both again.
 template <int kHeadDim>
 __device__ __forceinline__ void store_bias(const AttentionParams& p, char* shared_ptr, int key, float size) {
   using Block = KeyBlock<kHeadDim>;

@@ -114,13 +114,15 @@ ResidentParams plan_resident(const AttentionParams& p, int multiprocessors) {
     ++plan.team_bits;
   }
   if (plan.team_bits == 0) {
-    plan.splits = std::max<int64_t>(1, std::min<int64_t>(multiprocessors / heads, (tiles + kWarps - 1) / kWarps));
+    plan.splits =
+        std::max<int64_t>(1, std::min<int64_t>(multiprocessors / heads, (tiles + kWarps - 1) / kWarps));
   }
   return plan;
 }
 
 int64_t resident_bytes(const ResidentParams& plan) {
-  int64_t bytes = (static_cast<int64_t>(plan.key_blocks) << plan.team_bits) * key_block_bytes(plan.attention.head_dim);
+  int64_t bytes =
+      (static_cast<int64_t>(plan.key_blocks) << plan.team_bits) * key_block_bytes(plan.attention.head_dim);
   dispatch_head_dim(plan.attention.head_dim,
                     [&](auto head_dim) { bytes += queries_bytes<decltype(head_dim)::value>(); });
   return bytes;

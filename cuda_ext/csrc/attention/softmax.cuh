@@ -13,8 +13,8 @@ namespace tome::attention_ops {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kSlack = 8.0f;
 
-// Four threads write a row of the output: number i = 0, 1 of tile j is value(j, i). Neighbours exchange halves,
-// so that 32 bytes of a row are written together.
+// Four threads write a row of the output: number i = 0, 1 of tile j is value(j, i). Neighbours exchange
+// halves, so that 32 bytes of a row are written together.
 template <class T, int kHeadDim, class F>
 __device__ __forceinline__ void store_row(F&& value, float factor, T* row_ptr, bool is_some) {
   constexpr int kTiles = kHeadDim / 8;
@@ -27,7 +27,8 @@ __device__ __forceinline__ void store_row(F&& value, float factor, T* row_ptr, b
     const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? left : right, 1);
     const int channel = is_odd ? 8 * (j + 1) + column - 2 : 8 * j + column;
     if (is_some) {
-      *reinterpret_cast<uint2*>(row_ptr + channel) = is_odd ? make_uint2(other, right) : make_uint2(left, other);
+      *reinterpret_cast<uint2*>(row_ptr + channel) =
+          is_odd ? make_uint2(other, right) : make_uint2(left, other);
     }
   }
   if constexpr (kTiles % 2 != 0) {
@@ -133,8 +134,8 @@ struct WarpState {
       }
       if constexpr (kHasFlat) {
         uint32_t b[2];
-        load_transposed(shared + offset + Block::kValues + Layout::offset(n * kTileKeys + lane % 16, kOutTiles - 1),
-                        b);
+        load_transposed(
+            shared + offset + Block::kValues + Layout::offset(n * kTileKeys + lane % 16, kOutTiles - 1), b);
 #pragma unroll
         for (int m = 0; m < kActive; ++m) multiply<T>(out[m][kOutTiles - 1], weight[m], b[0], b[1]);
       }
@@ -157,7 +158,8 @@ struct WarpState {
     const int lane = threadIdx.x % kWarpSize;
     const int rows = p.queries - first;
     const int64_t row_stride = static_cast<int64_t>(p.heads) * kHeadDim;
-    T* out_ptr = static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + first) * row_stride + h * kHeadDim;
+    T* out_ptr = static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + first) * row_stride +
+                 h * kHeadDim;
     if (p.lse_ptr != nullptr) write_lse<kActive>(p, b, h, first);
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {

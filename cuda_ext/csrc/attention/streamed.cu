@@ -1,7 +1,8 @@
 // Keys and values of a head pass through shared memory in tiles: sequences of any length.
 //
 // A block owns 128 queries of one head (64 at head dimension 128), 32 per warp, and walks over the keys in
-// tiles of 64, of which up to two are under way while one is in use. The last tile is as short as its keys allow, to 16.
+// tiles of 64, of which up to two are under way while one is in use. The last tile is as short as its keys
+// allow, to 16.
 //
 // Shared memory: per warp 32 queries; per stage keys, values, bias.
 #include "../launch.cuh"
@@ -49,7 +50,8 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
   const int64_t row_stride = is_values ? p.v.row_stride : p.k.row_stride;
   const unsigned now = head();
   const unsigned heads = p.heads;
-  const T* rows_ptr = rows_address<T>(is_values ? p.v : p.k, now / heads, now % heads, warp() / 2 * kBlockKeys);
+  const T* rows_ptr =
+      rows_address<T>(is_values ? p.v : p.k, now / heads, now % heads, warp() / 2 * kBlockKeys);
   // A size is read one round before its logarithm is taken, so that nobody waits for it.
   float size = 0.0f;
   const auto read_size = [&](int key) {
@@ -60,7 +62,8 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
     if (key < p.keys) {
       const int block = warp() / 2;
       char* to = shared + filled + block * Block::kBytes + (warp() % 2 != 0 ? Block::kValues : 0);
-      copy_rows<T, kHeadDim, kBlockKeys>(rows_ptr, row_stride, p.keys - key - block * kBlockKeys, p.is_aligned, to);
+      copy_rows<T, kHeadDim, kBlockKeys>(rows_ptr, row_stride, p.keys - key - block * kBlockKeys,
+                                         p.is_aligned, to);
       rows_ptr += kStageKeys * row_stride;
       if (threadIdx.x < kStageKeys) store_bias<kHeadDim>(p, shared + filled, threadIdx.x, size);
       read_size(key + kStageKeys);
@@ -71,7 +74,8 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
   };
 
   copy_rows<T, kHeadDim, kRowTiles * kTileRows>(rows_address<T>(p.q, now / heads, now % heads, first_row()),
-                                                p.q.row_stride, p.queries - first_row(), p.is_aligned, queries);
+                                                p.q.row_stride, p.queries - first_row(), p.is_aligned,
+                                                queries);
   read_size(0);
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) fill(stage * kStageKeys);
@@ -87,7 +91,8 @@ __global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention
 #pragma unroll 1
     for (int key = 0; key < p.keys;) {
       fill(key + (kStages - 1) * kStageKeys);
-      if constexpr (kActive > 0) state.template walk<kActive>(shared, stage, min(kStageKeys, p.keys - key), c);
+      if constexpr (kActive > 0)
+        state.template walk<kActive>(shared, stage, min(kStageKeys, p.keys - key), c);
       key += kStageKeys;
       stage += kStageBytes;
       if (stage == kBehindStages) stage = kFirstStage;

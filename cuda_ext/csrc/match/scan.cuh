@@ -117,15 +117,15 @@ __device__ __forceinline__ Piece load_piece(const void* row_ptr, int channel, in
   return {*reinterpret_cast<const uint4*>(from), *reinterpret_cast<const uint4*>(from + depth)};
 }
 
-// All three products of 16 sources in shared memory with 8 targets in the metric, kBatch times. A thread names
-// the rows it reads: sources lane / 4 and lane / 4 + 8, and target lane / 4. The channels of a product are
-// taken in another order, the same on both sides, so that a thread's share lies together. Equal rows get equal
-// bits.
+// All three products of 16 sources in shared memory with 8 targets in the metric, kBatch times. A thread
+// names the rows it reads: sources lane / 4 and lane / 4 + 8, and target lane / 4. The channels of a product
+// are taken in another order, the same on both sides, so that a thread's share lies together. Equal rows get
+// equal bits.
 template <int kSteps>
 __device__ __forceinline__ void score_exactly(const char* const (&source_ptr)[kBatch][2],
                                               const __half* const (&target_ptr)[kBatch], int padded,
                                               float (&score)[kBatch][4]) {
-  constexpr int kDepth = 2 * kProductDepth;  // of two products
+  constexpr int kDepth = 2 * kProductDepth;                      // of two products
   constexpr int kMaxPieces = kSteps > 0 ? (kSteps + 1) / 2 : 1;  // in flight
   const int depth = kSteps > 0 ? kSteps * kProductDepth : padded;
   const int first = threadIdx.x % 4 * 8;
@@ -176,7 +176,8 @@ struct Candidate {
 };
 
 // Score groups of four targets, two in one product: the first one's source in rows 0 to 7 and targets in
-// columns 0 to 3, the second one's behind them. What is missing at the end of the list repeats its last group.
+// columns 0 to 3, the second one's behind them. What is missing at the end of the list repeats its last
+// group.
 template <int kSteps>
 __device__ __forceinline__ void score_candidates(const Candidate* candidates, int first, int count,
                                                  const Params& p, const Share& share, const char* rows_ptr,
@@ -190,8 +191,8 @@ __device__ __forceinline__ void score_candidates(const Candidate* candidates, in
     const Candidate pair[2] = {candidates[min(first + 2 * i, count - 1)],
                                candidates[min(first + 2 * i + 1, count - 1)]};
     const int target = lane / 4 % kThreadTargets;
-    const int column = (lane < kWarpSize / 2 ? pair[0].column : pair[1].column) + target % 2 +
-                       target / 2 * kProductColumns;
+    const int column =
+        (lane < kWarpSize / 2 ? pair[0].column : pair[1].column) + target % 2 + target / 2 * kProductColumns;
     source_ptr[i][0] = rows_ptr + pair[0].row * row_bytes(p.padded);
     source_ptr[i][1] = rows_ptr + pair[1].row * row_bytes(p.padded);
     target_ptr[i] = share.targets_ptr + static_cast<int64_t>(min(column, p.targets - 1)) * 2 * p.padded;
@@ -202,9 +203,8 @@ __device__ __forceinline__ void score_candidates(const Candidate* candidates, in
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
     const int half = lane % 4 < 2 ? 0 : 2;
-    unsigned long long packed =
-        pack_pair(half ? score[i][2] : score[i][0], half ? score[i][3] : score[i][1],
-                  mine[i].column + lane % 2 * kProductColumns, p.targets);
+    unsigned long long packed = pack_pair(half ? score[i][2] : score[i][0], half ? score[i][3] : score[i][1],
+                                          mine[i].column + lane % 2 * kProductColumns, p.targets);
     const unsigned long long other = __shfl_xor_sync(kFullWarp, packed, 1);
     packed = other > packed ? other : packed;
     if (lane == 0 || lane == 2) atomicMax(block_best + mine[i].row, packed);

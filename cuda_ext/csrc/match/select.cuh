@@ -1,8 +1,7 @@
 // From each source's best target to the slot map of one image, by one block.
 //
-// The r-th largest score is found bit by bit, by every warp alone, or where sources are many by its digits (four
-// histograms of 8 bits). Then one ordered pass counts the merged and the kept sources before each source.
-// Integer counts only: the result depends on no timing.
+// The r-th largest score is found by its digits (four histograms of 8 bits), then one ordered pass counts the
+// merged and the kept sources before each source. Integer counts only: the result depends on no timing.
 #pragma once
 
 #include "score.cuh"
@@ -64,37 +63,6 @@ __device__ __forceinline__ uint32_t find_threshold(const unsigned long long* bes
   return threshold;
 }
 
-// The same without a barrier: each warp holds all scores in its registers and counts.
-constexpr int kLaneSources = 32;
-constexpr int kFewSources = kLaneSources * kWarpSize;
-
-__device__ __forceinline__ uint32_t find_threshold_of_few(const unsigned long long* best, int sources, int r,
-                                                          int& equal) {
-  constexpr int kPart = 4;  // scores that are skipped together where there are fewer
-  uint32_t order[kLaneSources];
-#pragma unroll
-  for (int j = 0; j < kLaneSources; ++j) {
-    const int i = j * kWarpSize + threadIdx.x % kWarpSize;
-    order[j] = i < sources ? best_order(best[i]) : 0;  // below every threshold
-  }
-  auto count_from = [&](uint32_t least) {
-    int count = 0;
-#pragma unroll
-    for (int j = 0; j < kLaneSources; j += kPart) {
-      if (j * kWarpSize >= sources) break;
-#pragma unroll
-      for (int k = 0; k < kPart; ++k) count += order[j + k] >= least;
-    }
-    return __reduce_add_sync(kFullWarp, count);
-  };
-  uint32_t threshold = 0;
-  for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
-    if (count_from(threshold | bit) >= r) threshold |= bit;
-  }
-  equal = r - count_from(threshold + 1);
-  return threshold;
-}
-
 // Slots that no score decides: the prefix and the targets of image b. This thread does its share of them.
 __device__ __forceinline__ void write_fixed(const Params& p, int b, int first, int step) {
   int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
@@ -105,7 +73,8 @@ __device__ __forceinline__ void write_fixed(const Params& p, int b, int first, i
 }
 
 __device__ __forceinline__ void write_merged(const Params& p, int b, int i, unsigned long long best) {
-  p.slot_ptr[static_cast<int64_t>(b) * p.tokens + row_position(p, b, i)] = p.first_target() + best_index(best);
+  p.slot_ptr[static_cast<int64_t>(b) * p.tokens + row_position(p, b, i)] =
+      p.first_target() + best_index(best);
 }
 
 // The slots of all sources of image b. `best` holds the packed best of every source, in shared or device
@@ -121,9 +90,7 @@ __device__ __forceinline__ void write_sources(const Params& p, int b, const unsi
 
   int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
   int equal = 0;
-  const uint32_t threshold = p.sources <= kFewSources
-                                 ? find_threshold_of_few(best, p.sources, p.merged, equal)
-                                 : find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
+  const uint32_t threshold = find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   int2 before = make_int2(0, 0);

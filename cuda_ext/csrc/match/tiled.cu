@@ -2,8 +2,8 @@
 //
 // match_metric_kernel: keys -> split unit vectors [batch, rows, 2, padded], row_lanes threads per row.
 // match_score_kernel: one block owns kRows sources of an image and streams the high halves of all targets
-// through shared memory, in tiles of kColumns. What comes close to the best of its row is scored exactly, from
-// device memory. The block that finishes an image last selects its pairs.
+// through shared memory, in tiles of kColumns. What comes close to the best of its row is scored exactly,
+// from device memory. The block that finishes an image last selects its pairs.
 #include "../launch.cuh"
 #include "scan.cuh"
 #include "select.cuh"
@@ -24,7 +24,6 @@ __device__ __forceinline__ int row_in_turn(const Params& p, int i) {
 // The number of blocks tells the compiler that it need not save registers at the cost of loads in flight.
 template <class T, bool kAligned>
 __global__ __launch_bounds__(kMetricThreads, 1024 / kMetricThreads) void match_metric_kernel(const Params p) {
-  admit_next();
   const uint32_t first = blockIdx.x * (kMetricThreads / p.row_lanes) + threadIdx.x / p.row_lanes;
   const uint32_t rows = static_cast<uint32_t>(p.batch) * p.rows();
   const uint32_t row = min(first, rows - 1);  // the last warp stays whole for the shuffles
@@ -49,7 +48,6 @@ template <class Traits>
 __device__ __forceinline__ void look(const Params& p, const Share& share, char* shared, int warp_row,
                                      int warp_column, uint32_t mask, Seen& seen) {
   const Stream<Traits, false> stream(p, share, shared);
-  await_previous();
   stream.begin();
   write_fixed(p, share.image, share.block * Traits::kThreads + threadIdx.x, share.blocks * Traits::kThreads);
   stream.await();
@@ -88,7 +86,8 @@ __device__ __forceinline__ void look_again(const Params& p, const Share& share, 
 #pragma unroll
   for (int i = 0; i < 2 * kScanTiles; ++i) {
     // No best score is lower.
-    best.known[i / 2][i % 2] = score_of(block_top[warp_row + i * 8 + threadIdx.x % kWarpSize / 4]) - close / 2;
+    best.known[i / 2][i % 2] =
+        score_of(block_top[warp_row + i * 8 + threadIdx.x % kWarpSize / 4]) - close / 2;
   }
   for (int tile = 0; tile * stream.kColumns < p.targets; ++tile) {
     const char* const target_ptr[1] = {
@@ -130,7 +129,8 @@ __device__ __forceinline__ void score_block(const Params& p, const Share& share,
     top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
     if (lane % 4 == 0) atomicMax(block_top + warp_row + i * 8 + lane / 4, order_of(top));
   }
-  __syncthreads();  // the tiles have served too: their memory takes both halves of the sources, and candidates
+  __syncthreads();  // the tiles have served too: their memory takes both halves of the sources, and
+                    // candidates
   const Stream<Traits, true> stream(p, share, shared);
   stream.template copy_rows<Traits::kRows>(share.sources_ptr, 0, share.rows - 1, shared);
   cute::cp_async_fence();
@@ -140,7 +140,7 @@ __device__ __forceinline__ void score_block(const Params& p, const Share& share,
       min((Traits::tile_bytes(p.padded) - sources_bytes) / static_cast<int>(sizeof(Candidate)),
           Traits::kRows * (1 + p.targets / kTargetsPerCandidate));
   const float close = closeness(mask);
-  int listed[2 * kScanTiles];   // groups of each row
+  int listed[2 * kScanTiles];  // groups of each row
   int all = 0;
 #pragma unroll
   for (int i = 0; i < 2 * kScanTiles; ++i) {
@@ -204,12 +204,17 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocks) void match_score
   const int rows = min(Traits::kRows, p.sources - first_row);
   const __half* image_ptr = p.metric_ptr + static_cast<int64_t>(b) * p.rows() * 2 * p.padded;
   const Share share{image_ptr + static_cast<int64_t>(first_row) * 2 * p.padded,
-                    image_ptr + static_cast<int64_t>(p.sources) * 2 * p.padded, rows, b, block, blocks};
+                    image_ptr + static_cast<int64_t>(p.sources) * 2 * p.padded,
+                    rows,
+                    b,
+                    block,
+                    blocks};
   auto* block_best = reinterpret_cast<unsigned long long*>(shared + Traits::tile_bytes(p.padded));
   score_block<Traits>(p, share, shared, block_best, reinterpret_cast<uint32_t*>(block_best + Traits::kRows));
   __syncthreads();
   if (p.merged == p.sources) {  // nothing to select
-    for (int i = threadIdx.x; i < rows; i += Traits::kThreads) write_merged(p, b, first_row + i, block_best[i]);
+    for (int i = threadIdx.x; i < rows; i += Traits::kThreads)
+      write_merged(p, b, first_row + i, block_best[i]);
     return;
   }
   unsigned long long* best_ptr = p.best_ptr + static_cast<int64_t>(b) * p.sources;
@@ -236,7 +241,7 @@ bool try_score(const Params& p, int max_shared_bytes, cudaStream_t stream) {
   if (bytes + kAccessBytes > max_shared_bytes) return false;
   const int64_t blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;
   launch_kernel(match_score_kernel<Traits>, blocks * p.batch, Traits::kThreads, bytes,
-                max_shared_bytes - kAccessBytes, stream, p, Start::kEarly);
+                max_shared_bytes - kAccessBytes, stream, p);
   return true;
 }
 
@@ -251,9 +256,9 @@ bool launch_tiled(const Params& p, Dtype dtype, bool aligned, int max_shared_byt
     launch_kernel(aligned ? match_metric_kernel<T, true> : match_metric_kernel<T, false>, blocks,
                   kMetricThreads, 0, 0, stream, p);
   });
-  // Where two blocks per multiprocessor hold all sources they get eight warps each, else four blocks four. Head
-  // dimensions of 64 and 80 have kernels of their own; wide metrics on GPUs with little shared memory take the
-  // smaller tiles.
+  // Where two blocks per multiprocessor hold all sources they get eight warps each, else four blocks four.
+  // Head dimensions of 64 and 80 have kernels of their own; wide metrics on GPUs with little shared memory
+  // take the smaller tiles.
   const bool is_wide = static_cast<int64_t>(p.batch) * ((p.sources + 63) / 64) <= 2 * multiprocessors;
   if (is_wide) {
     if (try_score<Traits<64, 128, 4, 4, 3, 2>>(p, max_shared_bytes, stream)) return true;

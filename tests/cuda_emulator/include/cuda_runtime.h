@@ -62,30 +62,10 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
-// Kernels never overlap here.
-constexpr cudaError_t cudaSuccess = 0;
-constexpr int cudaLaunchAttributeProgrammaticStreamSerialization = 0;
-struct cudaLaunchAttribute {
-  int id;
-  struct {
-    int programmaticStreamSerializationAllowed;
-  } val;
-};
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
-template <class P>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P)) {
-  attributes->ptxVersion = 80;
-  return cudaSuccess;
-}
-
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
-  cudaLaunchAttribute* attrs = nullptr;
-  unsigned numAttrs = 0;
 };
 
 namespace tome {
@@ -242,13 +222,6 @@ template <class T>
 T __shfl_down_sync(unsigned, T value, int step) {
   return emulator::exchange(value, [&](const T* all) {
     return emulator::lane() + step < 32 ? all[emulator::lane() + step] : value;
-  });
-}
-inline int __reduce_add_sync(unsigned, int value) {
-  return emulator::exchange(value, [](const int* all) {
-    int sum = 0;
-    for (int lane = 0; lane < 32; ++lane) sum += all[lane];
-    return sum;
   });
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
