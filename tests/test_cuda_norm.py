@@ -174,10 +174,10 @@ def test_opcheck(dtype: torch.dtype, merging: bool) -> None:
     x, branch, weight, bias, gamma = (
         v.clone().requires_grad_() for v in (call.x, call.branch, call.weight, call.bias, call.gamma)
     )
-    out, y, total, stats = ops.merge_add_norm(*call[:-1], dtype)
+    out, y, total, stats = ops.merge_add_norm(*call[:-1], dtype, True)
     total = total if merging else None
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (x, branch, call.slot, call.tokens, call.size, weight, bias, call.eps, gamma, dtype)
+    arguments = (x, branch, call.slot, call.tokens, call.size, weight, bias, call.eps, gamma, dtype, True)
     torch.library.opcheck(ops.merge_add_norm.default, arguments, test_utils=checks)
     slot, size = (call.slot, call.size) if merging else (None, None)
     back = (out, y, out, stats, slot, size, total, call.weight, call.gamma, 9, dtype)

@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("unmerge_backward(Tensor grad, Tensor slot, SymInt tokens) -> Tensor");
   m.def(
       "merge_add_norm(Tensor x, Tensor branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
-      "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool training) -> (Tensor, Tensor)");
   m.def(

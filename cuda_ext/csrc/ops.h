@@ -19,11 +19,11 @@ Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optiona
 Tensor unmerge(const Tensor& x, const Tensor& slot);
 Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
 
-// x merged, y, totals (empty without a slot map), mean and 1 / standard deviation of every output row.
+// x merged, y, totals (empty without a slot map), and for training mean and 1 / standard deviation of every output row.
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
     const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype);
+    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training);
 // [B, Nq, H, D] for q [B, H, Nq, D], and for the gradient the log-sum-exp of each row.
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& size, double scale, bool training);

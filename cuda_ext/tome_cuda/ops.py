@@ -194,9 +194,11 @@ def merge_add_norm(
             checks.merging(x, slot, tokens, size)
 
     def run() -> tuple[Tensor, Tensor, Tensor | None]:
+        leaves = (x, branch, weight, bias, gamma)
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
         merged, y, total, _ = _ops().merge_add_norm(
             *(x, branch, slot, tokens, _constant(size), weight, bias, eps, gamma),
-            x.dtype if norm_dtype is None else norm_dtype,
+            *(x.dtype if norm_dtype is None else norm_dtype, training),
         )
         return merged, y, size if slot is None else _constant(total)
 
@@ -354,10 +356,11 @@ def _merge_add_norm_fake(
     eps: float,
     gamma: Tensor | None,
     norm_dtype: torch.dtype,
+    training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = (x.shape[0], tokens, x.shape[2])
     total = x.new_empty((0 if slot is None else x.shape[0], tokens), dtype=torch.float32)
-    stats = x.new_empty((x.shape[0], tokens, 2), dtype=torch.float32)
+    stats = x.new_empty((x.shape[0] if training else 0, tokens, 2), dtype=torch.float32)
     return x.new_empty(shape), x.new_empty(shape, dtype=norm_dtype), total, stats
 
 
@@ -492,7 +495,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    _, branch, slot, _, size, weight, bias, _, gamma, _ = inputs
+    _, branch, slot, _, size, weight, bias, _, gamma, *_ = inputs
     merged, _, total, stats = output
     ctx.mark_non_differentiable(total, stats)
     ctx.set_materialize_grads(False)
@@ -506,7 +509,7 @@ def _merge_add_norm_grad(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None,
     merged, stats, slot, size, total, weight, gamma, factor = ctx.saved_tensors
     needs = ctx.needs_input_grad
     ops = torch.ops.tome_cuda
-    grads: list[Tensor | None] = [None] * 10
+    grads: list[Tensor | None] = [None] * 11
     if needs[0] or needs[1] or needs[8]:
         grads[:2] = ops.merge_add_norm_backward(
             *(grad_x, grad_y, merged, stats, slot, size, total, weight, gamma, ctx.length, ctx.branch_dtype)

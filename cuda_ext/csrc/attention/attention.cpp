@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "../ops.h"
+#include "hopper.h"
 #include "plan.h"
 
 namespace tome {
@@ -49,8 +50,11 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
     return value;
   };
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  if (kHasHopper && hopper::fits_resident(p) && attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
-    return hopper::launch_resident(p, dtype, multiprocessors, stream);
+  if (kHasHopper && attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
+    if (hopper::fits_resident(p)) return hopper::launch_resident(p, dtype, multiprocessors, stream);
+    // A head of fewer keys leaves its consumers without work.
+    const bool is_long = p.keys > 64;
+    if (is_long && hopper_takes(p) && launch_attention_hopper(p, dtype, stream)) return;
   }
   const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const ResidentParams plan = plan_resident(p, multiprocessors);

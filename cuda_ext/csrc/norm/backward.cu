@@ -16,10 +16,11 @@ constexpr int kWarps = kThreads / kWarpSize;
 
 template <class T, int kCount>
 __global__ __launch_bounds__(kThreads) void backward_kernel(const BackwardParams p) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
-  if (row >= p.batch * p.length) return;
-  const int64_t b = row / p.length;
-  const int i = static_cast<int>(row % p.length);
+  const unsigned blocks = (p.length + kWarps - 1) / kWarps;  // per image
+  const int64_t b = blockIdx.x / blocks;
+  const int i = static_cast<int>(blockIdx.x % blocks * kWarps + threadIdx.x / kWarpSize);
+  if (i >= p.length) return;
+  const int64_t row = b * p.length + i;
   const int slot = p.slot.data_ptr == nullptr ? i : __ldg(p.slot.data_ptr + p.slot.offset(b, i));
   // A bad slot is seen in the result and never becomes an address.
   const bool is_valid = static_cast<unsigned>(slot) < static_cast<unsigned>(p.tokens);
@@ -105,15 +106,15 @@ __global__ __launch_bounds__(kThreads) void columns_kernel(const ColumnParams p)
   const int lane = threadIdx.x % kWarpSize;
   const int slab = blockIdx.x % p.slabs;
   const int channel = static_cast<int>(blockIdx.x / p.slabs) * kStep + lane * kCount;
-  const int64_t rows = p.batch * p.rows;
-  const int64_t slab_rows = (rows + p.slabs - 1) / p.slabs;
-  const int64_t end = min(rows, (slab + 1) * slab_rows);
+  const unsigned rows = static_cast<unsigned>(p.batch) * p.rows;  // an int's worth at most
+  const unsigned slab_rows = (rows + p.slabs - 1) / p.slabs;
+  const unsigned end = min(rows, (slab + 1) * slab_rows);
   float sum[2][kCount];
 #pragma unroll
   for (int c = 0; c < kCount; ++c) sum[0][c] = sum[1][c] = 0.0f;
   if (channel < p.channels) {
 #pragma unroll 4
-    for (int64_t row = slab * slab_rows + warp; row < end; row += kWarps) {
+    for (unsigned row = slab * slab_rows + warp; row < end; row += kWarps) {
       const int64_t i = row / p.rows, j = row % p.rows;
       const int64_t a_stride = kCount == 1 ? p.a.channel_stride : 1;
       const int64_t b_stride = kCount == 1 ? p.b.channel_stride : 1;
@@ -160,7 +161,7 @@ __global__ __launch_bounds__(kThreads) void columns_kernel(const ColumnParams p)
 }  // namespace
 
 void launch_backward(const BackwardParams& p, Dtype dtype, bool aligned, cudaStream_t stream) {
-  const int64_t blocks = (p.batch * p.length + kWarps - 1) / kWarps;
+  const int64_t blocks = p.batch * ((p.length + kWarps - 1) / kWarps);
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto kernel = aligned ? backward_kernel<T, kPackSize<T>> : backward_kernel<T, 1>;

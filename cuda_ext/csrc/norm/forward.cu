@@ -137,7 +137,7 @@ struct NormRows {
     return rsqrtf(fmaf(squares, p.share, p.eps));
   }
   __device__ __forceinline__ void store_stats(int output, float mean, float rstd) const {
-    if (threadIdx.x % kWarpSize == 0) p.stats_ptr[first_row + output] = make_float2(mean, rstd);
+    if (p.stats_ptr != nullptr && threadIdx.x % kWarpSize == 0) p.stats_ptr[first_row + output] = make_float2(mean, rstd);
   }
   // y from centred channels, to element `at` of it.
   __device__ __forceinline__ void store_norm(int64_t at, int channel, const float (&centred)[kCount],

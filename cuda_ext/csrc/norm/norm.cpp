@@ -35,10 +35,11 @@ bool is_aligned_like(const View& view, Dtype dtype, Dtype x_dtype, int64_t chann
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
     const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype) {
+    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training) {
   check_tensor(x, "x", 3);
   check_tensor(branch, "branch", 3);
   check_tokens(x, tokens, slot.has_value());
+  TOME_CHECK(eps > 0.0, "eps must be positive, got ", eps);
   for (int64_t dim = 0; dim < 3; ++dim) TOME_CHECK(branch.size(dim) == x.size(dim), "branch must be like x");
   const Dtype dtype = floating_dtype(x, "x");
   const Dtype branch_dtype = floating_dtype(branch, "branch");
@@ -48,13 +49,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
   Tensor merged = new_empty(x, {batch, tokens, x.size(2)}, x.scalar_type());
   Tensor y = new_empty(x, {batch, tokens, x.size(2)}, norm_dtype);
   Tensor total = new_empty(x, {slot.has_value() ? batch : 0, tokens}, ScalarType::Float);
-  Tensor stats = new_empty(x, {batch, tokens, 2}, ScalarType::Float);
+  Tensor stats = new_empty(x, {training ? batch : 0, tokens, 2}, ScalarType::Float);
   NormParams p{};
   p.merge = gather_params(x, merged, slot, tokens, size);
   if (slot.has_value()) p.merge.total_ptr = static_cast<float*>(total.mutable_data_ptr());
   p.branch = view(branch);
   p.y_ptr = y.mutable_data_ptr();
-  p.stats_ptr = static_cast<float2*>(stats.mutable_data_ptr());
+  if (training) p.stats_ptr = static_cast<float2*>(stats.mutable_data_ptr());
   p.y_dtype = floating_dtype(y, "y");
   p.gamma = vector(gamma, "gamma", x);
   p.weight = vector(weight, "weight", x);
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
                          (!grad_x.has_value() || is_aligned_view(p.grad_x, dtype, channels)) &&
                          (!grad_y.has_value() || is_aligned_like(p.grad_y, p.grad_y_dtype, dtype, channels)) &&
                          is_aligned_vector(p.weight) && is_aligned_vector(p.gamma);
-    check_grid((batch * length + 7) / 8);
+    check_grid(batch * ((length + 7) / 8));
     norm::launch_backward(p, dtype, aligned, current_stream(merged));
     check_launch();
   }
@@ -145,6 +146,7 @@ Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>
   p.batch = a.size(0);
   p.rows = to_int(a.size(1), "the number of rows");
   p.channels = to_int(a.size(2), "the number of channels");
+  check_grid(2 * p.batch * p.rows);
   const bool aligned = p.channels % norm::kColumnPack == 0 && is_aligned_view(p.a, p.a_dtype, p.channels) &&
                        is_aligned_view(p.b, p.b_dtype, p.channels);
   p.slabs = norm::slabs(p.batch * p.rows, p.channels);

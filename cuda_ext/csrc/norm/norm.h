@@ -20,7 +20,7 @@ struct NormParams {
   GatherParams merge;  // x, and x merged; without a slot map every token is an output
   View branch;         // [batch, length, channels]
   void* y_ptr;         // [batch, tokens, channels], contiguous
-  float2* stats_ptr;   // [batch, tokens]: mean and 1 / standard deviation
+  float2* stats_ptr;   // [batch, tokens]: mean and 1 / standard deviation; null where no gradient will need them
   Dtype y_dtype;
   Vector gamma, weight, bias;
   float eps;

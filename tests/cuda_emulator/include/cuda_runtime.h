@@ -50,7 +50,6 @@ struct float2 {
   float x, y;
 };
 struct alignas(16) float4 {
-struct float4 {
   float x, y, z, w;
 };
 struct int2 {
