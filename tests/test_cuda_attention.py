@@ -211,7 +211,8 @@ def test_compiles_without_breaks_or_recompiles() -> None:
             torch.testing.assert_close(out, block(x, size))
             (ours,) = torch.autograd.grad(out, x, out.detach())
             (eager,) = torch.autograd.grad(block(x, size), x, out.detach())
-            torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2)
+            # Eager gradients may be cuDNN's, those of a compiler never are: other roundings of the same sums.
+            torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max()))
 
 
 @pytest.mark.parametrize("training", [False, True])
