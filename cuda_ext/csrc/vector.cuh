@@ -121,8 +121,8 @@ __device__ __forceinline__ Pack<T, kCount> to_pack(const float (&x)[kCount]) {
   return pack;
 }
 
-// The same number, of which the compiler knows nothing: without, it would write a long loop once more for every
-// outcome of a uniform condition in it.
+// The same number, of which the compiler knows nothing: without, it would write a long loop once more for
+// every outcome of a uniform condition in it.
 __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;

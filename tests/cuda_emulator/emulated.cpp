@@ -134,11 +134,11 @@ extern "C" void emulated_spread(const void* x, void* out, const float* total, co
 
 // strides: x batch, row, channel; branch the same; slot and size batch, row; gamma, weight, bias. dtypes: x,
 // branch, y, gamma, weight, bias.
-extern "C" void emulated_norm(const void* x, const void* branch, void* out, void* y, float* total, float* stats,
-                              const int32_t* slot, const float* size, const void* gamma, const void* weight,
-                              const void* bias, const int64_t* strides, const int* dtypes, float eps, int batch,
-                              int length, int tokens, int channels, int block_outputs, int aligned,
-                              unsigned seed) {
+extern "C" void emulated_norm(const void* x, const void* branch, void* out, void* y, float* total,
+                              float* stats, const int32_t* slot, const float* size, const void* gamma,
+                              const void* weight, const void* bias, const int64_t* strides, const int* dtypes,
+                              float eps, int batch, int length, int tokens, int channels, int block_outputs,
+                              int aligned, unsigned seed) {
   emulator::state().random.seed(seed);
   tome::norm::NormParams p{};
   p.merge.x = {const_cast<void*>(x), strides[0], strides[1], strides[2]};
@@ -160,7 +160,8 @@ extern "C" void emulated_norm(const void* x, const void* branch, void* out, void
   p.bias = {bias, strides[12], static_cast<Dtype>(dtypes[5])};
   p.eps = eps;
   p.share = 1.0f / static_cast<float>(channels);
-  tome::norm::launch_norm(p, static_cast<Dtype>(dtypes[0]), static_cast<Dtype>(dtypes[1]), aligned != 0, nullptr);
+  tome::norm::launch_norm(p, static_cast<Dtype>(dtypes[0]), static_cast<Dtype>(dtypes[1]), aligned != 0,
+                          nullptr);
 }
 
 // strides: q, k, v (batch, head, row each), size (batch, key). teams and splits: 0 for the plan's own.
@@ -204,8 +205,9 @@ extern "C" void emulated_attention(const void* q, const void* k, const void* v, 
 extern "C" void emulated_norm_backward(const void* grad_x, const void* grad_y, const void* merged,
                                        const float* stats, void* x_out, void* branch_out, const int32_t* slot,
                                        const float* size, const float* total, const void* weight,
-                                       const void* gamma, const int64_t* strides, const int* dtypes, int batch,
-                                       int length, int tokens, int channels, int aligned, unsigned seed) {
+                                       const void* gamma, const int64_t* strides, const int* dtypes,
+                                       int batch, int length, int tokens, int channels, int aligned,
+                                       unsigned seed) {
   emulator::state().random.seed(seed);
   tome::norm::BackwardParams p{};
   p.grad_x = {const_cast<void*>(grad_x), strides[0], strides[1], strides[2]};

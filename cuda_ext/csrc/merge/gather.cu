@@ -41,10 +41,14 @@ struct PlainRows {
 
 // Blocks per multiprocessor that registers must allow; more would spill.
 template <int kCount, int kPacks>
-constexpr int kMinBlocks = kCount * kPacks == 0 ? 4 : kCount * kPacks <= 24 ? 6 : kCount * kPacks <= 40 ? 5 : 3;
+constexpr int kMinBlocks = kCount * kPacks == 0    ? 4
+                           : kCount * kPacks <= 24 ? 6
+                           : kCount * kPacks <= 40 ? 5
+                                                   : 3;
 
 template <class T, int kCount, int kPacks>
-__global__ __launch_bounds__(kThreads, (kMinBlocks<kCount, kPacks>)) void gather_kernel(const GatherParams p) {
+__global__ __launch_bounds__(kThreads,
+                             (kMinBlocks<kCount, kPacks>)) void gather_kernel(const GatherParams p) {
   static __shared__ Storage shared;
   const int blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;

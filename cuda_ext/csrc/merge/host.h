@@ -24,9 +24,10 @@ void check_tokens(const Tensor& x, int64_t tokens, bool has_map);
 int to_int(int64_t value, const char* name);
 void check_grid(int64_t blocks);
 
-// A merge of x into out; the totals are the caller's. Its launch has blocks(params) blocks, all of which fit a grid.
-GatherParams gather_params(const Tensor& x, const Tensor& out, const std::optional<Tensor>& slot, int64_t tokens,
-                           const std::optional<Tensor>& size);
+// A merge of x into out; the totals are the caller's. Its launch has blocks(params) blocks, all of which fit
+// a grid.
+GatherParams gather_params(const Tensor& x, const Tensor& out, const std::optional<Tensor>& slot,
+                           int64_t tokens, const std::optional<Tensor>& size);
 
 template <class T>
 Table<T> table(const Tensor& tensor, const char* name, const Tensor& like, ScalarType dtype, int64_t batch,

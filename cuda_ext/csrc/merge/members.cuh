@@ -27,7 +27,8 @@ __device__ __forceinline__ int token_slot(const GatherParams& p, int64_t b, int 
 constexpr int kScanned = 4;  // slots per thread that are loaded before the first is looked at
 
 // The slots of tokens base, base + kThreads, ...; a number that is no output's past the end.
-__device__ __forceinline__ void load_slots(const GatherParams& p, int64_t b, int base, int (&slot)[kScanned]) {
+__device__ __forceinline__ void load_slots(const GatherParams& p, int64_t b, int base,
+                                           int (&slot)[kScanned]) {
 #pragma unroll
   for (int j = 0; j < kScanned; ++j) {
     const int token = base + j * kThreads;
@@ -35,9 +36,9 @@ __device__ __forceinline__ void load_slots(const GatherParams& p, int64_t b, int
   }
 }
 
-// List the tokens with slots in [first, first + outputs), each output's in the order in which threads come. The
-// counters are integers, so what is counted doesn't depend on that order. `prepare` is done while the first slots
-// are under way, before the first barrier.
+// List the tokens with slots in [first, first + outputs), each output's in the order in which threads come.
+// The counters are integers, so what is counted doesn't depend on that order. `prepare` is done while the
+// first slots are under way, before the first barrier.
 template <class Prepare>
 __device__ __forceinline__ void list_members(const GatherParams& p, int64_t b, int first, int outputs,
                                              Storage& shared, Prepare&& prepare) {

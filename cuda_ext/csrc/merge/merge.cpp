@@ -39,9 +39,9 @@ void check_grid(int64_t blocks) {
 
 namespace {
 
-// Few rows: small blocks, so that a single image still reaches many multiprocessors. Many rows: larger blocks, so
-// that the scan of the slots is shared by more of them, all alike; the largest only where there is much to scan, as
-// a grid of few blocks ends unevenly.
+// Few rows: small blocks, so that a single image still reaches many multiprocessors. Many rows: larger
+// blocks, so that the scan of the slots is shared by more of them, all alike; the largest only where there is
+// much to scan, as a grid of few blocks ends unevenly.
 int block_outputs(int64_t batch, int64_t length, int64_t tokens) {
   constexpr int64_t kFewRows = 1024, kManyRows = 8192, kLong = 2048;
   const int64_t rows = batch * tokens;
@@ -57,8 +57,8 @@ bool are_aligned(const View& x, const View& out, Dtype dtype, int64_t channels) 
 
 }  // namespace
 
-GatherParams gather_params(const Tensor& x, const Tensor& out, const std::optional<Tensor>& slot, int64_t tokens,
-                           const std::optional<Tensor>& size) {
+GatherParams gather_params(const Tensor& x, const Tensor& out, const std::optional<Tensor>& slot,
+                           int64_t tokens, const std::optional<Tensor>& size) {
   const int64_t batch = x.size(0);
   GatherParams p{};
   p.x = view(x);

@@ -26,7 +26,8 @@ using RowPart = float[kPacks][kCount];
 // The kernels for rows in registers: how many packs they hold.
 template <int kCount>
 struct Widths {
-  static constexpr int kPacks[] = {1, 2, 3, 4, 5, 8};  // 16-bit: up to 256, 512, 768, 1024, 1280, 2048 channels
+  static constexpr int kPacks[] = {1, 2, 3,
+                                   4, 5, 8};  // 16-bit: up to 256, 512, 768, 1024, 1280, 2048 channels
 };
 template <>
 struct Widths<4> {
@@ -73,7 +74,8 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
     scan_members(p, b, first + output, [&](int base, unsigned mask) {
       for (; mask != 0; mask &= mask - 1) total += token_size(p, b, base + __ffs(mask) - 1);
     });
-    if (p.total_ptr != nullptr && threadIdx.x % kWarpSize == 0) p.total_ptr[b * p.tokens + first + output] = total;
+    if (p.total_ptr != nullptr && threadIdx.x % kWarpSize == 0)
+      p.total_ptr[b * p.tokens + first + output] = total;
   }
 #pragma unroll 1
   for (int channel = lane_channel<kCount>(); channel - lane_channel<kCount>() < p.channels;
@@ -145,8 +147,8 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
   rows.finish_stored(output);
 }
 
-// Rows of up to kPacks packs. The members of a warp's rows form one stream: while one of them is added and its
-// row finished, the next is under way. Returns whether that was all of the warp's rows.
+// Rows of up to kPacks packs. The members of a warp's rows form one stream: while one of them is added and
+// its row finished, the next is under way. Returns whether that was all of the warp's rows.
 template <int kPacks, class Rows>
 __device__ __forceinline__ bool merge_stream(const GatherParams& p, const Rows& rows, const Storage& shared,
                                              int first, int outputs) {
@@ -167,7 +169,8 @@ __device__ __forceinline__ bool merge_stream(const GatherParams& p, const Rows& 
     const int token = has_map ? shared.token[output][member] : first + output;
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
-      if (is_inside<kCount, kPacks>(k, channel, p.channels)) fetched[k] = rows.fetch(token, channel + k * kStep);
+      if (is_inside<kCount, kPacks>(k, channel, p.channels))
+        fetched[k] = rows.fetch(token, channel + k * kStep);
     }
   };
   RowPart<kPacks, kCount> sum;
@@ -215,8 +218,8 @@ __device__ __forceinline__ bool merge_stream(const GatherParams& p, const Rows& 
 
 // All output rows of the block; kPacks = 0 for rows of any width.
 template <int kPacks, class Rows>
-__device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows, Storage& shared, int64_t b,
-                                           int first, int outputs) {
+__device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows, Storage& shared,
+                                           int64_t b, int first, int outputs) {
   const bool has_map = p.slot.data_ptr != nullptr;
   if (has_map) {
     list_members(p, b, first, outputs, shared, [&] { rows.prepare(); });
@@ -247,7 +250,9 @@ void dispatch_packs(int channels, bool aligned, Launch&& launch) {
     is_launched = true;
     launch(Constant<kCount>{}, packs);
   };
-  const auto try_widths = [&](auto... i) { (try_width(Constant<Widths<kCount>::kPacks[decltype(i)::value]>{}), ...); };
+  const auto try_widths = [&](auto... i) {
+    (try_width(Constant<Widths<kCount>::kPacks[decltype(i)::value]>{}), ...);
+  };
   try_widths(Constant<0>{}, Constant<1>{}, Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<5>{});
   if (!is_launched) launch(Constant<kCount>{}, Constant<0>{});
 }

@@ -1,10 +1,13 @@
-// The gradient of merge_add_norm. With g and h the gradients of x' and y, xhat = (x' - mean) * rstd, d = h * weight:
+// The gradient of merge_add_norm. With g and h the gradients of x' and y, xhat = (x' - mean) * rstd, d = h *
+// weight:
 //   of x'      e = g + rstd * (d - mean(d) - xhat * mean(d * xhat))
 //   of x_i     size_i / total_m * e[m] for m = slot i; of branch_i gamma times that
-//   of weight  sum of h * xhat over all rows, of bias sum of h, of gamma sum of branch_i times the gradient of x_i
+//   of weight  sum of h * xhat over all rows, of bias sum of h, of gamma sum of branch_i times the gradient
+//   of x_i
 //
-// backward_kernel: one warp per token, which reads the row of its slot, twice: the second time from the L1 cache.
-// columns_kernel: sums over rows, in a fixed order; slabs of rows in different blocks are added by the caller.
+// backward_kernel: one warp per token, which reads the row of its slot, twice: the second time from the L1
+// cache. columns_kernel: sums over rows, in a fixed order; slabs of rows in different blocks are added by the
+// caller.
 #include "../launch.cuh"
 #include "vector.cuh"
 
@@ -38,7 +41,7 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const BackwardParams
   const int64_t grad_x_stride = kCount == 1 ? p.grad_x.channel_stride : 1;
   const int64_t grad_y_stride = kCount == 1 ? p.grad_y.channel_stride : 1;
 
-  const auto load = [&](int channel, float(&xhat)[kCount], float(&d)[kCount]) {
+  const auto load = [&](int channel, float (&xhat)[kCount], float (&d)[kCount]) {
     unpack(load_pack<T, kCount>(merged_ptr + channel), xhat);
     load_as(p.grad_y_dtype, p.grad_y.data_ptr, grad_y_at + channel * grad_y_stride, d);
     float weight[kCount];
@@ -72,7 +75,8 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const BackwardParams
 #pragma unroll
     for (int c = 0; c < kCount; ++c) e[c] = 0.0f;
     if (p.grad_x.data_ptr != nullptr) {
-      unpack(load_pack<T, kCount>(static_cast<const T*>(p.grad_x.data_ptr) + grad_x_at + channel * grad_x_stride),
+      unpack(load_pack<T, kCount>(static_cast<const T*>(p.grad_x.data_ptr) + grad_x_at +
+                                  channel * grad_x_stride),
              e);
     }
     if (p.grad_y.data_ptr != nullptr) {
@@ -174,7 +178,8 @@ void launch_columns(const ColumnParams& p, bool aligned, cudaStream_t stream) {
     const int64_t tiles = (p.channels + step - 1) / step;
     launch_kernel(+kernel, tiles * p.slabs, kThreads, 0, 0, stream, p);
   };
-  aligned ? launch(columns_kernel<kColumnPack>, kWarpSize * kColumnPack) : launch(columns_kernel<1>, kWarpSize);
+  aligned ? launch(columns_kernel<kColumnPack>, kWarpSize * kColumnPack)
+          : launch(columns_kernel<1>, kWarpSize);
 }
 
 }  // namespace tome::norm

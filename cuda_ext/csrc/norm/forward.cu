@@ -1,6 +1,6 @@
-// x'[m] = sum of w_i (x_i + gamma * branch_i) over the tokens i with slot i = m, rounded once; y = layer_norm(x').
-// One launch: everything is read once and written once. Blocks, members and the order of the sums are those of
-// a merge (merge/rows.cuh); a row stays in the registers of its warp until y is written.
+// x'[m] = sum of w_i (x_i + gamma * branch_i) over the tokens i with slot i = m, rounded once; y =
+// layer_norm(x'). One launch: everything is read once and written once. Blocks, members and the order of the
+// sums are those of a merge (merge/rows.cuh); a row stays in the registers of its warp until y is written.
 //
 // y is the norm of x' as rounded, so that it doesn't depend on the path that summed the row, and its gradient
 // can be taken at x'. The variance is the mean of centred squares.
@@ -11,13 +11,13 @@
 namespace tome::norm {
 namespace {
 
-using merge_ops::kThreads;
 using merge_ops::is_inside;
+using merge_ops::kThreads;
 using merge_ops::lane_channel;
 using merge_ops::RowPart;
 
-// gamma, weight and bias in float32, in shared memory: converted once per block, and read without bank conflicts
-// as 16 bytes of all lanes lie side by side.
+// gamma, weight and bias in float32, in shared memory: converted once per block, and read without bank
+// conflicts as 16 bytes of all lanes lie side by side.
 struct Staged {
   float* gamma;
   float* weight;
@@ -66,8 +66,8 @@ struct NormRows {
   int64_t first_row;  // of the block, among all output rows
   Staged staged;
 
-  __device__ __forceinline__ static void parameter(const Vector& vector, const float* staged_ptr, float missing,
-                                                   int channel, float (&v)[kCount]) {
+  __device__ __forceinline__ static void parameter(const Vector& vector, const float* staged_ptr,
+                                                   float missing, int channel, float (&v)[kCount]) {
     if constexpr (kStaged) {
       load_staged(staged_ptr, channel, v);
     } else if (vector.data_ptr != nullptr) {
@@ -137,7 +137,8 @@ struct NormRows {
     return rsqrtf(fmaf(squares, p.share, p.eps));
   }
   __device__ __forceinline__ void store_stats(int output, float mean, float rstd) const {
-    if (p.stats_ptr != nullptr && threadIdx.x % kWarpSize == 0) p.stats_ptr[first_row + output] = make_float2(mean, rstd);
+    if (p.stats_ptr != nullptr && threadIdx.x % kWarpSize == 0)
+      p.stats_ptr[first_row + output] = make_float2(mean, rstd);
   }
   // y from centred channels, to element `at` of it.
   __device__ __forceinline__ void store_norm(int64_t at, int channel, const float (&centred)[kCount],
@@ -195,14 +196,14 @@ struct NormRows {
   }
   __device__ __forceinline__ void finish_stored(int output) const {
     float sum = 0.0f;
-    each_stored(output, [&](int, float(&v)[kCount]) { sum += pack_sum(v); });
+    each_stored(output, [&](int, float (&v)[kCount]) { sum += pack_sum(v); });
     const float mean = warp_sum(sum) * p.share;
     float squares = 0.0f;
-    each_stored(output, [&](int, float(&v)[kCount]) { squares += square_sum(v, mean); });
+    each_stored(output, [&](int, float (&v)[kCount]) { squares += square_sum(v, mean); });
     const float rstd = deviation(warp_sum(squares));
     store_stats(output, mean, rstd);
     const int64_t at = (first_row + output) * p.merge.channels;
-    each_stored(output, [&](int channel, float(&v)[kCount]) {
+    each_stored(output, [&](int channel, float (&v)[kCount]) {
 #pragma unroll
       for (int c = 0; c < kCount; ++c) v[c] -= mean;
       store_norm(at + channel, channel, v, rstd);
@@ -210,18 +211,20 @@ struct NormRows {
   }
 };
 
-// Blocks per multiprocessor that registers must allow; more would spill. What a row takes: its sum, and the packs
-// under way. A conversion from bfloat16 is an integer operation, which the compiler likes to do early.
+// Blocks per multiprocessor that registers must allow; more would spill. What a row takes: its sum, and the
+// packs under way. A conversion from bfloat16 is an integer operation, which the compiler likes to do early.
 template <class T, class U, int kCount, int kPacks>
 constexpr int min_blocks() {
   constexpr int kWords = kPacks * kCount * static_cast<int>(sizeof(T) + sizeof(U)) / 4;
   constexpr int kRow = 40 + kPacks * kCount + kWords;
   constexpr int kRegisters = (kRow < 96 ? 96 : kRow) + (std::is_same_v<T, __nv_bfloat16> ? 16 : 0);
-  return kPacks == 0 ? 3 : (64 << 10) / (kThreads * kRegisters);
+  if (kPacks == 0) return kCount == 1 ? 2 : 3;
+  return kRow > 160 ? 2 : (64 << 10) / (kThreads * kRegisters);
 }
 
 template <class T, class U, int kCount, int kPacks>
-__global__ __launch_bounds__(kThreads, (min_blocks<T, U, kCount, kPacks>())) void norm_kernel(const NormParams p) {
+__global__ __launch_bounds__(kThreads,
+                             (min_blocks<T, U, kCount, kPacks>())) void norm_kernel(const NormParams p) {
   static __shared__ merge_ops::Storage shared;
   const GatherParams& merge = p.merge;
   Staged staged{};
@@ -237,7 +240,8 @@ __global__ __launch_bounds__(kThreads, (min_blocks<T, U, kCount, kPacks>())) voi
   const NormRows<T, U, kCount, (kPacks > 0)> rows{
       p, static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
       static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride, b * merge.tokens + first, staged};
-  merge_ops::merge_rows<kPacks>(merge, rows, shared, b, first, min(merge.block_outputs, merge.tokens - first));
+  merge_ops::merge_rows<kPacks>(merge, rows, shared, b, first,
+                                min(merge.block_outputs, merge.tokens - first));
 }
 
 template <class T, class U>

@@ -66,7 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     const int64_t channels = x.size(2);
     const bool aligned = is_aligned_view(p.merge.x, dtype, channels) &&
                          is_aligned_like(p.branch, branch_dtype, dtype, channels) &&
-                         is_aligned_vector(p.gamma) && is_aligned_vector(p.weight) && is_aligned_vector(p.bias);
+                         is_aligned_vector(p.gamma) && is_aligned_vector(p.weight) &&
+                         is_aligned_vector(p.bias);
     norm::launch_norm(p, dtype, branch_dtype, aligned, current_stream(x));
     check_launch();
   }
@@ -76,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
 std::tuple<Tensor, Tensor> merge_add_norm_backward(
     const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
     const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
-    const std::optional<Tensor>& total, const std::optional<Tensor>& weight, const std::optional<Tensor>& gamma,
-    int64_t length, ScalarType branch_dtype) {
+    const std::optional<Tensor>& total, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& gamma, int64_t length, ScalarType branch_dtype) {
   check_tensor(merged, "merged", 3);
   const int64_t batch = merged.size(0), tokens = merged.size(1), channels = merged.size(2);
   for (const auto* grad : {&grad_x, &grad_y}) {
@@ -90,7 +91,8 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
   }
   TOME_CHECK(slot.has_value() ? total.has_value() : length == tokens, "a merge needs its totals");
   const Dtype dtype = floating_dtype(merged, "merged");
-  TOME_CHECK(!grad_x.has_value() || grad_x->scalar_type() == merged.scalar_type(), "grad_x has the wrong dtype");
+  TOME_CHECK(!grad_x.has_value() || grad_x->scalar_type() == merged.scalar_type(),
+             "grad_x has the wrong dtype");
   const DeviceScope scope(merged);
   // Without LayerScale, and in one dtype, the two gradients are the same: then the second is left empty.
   const bool has_branch = gamma.has_value() || branch_dtype != merged.scalar_type();
@@ -120,10 +122,11 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
   p.channels = to_int(channels, "the number of channels");
   if (x_out.numel() > 0) {
     const View contiguous = view(x_out);
-    const bool aligned = is_aligned_view(contiguous, dtype, channels) && is_aligned_view(view(merged), dtype, channels) &&
-                         (!grad_x.has_value() || is_aligned_view(p.grad_x, dtype, channels)) &&
-                         (!grad_y.has_value() || is_aligned_like(p.grad_y, p.grad_y_dtype, dtype, channels)) &&
-                         is_aligned_vector(p.weight) && is_aligned_vector(p.gamma);
+    const bool aligned =
+        is_aligned_view(contiguous, dtype, channels) && is_aligned_view(view(merged), dtype, channels) &&
+        (!grad_x.has_value() || is_aligned_view(p.grad_x, dtype, channels)) &&
+        (!grad_y.has_value() || is_aligned_like(p.grad_y, p.grad_y_dtype, dtype, channels)) &&
+        is_aligned_vector(p.weight) && is_aligned_vector(p.gamma);
     check_grid(batch * ((length + 7) / 8));
     norm::launch_backward(p, dtype, aligned, current_stream(merged));
     check_launch();

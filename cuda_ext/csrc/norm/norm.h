@@ -20,7 +20,8 @@ struct NormParams {
   GatherParams merge;  // x, and x merged; without a slot map every token is an output
   View branch;         // [batch, length, channels]
   void* y_ptr;         // [batch, tokens, channels], contiguous
-  float2* stats_ptr;   // [batch, tokens]: mean and 1 / standard deviation; null where no gradient will need them
+  float2*
+      stats_ptr;  // [batch, tokens]: mean and 1 / standard deviation; null where no gradient will need them
   Dtype y_dtype;
   Vector gamma, weight, bias;
   float eps;
@@ -28,7 +29,8 @@ struct NormParams {
 };
 
 // aligned: 16 bytes of x and as many channels of everything else can be accessed at a time.
-void launch_norm(const NormParams& params, Dtype dtype, Dtype branch_dtype, bool aligned, cudaStream_t stream);
+void launch_norm(const NormParams& params, Dtype dtype, Dtype branch_dtype, bool aligned,
+                 cudaStream_t stream);
 
 // From the gradients of x merged and of y to those of x and branch; data_ptr null where there is none.
 struct BackwardParams {
@@ -48,8 +50,8 @@ struct BackwardParams {
 
 void launch_backward(const BackwardParams& params, Dtype dtype, bool aligned, cudaStream_t stream);
 
-// Sums over all rows, in slabs of rows: out[slab][0] of a, out[slab][1] of a * b, where b is normalised first if there
-// are statistics.
+// Sums over all rows, in slabs of rows: out[slab][0] of a, out[slab][1] of a * b, where b is normalised first
+// if there are statistics.
 struct ColumnParams {
   View a, b;                // [batch, rows, channels]
   const float2* stats_ptr;  // [batch, rows] or null
