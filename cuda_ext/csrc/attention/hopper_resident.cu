@@ -16,6 +16,14 @@
 
 namespace tome::attention_ops {
 namespace hopper {
+
+// A descriptor of what lies `bytes` further on. Addresses stay below 2^18, so only the low word changes: one
+// instruction between products where making a new descriptor takes five, each waiting for the one before.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor >> 32 << 32) | low;
+}
+
 namespace {
 
 constexpr int kDim = 64;
@@ -26,18 +34,11 @@ template <int kKeys>
 struct Plan {
   using Tile = TileLayout<kDim, kKeys>;
   static constexpr int kBlocks = kKeys <= 240 ? 3 : 2;
-  [[maybe_unused]] static constexpr int kValues = Tile::kBytes;
-  static constexpr int kQueries = 2 * Tile::kBytes;
+  static constexpr int kValues = Tile::kBytes;
+  static constexpr int kQueries = kValues + Tile::kBytes;
   static constexpr int kBias = kQueries + kGroupRows * kDim * 2;
   static constexpr int kSharedBytes = kBias + kKeys * 8 + kAlignment;
 };
-
-// A descriptor of what lies `bytes` further on. Addresses stay below 2^18, so only the low word changes: one
-// instruction between products where making a new descriptor takes five, each waiting for the one before.
-__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
-  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
-  return (descriptor >> 32 << 32) | low;
-}
 
 template <class T, int kKeys>
 __device__ __forceinline__ void attend(const ResidentParams& plan) {
