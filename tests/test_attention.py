@@ -94,7 +94,7 @@ def test_merge_add_norm_is_its_three_steps(device, dtype, merging, gamma):
     out, y, sizes = ops.merge_add_norm(x, branch, slot, tokens, size, weight, bias, 1e-6, factor if gamma else None)
     total = x + (factor * branch if gamma else branch)
     expected, expected_sizes = ops.merge(total, slot, tokens, size) if merging else (total, size)
-    tolerance = {"rtol": 0, "atol": TOLERANCE[dtype]}
+    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": TOLERANCE[dtype]}
     torch.testing.assert_close(out, expected, **tolerance)
     torch.testing.assert_close(y, F.layer_norm(expected, (24,), weight, bias, 1e-6), **tolerance)
     assert torch.equal(sizes, expected_sizes)

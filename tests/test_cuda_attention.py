@@ -215,13 +215,10 @@ def test_compiles_without_breaks_or_recompiles() -> None:
             torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max()))
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sized", [False, True])
-def test_opcheck(training: bool, sized: bool) -> None:
+def test_opcheck(sized: bool) -> None:
     q, k, v, size = layer(2, 37, 3, 64)
-    if training:
-        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-    arguments = (q, k, v, size if sized else None, 0.125, training)
+    arguments = (q, k, v, size if sized else None, 0.125)
     torch.library.opcheck(torch.ops.tome_cuda.attention.default, arguments, atol=2e-2, rtol=2e-2)
 
 

@@ -87,7 +87,8 @@ def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None
     expected, expected_total = tome_reference.merge(theirs, slot, tokens, size)
     truth, _ = tome_reference.merge(x.double(), slot, tokens, size)
     assert torch.equal(total, expected_total)
-    assert error(merged, truth) <= error(expected, truth) + floor * float(truth.abs().max())
+    # Sums round by their terms, which may cancel.
+    assert error(merged, truth) <= error(expected, truth) + floor * float(x.abs().max())
 
     assert torch.equal(tome_cuda.unmerge(merged, slot), tome_reference.unmerge(merged, slot))
 

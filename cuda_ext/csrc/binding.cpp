@@ -16,8 +16,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def(
       "merge_add_norm(Tensor x, Tensor branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale, bool training) -> (Tensor, Tensor)");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale) -> Tensor");
   m.def(
       "merge_add_norm_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? slot, "
       "Tensor? size, Tensor? total, Tensor? weight, Tensor? gamma, SymInt length, ScalarType branch_dtype) -> "

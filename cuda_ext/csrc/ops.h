@@ -24,9 +24,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
     const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training);
-// [B, Nq, H, D] for q [B, H, Nq, D], and for the gradient the log-sum-exp of each row.
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const std::optional<Tensor>& size, double scale, bool training);
+// [B, Nq, H, D] for q [B, H, Nq, D].
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
+                 double scale);
 // The gradients of x and branch; the second is empty where it equals the first.
 std::tuple<Tensor, Tensor> merge_add_norm_backward(
     const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,

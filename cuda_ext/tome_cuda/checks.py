@@ -7,7 +7,6 @@ from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of which the kernels lack the last
 MAX_CHANNELS = 256  # of a metric
-ROW_ELEMENTS = 8  # of a half-precision dtype in 16 bytes
 INTEGERS = (int, torch.SymInt)
 
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from tome_cuda import checks, library, predicates
 
@@ -235,13 +234,15 @@ def attention(
         if q.numel() == 0:
             return q.clone()  # on a GPU torch's own function fails on an empty batch
         if predicates.without_kernel(q, k, v, scale, dropout_p) is not None:
-            # float32, dropout, rare head dimensions: torch computes, so that every model runs under an explicit "cuda".
+            # Training, float32, dropout, rare head dimensions: torch computes, so that every model runs under an
+            # explicit "cuda". Its two passes take less time than our forward pass and its backward pass together.
             checks.attention(q, k, v, size, dropout_p)
             bias = None if size is None else size.detach().log()[:, None, None, :].to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
-        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            return F.scaled_dot_product_attention(
+                _aligned(q), _aligned(k), _aligned(v), attn_mask=bias, dropout_p=dropout_p, scale=scale
+            )
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        out: Tensor = _ops().attention(q, k, v, _constant(size), factor, training)[0]
+        out: Tensor = _ops().attention(q, k, v, _constant(size), factor)
         return out.transpose(1, 2)
 
     return _checked(q, lambda: checks.attention(q, k, v, size, dropout_p), run)
@@ -309,7 +310,6 @@ def _register() -> bool:
     register_autograd("tome_cuda::merge_backward", _merge_grad_grad, setup_context=_merge_backward_context)
     register_autograd("tome_cuda::unmerge", _unmerge_grad, setup_context=_unmerge_context)
     register_autograd("tome_cuda::unmerge_backward", _unmerge_grad_grad, setup_context=_unmerge_backward_context)
-    register_autograd("tome_cuda::attention", _attention_grad, setup_context=_attention_context)
     register_autograd("tome_cuda::merge_add_norm", _merge_add_norm_grad, setup_context=_merge_add_norm_context)
     register_autograd("tome_cuda::merge_add_norm_backward", _no_second_gradient)
     register_autograd("tome_cuda::column_sums", _no_second_gradient)
@@ -435,63 +435,16 @@ def _unmerge_grad_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.tome_cuda.unmerge(grad, slot), None, None
 
 
-LOGSUMEXP_ROWS = 32  # torch's gradient reads the log-sum-exps of a head in rows of this many
-
-
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float, training: bool
-) -> tuple[Tensor, Tensor]:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, head_dim = q.shape
-    rows = (queries + LOGSUMEXP_ROWS - 1) // LOGSUMEXP_ROWS * LOGSUMEXP_ROWS
-    logsumexp = q.new_empty((batch, heads, rows) if training else (0,), dtype=torch.float32)
-    return q.new_empty((batch, queries, heads, head_dim)), logsumexp
-
-
-def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, size, ctx.scale, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(q, k, v, size, *output)
-
-
-def _attention_grad(ctx: Any, grad: Tensor, _logsumexp_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Torch's own gradient, from the log-sum-exps of our forward pass: cuDNN's where torch would take it."""
-    q, k, v, size, out, logsumexp = ctx.saved_tensors
-    if logsumexp.numel() == 0:
-        raise RuntimeError("attention was called with training=False, so it has no gradient")
-    q, k, v, (queries, keys) = _aligned(q), _aligned(k), _aligned(v), (q.shape[2], k.shape[2])
-    grad, out = grad.transpose(1, 2), out.transpose(1, 2)
-    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of the dropout, of which there is none
-    bias = None if size is None else size.log().to(q.dtype)[:, None, None, :]
-    if _is_cudnn_chosen(q, k, v, bias, ctx.scale):
-        bias = None if bias is None else bias.expand(*q.shape[:3], keys)
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *(grad, q, k, v, out, logsumexp[:, :, :queries, None].contiguous(), seed, seed, bias),
-            *(None, None, queries, keys, 0.0, False),
-            scale=ctx.scale,
-        )
-        return *grads, None, None, None
-    if bias is not None:  # rows of a mask must start on 16-byte boundaries, so it is cut from a longer one
-        bias = F.pad(bias, (0, -keys % 16))[..., :keys].expand(*q.shape[:3], keys)
-    grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-        *(grad, q, k, v, bias, out, logsumexp, seed, seed, 0.0, [*ctx.needs_input_grad[:3], False]),
-        scale=ctx.scale,
-    )
-    return *grads[:3], None, None, None
-
-
-def _is_cudnn_chosen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> bool:
-    """Whether torch would compute this attention with cuDNN; never asked while a compiler traces the gradient."""
-    if type(q) is not Tensor:
-        return False
-    choice = torch._fused_sdp_choice(q, k, v, bias, 0.0, False, scale=scale)
-    return choice == SDPBackend.CUDNN_ATTENTION.value
+    return q.new_empty((batch, queries, heads, head_dim))
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """As it lies where torch can read it so, else a copy."""
-    starts = (x.storage_offset(), *x.stride()[:-1])
-    is_aligned = all(start % checks.ROW_ELEMENTS == 0 for start in starts)
-    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+    """A copy where x starts off a 16-byte boundary, which some of torch's kernels count on."""
+    if torch.compiler.is_compiling():  # which knows no offsets, and lays out its own tensors
+        return x
+    return x.clone() if x.storage_offset() * x.element_size() % 16 else x
 
 
 def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

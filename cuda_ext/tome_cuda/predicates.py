@@ -67,6 +67,8 @@ def without_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout
 
     ``tome_cuda.attention`` runs either way, so :func:`why_not` doesn't ask: a float32 model has merging to gain.
     """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "the kernels of attention have no gradient, and one is wanted"
     if q.dtype is not torch.float16 and q.dtype is not torch.bfloat16:
         return f"the kernels of attention know float16 and bfloat16, not {q.dtype}"
     if q.shape[3] not in HEAD_DIMS:

@@ -228,20 +228,19 @@ def attention(
     splits: int = 0,
     shared_bytes: int = HOPPER_SHARED_BYTES,
     seed: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Attention [B, Nq, H, D] by one of two kernels, and log-sum-exps; ``teams`` and ``splits`` overrule the plan."""
+) -> Tensor:
+    """Attention [B, Nq, H, D] by one of two kernels; ``teams`` and ``splits`` overrule the plan."""
     batch, heads, queries, head_dim = q.shape
     out = Guarded((batch, queries, heads, head_dim), q.dtype)
-    lse = Guarded((batch, heads, (queries + 31) // 32 * 32), torch.float32)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *((0, 0) if size is None else size.stride()))
     library().emulated_attention(
         *(_address(t) for t in (q, k, v, size, out.tensor)),
         _longs(*strides),
         *(DTYPES[q.dtype], batch, heads, queries, k.shape[2], head_dim, ctypes.c_float(scale)),
         *(int(_is_aligned(q) and _is_aligned(k) and _is_aligned(v)), int(streamed), teams, splits),
-        *(_address(lse.tensor), shared_bytes, seed),
+        *(shared_bytes, seed),
     )
-    return out.check(), lse.check()
+    return out.check()
 
 
 def merge_add_norm_backward(

@@ -168,7 +168,7 @@ extern "C" void emulated_norm(const void* x, const void* branch, void* out, void
 extern "C" void emulated_attention(const void* q, const void* k, const void* v, const float* size, void* out,
                                    const int64_t* strides, int dtype, int batch, int heads, int queries,
                                    int keys, int head_dim, float scale, int aligned, int streamed, int teams,
-                                   int splits, float* lse, int shared_bytes, unsigned seed) {
+                                   int splits, int shared_bytes, unsigned seed) {
   namespace ops = tome::attention_ops;
   emulator::state().random.seed(seed);
   ops::AttentionParams p{};
@@ -186,7 +186,6 @@ extern "C" void emulated_attention(const void* q, const void* k, const void* v, 
   p.head_dim = head_dim;
   p.scale = scale;
   p.is_aligned = aligned != 0;
-  p.lse_ptr = lse;
   const int limit = shared_bytes;
   emulator::state().limit = shared_bytes;
   if (streamed) {

@@ -67,8 +67,8 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
 
 }  // namespace attention_ops
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const std::optional<Tensor>& size, double scale, bool training) {
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
+                 double scale) {
   check_tensor(q, "q", 4);
   const Dtype dtype = floating_dtype(q, "q");
   TOME_CHECK(dtype != Dtype::kFloat, "q must be float16 or bfloat16");
@@ -98,18 +98,14 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   }
   const DeviceScope scope(q);
   Tensor out = new_empty(q, {p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type());
-  Tensor lse = training
-                   ? new_empty(q, {p.batch, p.heads, attention_ops::lse_rows(p.queries)}, ScalarType::Float)
-                   : new_empty(q, {0}, ScalarType::Float);
-  if (out.numel() == 0) return {out, lse};
-  if (training) p.lse_ptr = static_cast<float*>(lse.mutable_data_ptr());
+  if (out.numel() == 0) return out;
   p.out_ptr = out.mutable_data_ptr();
   const int64_t most_blocks = p.batch * p.heads * ((p.queries + 63) / 64);
   TOME_CHECK(most_blocks <= std::numeric_limits<int>::max(), "too many rows for one launch: ", most_blocks,
              " blocks");
   attention_ops::launch_attention(p, dtype, current_stream(q));
   check_launch();
-  return {out, lse};
+  return out;
 }
 
 }  // namespace tome

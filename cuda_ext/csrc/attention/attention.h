@@ -23,7 +23,6 @@ struct AttentionParams {
   int64_t batch;
   int heads, queries, keys, head_dim;
   float scale;      // above kLeastScale
-  float* lse_ptr;   // [batch, heads, queries rounded up to kLseRows]: log of each row's sum; null: not wanted
   bool is_aligned;  // every row of q, k and v starts on a 16-byte boundary
 };
 
@@ -36,10 +35,6 @@ bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStr
 
 // The bias enters a score before the scale does, so it is divided by it: this keeps the quotient finite.
 constexpr float kLeastScale = 1e-30f;
-
-constexpr int kLseRows = 32;  // as torch's gradient of memory-efficient attention reads them
-
-constexpr int64_t lse_rows(int64_t queries) { return (queries + kLseRows - 1) / kLseRows * kLseRows; }
 
 constexpr bool is_head_dim(int64_t head_dim) {
   return head_dim == 32 || head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 96 ||

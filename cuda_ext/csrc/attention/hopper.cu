@@ -267,7 +267,7 @@ bool hopper_takes(const AttentionParams& params) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0 && params.lse_ptr == nullptr && has_map(params.q, params, params.queries) &&
+  return major == 9 && minor == 0 && has_map(params.q, params, params.queries) &&
          has_map(params.k, params, params.keys) && has_map(params.v, params, params.keys) &&
          hopper::encode() != nullptr;
 }

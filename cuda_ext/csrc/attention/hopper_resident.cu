@@ -118,7 +118,6 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
     cute::cp_async_fence();
 
     float factor[2] = {0.0f, 0.0f};
-    float lse[2] = {INFINITY, INFINITY};
     if (first + warp * kTileRows < p.queries) {  // else what this warp multiplies is not stored
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -144,16 +143,6 @@ __device__ __forceinline__ void attend(const ResidentParams& plan) {
         total += __shfl_xor_sync(kFullWarp, total, 1);
         total += __shfl_xor_sync(kFullWarp, total, 2);
         factor[half] = __frcp_rn(total);
-        if (p.lse_ptr != nullptr) lse[half] = highest * p.scale + logf(total);
-      }
-    }
-    if (p.lse_ptr != nullptr) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int query = first + warp * kTileRows + half * 8 + lane / 4;
-        if (lane % 4 == 0 && query < lse_rows(p.queries)) {
-          p.lse_ptr[head * lse_rows(p.queries) + query] = query < p.queries ? lse[half] : INFINITY;
-        }
       }
     }
     uint32_t weight[kKeys / 16][4];

@@ -160,7 +160,6 @@ struct WarpState {
     const int64_t row_stride = static_cast<int64_t>(p.heads) * kHeadDim;
     T* out_ptr = static_cast<T*>(p.out_ptr) + (static_cast<int64_t>(b) * p.queries + first) * row_stride +
                  h * kHeadDim;
-    if (p.lse_ptr != nullptr) write_lse<kActive>(p, b, h, first);
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {
 #pragma unroll
@@ -178,26 +177,6 @@ struct WarpState {
     float total = sum[m][half];
     total += __shfl_xor_sync(kFullWarp, total, 1);
     return total + __shfl_xor_sync(kFullWarp, total, 2);
-  }
-
-  // Rows past the last query, up to a multiple of kLseRows, are infinite: that is how torch leaves them.
-  template <int kActive>
-  __device__ __forceinline__ void write_lse(const AttentionParams& p, int b, int h, int first) {
-    const int lane = threadIdx.x % kWarpSize;
-    const int rows = p.queries - first;
-    const int all_rows = static_cast<int>(lse_rows(p.queries)) - first;
-    float* lse_ptr = p.lse_ptr + (static_cast<int64_t>(b) * p.heads + h) * lse_rows(p.queries) + first;
-#pragma unroll
-    for (int m = 0; m < kActive; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = m * kTileRows + half * 8 + lane / 4;
-        const float lse = reference[m][half] * p.scale + logf(row_sum(m, half));
-        if (lane % 4 == 0 && row < all_rows) lse_ptr[row] = row < rows ? lse : INFINITY;
-      }
-    }
-    const int behind = kActive * kTileRows + lane;
-    if (rows <= kActive * kTileRows && behind < all_rows) lse_ptr[behind] = INFINITY;
   }
 
   template <int kActive, int kKeyTiles>

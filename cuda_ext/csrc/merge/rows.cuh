@@ -56,9 +56,9 @@ __device__ __forceinline__ int lane_channel() {
   return static_cast<int>(threadIdx.x % kWarpSize) * kCount;
 }
 
-// Rows that take too many registers, long groups and empty ones: pack by pack over all members. Compensated
-// (Kahan) addition, as hundreds of plain float32 additions would lose bits that the definition's tree of
-// additions keeps.
+// Rows that take too many registers, long groups and empty ones: pack by pack over all members. Long groups by
+// compensated (Kahan) addition, as hundreds of plain float32 additions would lose bits that the definition's
+// tree of additions keeps.
 template <int kWidth, class Rows>
 __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& rows, const Storage& shared,
                                              int64_t b, int first, int output) {
@@ -125,6 +125,10 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
             rows.value(fetched[j][k], channel + k * kStep, x);
 #pragma unroll
             for (int c = 0; c < kCount; ++c) {
+              if (listed) {  // as merge_stream does it: how rows lie changes no bit
+                sum[k][c] = fmaf(weight[j], x[c], sum[k][c]);
+                continue;
+              }
               const float term = fmaf(weight[j], x[c], -lost[k][c]);
               const float next = sum[k][c] + term;
               lost[k][c] = (next - sum[k][c]) - term;
