@@ -202,6 +202,20 @@ def test_the_other_three(drawn: tuple[Tensor, Tensor, int, Tensor | None], block
     assert error(ours, truth) <= error(expected, truth) + ROUNDING[x.dtype] * float(truth.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels", [8, 776, 2120])
+@pytest.mark.parametrize("members", [2, 3, 16, 17, 60])
+def test_how_rows_lie_changes_no_bit(dtype: torch.dtype, channels: int, members: int) -> None:
+    """Rows that move 16 bytes at a time or one by one, in registers or pack by pack: the same sums."""
+    x = torch.randn(1, members + 5, channels).to(dtype)
+    slot = torch.cat([torch.zeros(1, members), torch.arange(1, 6)[None]], dim=1).int()
+    size = torch.randint(1, 9, (1, members + 5)).float()
+    for sizes in (None, size):
+        merged, _ = emulator.gather(x, slot, 6, sizes)
+        for other in (x.repeat_interleave(2, dim=2)[..., ::2], x.transpose(1, 2).contiguous().transpose(1, 2)):
+            assert torch.equal(emulator.gather(other, slot, 6, sizes)[0], merged)
+
+
 def test_a_bad_map_reads_and_writes_nothing_out_of_range() -> None:
     x = at_the_end(torch.randn(1, 40, 24))
     slot = torch.full((1, 40), 2**31 - 1, dtype=torch.int32)
