@@ -12,8 +12,9 @@ import click
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from tome import schedule
+from tome import patch, schedule
 from tome.measure import checked_device
+from tome.patch import UnsupportedModelError, timm_cost, timm_vit
 from tome_reference import max_r
 
 RANDOM_WEIGHTS = "--random-weights"
@@ -94,6 +95,24 @@ def create_model(name: str, pretrained: bool, device: torch.device | str = "cpu"
             f"use {RANDOM_WEIGHTS}"
         ) from error
     return cast(VisionTransformer, model.eval())
+
+
+def patched(name: str, model: VisionTransformer, r: schedule.Schedule) -> tuple[timm_vit.PatchedViT, schedule.Plan]:
+    """The model, patched in place and following ``r``, and its plan.
+
+    Raises:
+        click.UsageError: a model that cannot be patched, or a schedule that does not fit it.
+
+    """
+    try:
+        patch.timm(model)
+    except UnsupportedModelError as error:
+        raise click.UsageError(str(error)) from error
+    assert isinstance(model, timm_vit.PatchedViT)
+    tokens, _ = timm_cost.cost(model)
+    plan = checked_plan(name, r, len(model.blocks), tokens, model.num_prefix_tokens)
+    model.r = r
+    return model, plan
 
 
 def checked_plan(name: str, r: schedule.Schedule, depth: int, tokens: int, prefix: int) -> schedule.Plan:

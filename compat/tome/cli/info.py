@@ -13,18 +13,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tome import backend, measure, ops, patch, report, schedule
+from tome import backend, measure, ops, report, schedule
 from tome.cli.common import (
     DTYPES,
     DeviceType,
     ScheduleType,
     autocast_to,
-    checked_plan,
     create_model,
     default_device,
     input_size,
+    patched,
 )
-from tome.patch import UnsupportedModelError, timm_cost, timm_vit
 
 EPILOG = """\b
 Examples:
@@ -86,14 +85,7 @@ def _print_parts(
     device: torch.device,
 ) -> None:
     model = create_model(name, pretrained=False, device=device).to(DTYPES[dtype])
-    try:
-        patch.timm(model)
-    except UnsupportedModelError as error:
-        raise click.UsageError(str(error)) from error
-    assert isinstance(model, timm_vit.PatchedViT)
-    tokens, _ = timm_cost.cost(model)
-    checked_plan(name, r, len(model.blocks), tokens, model.num_prefix_tokens)
-    model.r = r
+    patched(name, model, r)
     images = torch.randn(batch_size, *input_size(model), device=device, dtype=DTYPES[dtype])
     try:
         with autocast_to(autocast, device):

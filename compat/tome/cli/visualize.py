@@ -10,9 +10,9 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
-from tome import patch, schedule, vis
-from tome.cli.common import RANDOM_WEIGHTS, ScheduleType, checked_plan, create_model
-from tome.patch import UnsupportedModelError, timm_cost, timm_vit
+from tome import schedule, vis
+from tome.cli.common import RANDOM_WEIGHTS, ScheduleType, create_model, patched
+from tome.patch import timm_vit
 
 EPILOG = """\b
 Examples:
@@ -37,14 +37,7 @@ def command(images: tuple[Path, ...], model_name: str, r: schedule.Schedule, out
     photos = [_open(path) for path in images]
     torch.manual_seed(0)
     model = create_model(model_name, pretrained=not random_weights)
-    try:
-        patched = patch.timm(model)
-    except UnsupportedModelError as error:
-        raise click.UsageError(str(error)) from error
-    assert isinstance(patched, timm_vit.PatchedViT)
-    tokens, _ = timm_cost.cost(patched)
-    plan = checked_plan(model_name, r, len(patched.blocks), tokens, patched.num_prefix_tokens)
-    patched.r = r
+    merging, plan = patched(model_name, model, r)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,7 +45,7 @@ def command(images: tuple[Path, ...], model_name: str, r: schedule.Schedule, out
     console = Console()
     targets = _targets(images, out)
     for photo, target in track(list(zip(photos, targets, strict=True)), "drawing", transient=True):
-        draw(patched, photo).save(target)
+        draw(merging, photo).save(target)
     for target in targets:
         console.print(f"{target}: {plan.tokens[0]} -> {plan.tokens[-1]} tokens", soft_wrap=True)
 
