@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <vector>
 
 #include "dtype.h"
@@ -51,6 +52,12 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   const std::vector<int64_t> shape(sizes);
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
                                   dtype);
+}
+
+// A length as the kernels count; the eighth of the range leaves room for padding and sums.
+inline int to_int(int64_t value, const char* name) {
+  TOME_CHECK(value >= 0 && value <= std::numeric_limits<int>::max() / 8, name, " is out of range: ", value);
+  return static_cast<int>(value);
 }
 
 inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }

@@ -14,11 +14,6 @@ namespace {
 using attention_ops::AttentionParams;
 using attention_ops::Heads;
 
-int to_int(int64_t value, const char* name) {
-  TOME_CHECK(value >= 0 && value <= std::numeric_limits<int>::max() / 8, name, " is out of range: ", value);
-  return static_cast<int>(value);
-}
-
 Heads heads_of(const Tensor& tensor, const char* name, const Tensor& q) {
   check_tensor(tensor, name, 4);
   check_like(tensor, name, q, q.scalar_type());

@@ -26,7 +26,7 @@ struct AttentionParams {
   bool is_aligned;  // every row of q, k and v starts on a 16-byte boundary
 };
 
-// mma.sync: every architecture, every length, head dimensions of is_head_dim().
+// Takes the kernel that fits: every architecture, every length, head dimensions of is_head_dim().
 void launch_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 
 // wgmma, for what hopper_takes() accepts. False, and nothing launched, where no tensor map describes the

@@ -19,11 +19,6 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 
 int64_t round_up(int64_t bytes) { return (bytes + kAccessBytes - 1) / kAccessBytes * kAccessBytes; }
 
-int to_int(int64_t value, const char* name) {
-  TOME_CHECK(value >= 0 && value <= std::numeric_limits<int>::max() / 8, name, " is out of range: ", value);
-  return static_cast<int>(value);
-}
-
 // Everything that follows from the keys alone.
 Params key_params(const Tensor& keys, int64_t prefix) {
   const int64_t dims = keys.dim();

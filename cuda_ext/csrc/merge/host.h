@@ -21,7 +21,6 @@ bool is_aligned_view(const View& view, Dtype dtype, int64_t channels, int64_t bo
 // Without a slot map every token stays.
 void check_tokens(const Tensor& x, int64_t tokens, bool has_map);
 
-int to_int(int64_t value, const char* name);
 void check_grid(int64_t blocks);
 
 // A merge of x into out; the totals are the caller's. Its launch has blocks(params) blocks, all of which fit

@@ -28,11 +28,6 @@ void check_tokens(const Tensor& x, int64_t tokens, bool has_map) {
              tokens);
 }
 
-int to_int(int64_t value, const char* name) {
-  TOME_CHECK(value >= 0 && value <= std::numeric_limits<int>::max() / 8, name, " is out of range: ", value);
-  return static_cast<int>(value);
-}
-
 void check_grid(int64_t blocks) {
   TOME_CHECK(blocks <= std::numeric_limits<int>::max(), "too many rows for one launch: ", blocks, " blocks");
 }
