@@ -127,6 +127,14 @@ def implementation(op: str, *args: object) -> ModuleType:
     return tome_reference
 
 
+def unrecorded_extension(x: torch.Tensor) -> ModuleType | None:
+    """``tome_cuda`` where it computes on these tokens and nobody records the operations one by one."""
+    if _thread.calls is not None or get_backend() == "reference":
+        return None
+    module = implementation("attention", x)
+    return None if module is tome_reference else module
+
+
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
     """Collect what the operations of this thread run on, and why (:mod:`tome.report`)."""

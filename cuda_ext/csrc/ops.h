@@ -27,6 +27,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
 // [B, Nq, H, D] for q [B, H, Nq, D].
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
                  double scale);
+// A whole block: tokens after its merge and MLP, their norm, sizes (empty where r = 0). Inference only.
+std::tuple<Tensor, Tensor, Tensor> block(
+    const Tensor& x, const Tensor& normed, const std::optional<Tensor>& size, int64_t r, int64_t prefix,
+    bool is_weighted, int64_t heads, double scale, const Tensor& qkv_weight,
+    const std::optional<Tensor>& qkv_bias, const Tensor& proj_weight, const std::optional<Tensor>& proj_bias,
+    const std::optional<Tensor>& gamma1, const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias, double norm_eps, ScalarType norm_dtype, const Tensor& fc1_weight,
+    const std::optional<Tensor>& fc1_bias, bool is_tanh, const Tensor& fc2_weight,
+    const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma2,
+    const std::optional<Tensor>& next_weight, const std::optional<Tensor>& next_bias, double next_eps,
+    ScalarType next_dtype);
 // The gradients of x and branch; the second is empty where it equals the first.
 std::tuple<Tensor, Tensor> merge_add_norm_backward(
     const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,

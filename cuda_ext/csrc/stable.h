@@ -12,10 +12,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
-#include <vector>
+#include <optional>
+#include <string>
 
 #include "dtype.h"
 
@@ -48,10 +51,47 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 // Allocations go through PyTorch, so that its caching allocator and its graph pools own the memory.
+// torch::stable::new_empty would look up the operator by its name each time.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
-                                  dtype);
+  std::array<int64_t, 4> strides{};
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), code,
+                               device_type, like.get_device_index(), &out));
+  return Tensor(out);
+}
+
+// The memory of a tensor, `offset` elements further on, as other sizes and strides have it.
+inline Tensor view_of(const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                      std::initializer_list<int64_t> strides, int64_t offset) {
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      tensor.get(), static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), offset, &out));
+  return Tensor(out);
+}
+
+template <size_t kArguments>
+Tensor call(const char* name, std::array<StableIValue, kArguments> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  return call<3>("aten::linear", {from(x), from(weight), from(bias)});
+}
+
+inline Tensor gelu(const Tensor& x, bool is_tanh) {
+  using torch::stable::detail::from;
+  return call<2>("aten::gelu", {from(x), from(std::string(is_tanh ? "tanh" : "none"))});
 }
 
 // A length as the kernels count; the eighth of the range leaves room for padding and sums.

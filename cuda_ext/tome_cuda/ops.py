@@ -45,7 +45,7 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
     r = min(r, max_r(keys.shape[-2], prefix))
     if r == 0:
         return _identity(keys)
-    return _ops().bipartite_match(keys.detach(), r, prefix)  # type: ignore[no-any-return]
+    return operators().bipartite_match(keys.detach(), r, prefix)  # type: ignore[no-any-return]
 
 
 def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
@@ -69,7 +69,7 @@ def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
     k = min(k, keys.shape[-2] - prefix)
     if k <= 1:
         return _identity(keys)
-    return _ops().kth_match(keys.detach(), k, prefix)  # type: ignore[no-any-return]
+    return operators().kth_match(keys.detach(), k, prefix)  # type: ignore[no-any-return]
 
 
 def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generator | None = None) -> Tensor:
@@ -98,7 +98,7 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
     drawn = torch.rand(keys.shape[0], n - prefix, device=keys.device, generator=generator).argsort(dim=1)
     sources = prefix + drawn[:, :r]
     targets = prefix + drawn[:, r:].sort(dim=1).values
-    return _ops().listed_match(  # type: ignore[no-any-return]
+    return operators().listed_match(  # type: ignore[no-any-return]
         keys.detach(), sources.contiguous(), targets.contiguous(), prefix
     )
 
@@ -124,7 +124,7 @@ def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> t
     """
 
     def run() -> tuple[Tensor, Tensor]:
-        merged, total = _ops().merge(x, slot, tokens, _constant(size))
+        merged, total = operators().merge(x, slot, tokens, _constant(size))
         return merged, _constant(total)
 
     return _checked(x, lambda: checks.merging(x, slot, tokens, size), run)
@@ -146,7 +146,7 @@ def unmerge(x: Tensor, slot: Tensor) -> Tensor:
     """
     checks.floating("x", x, (3,), "[B, M, C]")
     checks.slot(slot, x.shape[0], x.device)
-    return _ops().unmerge(x, slot)  # type: ignore[no-any-return]
+    return operators().unmerge(x, slot)  # type: ignore[no-any-return]
 
 
 def merge_add_norm(
@@ -195,7 +195,7 @@ def merge_add_norm(
     def run() -> tuple[Tensor, Tensor, Tensor | None]:
         leaves = (x, branch, weight, bias, gamma)
         training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-        merged, y, total, _ = _ops().merge_add_norm(
+        merged, y, total, _ = operators().merge_add_norm(
             *(x, branch, slot, tokens, _constant(size), weight, bias, eps, gamma),
             *(x.dtype if norm_dtype is None else norm_dtype, training),
         )
@@ -242,7 +242,7 @@ def attention(
                 _aligned(q), _aligned(k), _aligned(v), attn_mask=bias, dropout_p=dropout_p, scale=scale
             )
         factor = q.shape[-1] ** -0.5 if scale is None else scale
-        out: Tensor = _ops().attention(q, k, v, _constant(size), factor)
+        out: Tensor = operators().attention(q, k, v, _constant(size), factor)
         return out.transpose(1, 2)
 
     return _checked(q, lambda: checks.attention(q, k, v, size, dropout_p), run)
@@ -274,8 +274,8 @@ def _constant(size: C) -> C:
     return size.detach() if size is not None and size.requires_grad else size
 
 
-def _ops() -> Any:
-    """The operators, loaded and registered."""
+def operators() -> Any:
+    """The operators themselves, loaded and registered."""
     register()
     return torch.ops.tome_cuda
 
@@ -303,6 +303,7 @@ def _register() -> bool:
     torch.library.register_fake("tome_cuda::unmerge_backward", _unmerge_backward_fake)
     torch.library.register_fake("tome_cuda::merge_add_norm", _merge_add_norm_fake)
     torch.library.register_fake("tome_cuda::attention", _attention_fake)
+    torch.library.register_fake("tome_cuda::block", _block_fake)
     torch.library.register_fake("tome_cuda::merge_add_norm_backward", _merge_add_norm_backward_fake)
     torch.library.register_fake("tome_cuda::column_sums", _column_sums_fake)
     register_autograd = torch.library.register_autograd
@@ -440,8 +441,14 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale:
     return q.new_empty((batch, queries, heads, head_dim))
 
 
+def _block_fake(x: Tensor, normed: Tensor, size: Tensor | None, r: int, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], x.shape[1] - r, x.shape[2])
+    total = x.new_empty((shape[0] if r > 0 else 0, shape[1]), dtype=torch.float32)
+    return x.new_empty(shape), x.new_empty(shape, dtype=others[-1]), total
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """A copy where x starts off a 16-byte boundary, which some of torch's kernels count on."""
+    """X, or a copy where it starts off a 16-byte boundary: torch's own function fails on one such token."""
     if torch.compiler.is_compiling():  # which knows no offsets, and lays out its own tensors
         return x
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x

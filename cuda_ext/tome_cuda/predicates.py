@@ -82,6 +82,12 @@ def without_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout
     return None if k.shape[2] > 0 else "there are no keys"
 
 
+def takes_block(dtype: torch.dtype, head_dim: int, scale: float) -> bool:
+    """Whether the operator of a whole block computes attention of this kind."""
+    is_half = dtype is torch.float16 or dtype is torch.bfloat16
+    return is_half and head_dim in HEAD_DIMS and LEAST_SCALE <= scale < float("inf")
+
+
 def _index(tensor: Tensor) -> int:
     index = tensor.device.index
     return torch.cuda.current_device() if index is None else index

@@ -86,6 +86,10 @@ class MergingBlock:
         entry = float(self._tome_r) if isinstance(self._tome_r, str) else self._tome_r
         r = schedule.merged(entry, n - self._tome_prefix)
         side = side_stream(x) if r > 0 else None
+        if side is None and next_norm is not None:
+            done = self.whole(tokens, r, next_norm)
+            if done is not None:
+                return done
 
         def match(keys: Tensor) -> Tensor | None:
             if side is None:
@@ -102,6 +106,10 @@ class MergingBlock:
         x, normed, size = add(x, branch, step, n - r, size, self.mlp_norm(x.device.type))
         x, normed, size = add(x, self.mlp_branch(x, normed), None, n - r, size, next_norm)
         return Tokens(x, size, slot, normed)
+
+    def whole(self, tokens: Tokens, r: int, next_norm: Norm) -> Tokens | None:
+        """The whole block in one call that saves the host work, or None where that cannot be."""
+        return None
 
     def attention_norm(self, device: str) -> Norm | None:
         """The norm that attention reads x through, where another block may compute it; ``device`` is a type."""
@@ -170,9 +178,13 @@ def plain_norm(module: nn.Module, types: tuple[type[nn.Module], ...]) -> nn.Laye
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches calls of the module, so that it has to be called."""
+    """Whether someone watches or replaces calls of the module, so that it has to be called."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced for this instance, as accelerate does
     )
 
 

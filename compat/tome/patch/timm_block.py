@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp, SwiGLU
+from timm.layers import GluMlp, LayerNorm, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
 from tome import ops
-from tome.patch.block import Branch, Match, MergingBlock, Norm, UnsupportedModelError, has_hooks, plain_norm
+from tome.patch.block import Branch, Match, MergingBlock, Norm, Tokens, UnsupportedModelError, has_hooks, plain_norm
+from tome.patch.timm_whole import is_inert, run_whole, through
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
@@ -37,6 +38,9 @@ class ToMeBlock(MergingBlock, Block):
 
     def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Branch:
         return _branch(self.mlp(self.norm2(x) if normed is None else normed), self.ls2, self.drop_path2)
+
+    def whole(self, tokens: Tokens, r: int, next_norm: Norm) -> Tokens | None:
+        return run_whole(self, tokens, r, next_norm)
 
 
 class ToMeResPostBlock(MergingBlock, ResPostBlock):
@@ -71,17 +75,17 @@ def attend(attn: Attention, x: Tensor, size: Tensor | None, match: Match) -> tup
     qkv = attn.qkv(x).reshape(batch, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     # Under autocast the norms return float32; attention would round it to the dtype of v.
-    q, k = _through(attn.q_norm, q).to(v.dtype), _through(attn.k_norm, k).to(v.dtype)
+    q, k = through(attn.q_norm, q).to(v.dtype), through(attn.k_norm, k).to(v.dtype)
     slot = match(k)
     dropout_p = attn.attn_drop.p if attn.training else 0.0
     scale = None if attn.fused_attn else attn.scale
     x = ops.attention(q, k, v, size, scale, dropout_p)
     x = x.transpose(1, 2).reshape(batch, n, attn.num_heads * attn.head_dim)
     norm = getattr(attn, "norm", None)
-    x = x if norm is None else _through(norm, x)
+    x = x if norm is None else through(norm, x)
     if opening is not None:
         x = x * opening
-    return _through(attn.proj_drop, attn.proj(x)), slot
+    return through(attn.proj_drop, attn.proj(x)), slot
 
 
 def check_block(name: str, block: nn.Module) -> None:
@@ -110,22 +114,11 @@ def _norm(module: nn.Module, device: str, linear_reader: bool) -> Norm | None:
 
 def _branch(value: Tensor, scale: nn.Module, drop_path: nn.Module) -> Branch:
     """The branch behind timm's LayerScale and DropPath; a plain LayerScale is left to the addition."""
-    if not _is_inert(drop_path):
+    if not is_inert(drop_path):
         return Branch(drop_path(scale(value)))
     if type(scale) is LayerScale and not has_hooks(scale):
         return Branch(value, cast(Tensor, scale.gamma))
-    return Branch(_through(scale, value))
-
-
-def _through(module: nn.Module, x: Tensor) -> Tensor:
-    """The module's output; a call costs microseconds, which count where a block takes a hundred."""
-    return x if _is_inert(module) else module(x)
-
-
-def _is_inert(module: nn.Module) -> bool:
-    kind = type(module)
-    inert = kind is nn.Identity or (kind in (nn.Dropout, DropPath) and not module.training)
-    return inert and not has_hooks(module)
+    return Branch(through(scale, value))
 
 
 def _check_parts(name: str, module: nn.Module, known: set[str]) -> None:

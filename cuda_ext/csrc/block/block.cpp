@@ -1,0 +1,59 @@
+// A transformer block in one call. It launches what its parts launch, in the same order; what it saves is the
+// host's work of asking for them one by one, which takes longer than the GPU's where there are few images.
+#include "../ops.h"
+
+namespace tome {
+namespace {
+
+struct Heads {
+  Tensor q, k, v;  // [B, H, N, D]
+};
+
+Heads split_heads(const Tensor& qkv, int64_t heads) {
+  TOME_CHECK(qkv.dim() == 3, "qkv must be [B, N, 3 * H * D]");
+  const int64_t batch = qkv.size(0), tokens = qkv.size(1), width = qkv.size(2);
+  TOME_CHECK(heads > 0 && width % (3 * heads) == 0, "qkv of ", width, " channels can't be split into 3 * ",
+             heads, " heads");
+  const int64_t dim = width / (3 * heads);
+  const auto part = [&](int64_t i) {
+    return view_of(qkv, {batch, heads, tokens, dim},
+                   {qkv.stride(0), dim * qkv.stride(2), qkv.stride(1), qkv.stride(2)},
+                   i * heads * dim * qkv.stride(2));
+  };
+  return {part(0), part(1), part(2)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> block(
+    const Tensor& x, const Tensor& normed, const std::optional<Tensor>& size, int64_t r, int64_t prefix,
+    bool is_weighted, int64_t heads, double scale, const Tensor& qkv_weight,
+    const std::optional<Tensor>& qkv_bias, const Tensor& proj_weight, const std::optional<Tensor>& proj_bias,
+    const std::optional<Tensor>& gamma1, const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias, double norm_eps, ScalarType norm_dtype, const Tensor& fc1_weight,
+    const std::optional<Tensor>& fc1_bias, bool is_tanh, const Tensor& fc2_weight,
+    const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma2,
+    const std::optional<Tensor>& next_weight, const std::optional<Tensor>& next_bias, double next_eps,
+    ScalarType next_dtype) {
+  check_tensor(x, "x", 3);
+  check_tensor(normed, "normed", 3);
+  TOME_CHECK(r >= 0 && r < x.size(1), "r must be in [0, ", x.size(1), "), got ", r);
+  const DeviceScope scope(x);
+  const Heads in = split_heads(linear(normed, qkv_weight, qkv_bias), heads);
+  const int64_t batch = in.q.size(0), length = in.q.size(2), tokens = length - r;
+  std::optional<Tensor> slot;
+  if (r > 0) slot = bipartite_match(in.k, r, prefix);
+  const Tensor seen = attention(in.q, in.k, in.v, is_weighted ? size : std::nullopt, scale);
+  const int64_t width = heads * in.q.size(3);
+  const Tensor rows = view_of(seen, {batch, length, width}, {length * width, width, 1}, 0);
+  const Tensor first = linear(rows, proj_weight, proj_bias);
+  const auto [merged, merged_normed, total, first_stats] = merge_add_norm(
+      x, first, slot, tokens, size, norm_weight, norm_bias, norm_eps, gamma1, norm_dtype, false);
+  const Tensor second = linear(gelu(linear(merged_normed, fc1_weight, fc1_bias), is_tanh), fc2_weight, fc2_bias);
+  const auto [out, out_normed, none, second_stats] =
+      merge_add_norm(merged, second, std::nullopt, tokens, std::nullopt, next_weight, next_bias, next_eps,
+                     gamma2, next_dtype, false);
+  return {out, out_normed, total};
+}
+
+}  // namespace tome
