@@ -15,6 +15,7 @@ HOSTS = {
     "dinov2 registers": ("vit_small_patch14_reg4_dinov2", {"init_values": 0.3}, 5),
     "clip": ("vit_base_patch32_clip_224", {}, 1),
     "clip quickgelu": ("vit_base_patch16_clip_quickgelu_224", {}, 1),
+    "tanh": ("vit_tiny_patch16_224", {"act_layer": "gelu_tanh"}, 1),
     "siglip map": ("vit_base_patch16_siglip_224", {}, 0),
     "siglip gap": ("vit_base_patch16_siglip_gap_224", {}, 0),
     "mae avg": ("vit_base_patch16_224", {"global_pool": "avg"}, 1),

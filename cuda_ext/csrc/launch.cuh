@@ -5,6 +5,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
+#include <utility>
 
 namespace tome {
 
@@ -19,17 +21,27 @@ __device__ __forceinline__ char* dynamic_shared() {
 constexpr int kGrantedBytes = 48 << 10;
 constexpr int kStaticReserve = 8 << 10;
 
+// Asks once for each kernel, device and thread, as asking takes about as long as a launch. What may go wrong is
+// found by check_launch() right after.
+inline void ask_for_shared(const void* kernel, int bytes) {
+  thread_local std::map<std::pair<const void*, int>, int> granted;
+  int device = 0;
+  cudaGetDevice(&device);
+  int& most = granted[{kernel, device}];
+  if (bytes <= most) return;
+  most = bytes;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // Left alone, the driver may give so much to the L1 cache that one block less fits.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 // `most_shared_bytes`: the most that any launch of this kernel on this GPU may need. The whole of it is asked
-// for, so that a smaller launch by another thread can't take back what this one was promised. What may go
-// wrong here is found by check_launch() right after.
+// for, so that a smaller launch can't take back what another one was promised.
 template <class Params>
 void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
                    int most_shared_bytes, cudaStream_t stream, const Params& params) {
   if (shared_bytes > kGrantedBytes - kStaticReserve) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes);
-    // Left alone, the driver may give so much to the L1 cache that one block less fits.
-    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                         cudaSharedmemCarveoutMaxShared);
+    ask_for_shared(reinterpret_cast<const void*>(kernel), most_shared_bytes);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -19,7 +19,16 @@ Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optiona
 Tensor unmerge(const Tensor& x, const Tensor& slot);
 Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
 
-// x merged, y, totals (empty without a slot map), and for training mean and 1 / standard deviation of every output row.
+// x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of every row.
+struct Normed {
+  Tensor merged, y;
+  std::optional<Tensor> total, stats;
+};
+Normed merged_norm(const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
+                   const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
+                   const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& gamma,
+                   ScalarType norm_dtype, bool training);
+// The same as an operator returns it: empty tensors for what there is none of.
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
     const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,

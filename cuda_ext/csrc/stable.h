@@ -28,16 +28,23 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
+// STD_CUDA_CHECK asks torch for a message also where nothing is wrong.
+inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) STD_CUDA_CHECK(error);
+}
+
 // Makes a tensor's device current, for PyTorch and for the CUDA runtime inside this library, which keeps a
 // device of its own.
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STD_CUDA_CHECK(cudaSetDevice(tensor.get_device_index()));
+  explicit DeviceScope(const Tensor& tensor) {
+    const auto index = tensor.get_device_index();
+    if (torch::stable::accelerator::getCurrentDeviceIndex() != index) guard_.emplace(index);
+    check_cuda(cudaSetDevice(index));
   }
 
  private:
-  DeviceGuard guard_;
+  std::optional<DeviceGuard> guard_;
 };
 
 #define TOME_CHECK(...) STD_TORCH_CHECK(__VA_ARGS__)
@@ -100,7 +107,7 @@ inline int to_int(int64_t value, const char* name) {
   return static_cast<int>(value);
 }
 
-inline void check_launch() { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
+inline void check_launch() { check_cuda(cudaGetLastError()); }
 
 inline Dtype floating_dtype(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {

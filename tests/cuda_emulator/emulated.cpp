@@ -65,6 +65,7 @@ extern "C" int emulated_plan(int batch, int heads, int tokens, int channels, int
                              int why_bytes) {
   emulator::State& s = emulator::state();
   s.asked.clear();
+  ++s.device;
   s.plan_only = true;
   s.limit = shared_bytes;
   s.launches = 0;

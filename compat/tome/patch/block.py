@@ -37,8 +37,10 @@ class Tokens(NamedTuple):
     @classmethod
     def start(cls, x: Tensor, trace: bool) -> Tokens:
         """The tokens that enter the first block; ``trace`` follows each of them to its final place."""
+        if not trace:
+            return cls(x)
         identity = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-        return cls(x, None, identity.expand(x.shape[0], -1).contiguous() if trace else None)
+        return cls(x, None, identity.expand(x.shape[0], -1).contiguous())
 
 
 class Branch(NamedTuple):

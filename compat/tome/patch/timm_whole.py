@@ -51,7 +51,8 @@ def run_whole(block: Any, tokens: Tokens, r: int, next_norm: Norm) -> Tokens | N
     if kernels is None or parts is None or norm is None:
         return None
     attn = block._modules["attn"]
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     scale = attn.head_dim**-0.5 if attn.fused_attn else attn.scale
     if (x.dtype is not dtype and x.dtype is not torch.float32) or not kernels.takes_block(dtype, attn.head_dim, scale):
         return None

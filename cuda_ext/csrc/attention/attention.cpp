@@ -38,10 +38,10 @@ constexpr bool kHasHopper = std::string_view(TOME_EXPAND(TOME_ARCHS)).find("90a"
 
 void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
   int device = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
+  check_cuda(cudaGetDevice(&device));
   const auto attribute = [device](cudaDeviceAttr name) {
     int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+    check_cuda(cudaDeviceGetAttribute(&value, name, device));
     return value;
   };
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);

@@ -47,13 +47,12 @@ std::tuple<Tensor, Tensor, Tensor> block(
   const int64_t width = heads * in.q.size(3);
   const Tensor rows = view_of(seen, {batch, length, width}, {length * width, width, 1}, 0);
   const Tensor first = linear(rows, proj_weight, proj_bias);
-  const auto [merged, merged_normed, total, first_stats] = merge_add_norm(
-      x, first, slot, tokens, size, norm_weight, norm_bias, norm_eps, gamma1, norm_dtype, false);
-  const Tensor second = linear(gelu(linear(merged_normed, fc1_weight, fc1_bias), is_tanh), fc2_weight, fc2_bias);
-  const auto [out, out_normed, none, second_stats] =
-      merge_add_norm(merged, second, std::nullopt, tokens, std::nullopt, next_weight, next_bias, next_eps,
-                     gamma2, next_dtype, false);
-  return {out, out_normed, total};
+  const Normed middle = merged_norm(x, first, slot, tokens, size, norm_weight, norm_bias, norm_eps, gamma1,
+                                    norm_dtype, false);
+  const Tensor hidden = gelu(linear(middle.y, fc1_weight, fc1_bias), is_tanh);
+  const Normed out = merged_norm(middle.merged, linear(hidden, fc2_weight, fc2_bias), std::nullopt, tokens,
+                                 std::nullopt, next_weight, next_bias, next_eps, gamma2, next_dtype, false);
+  return {out.merged, out.y, middle.total.has_value() ? *middle.total : new_empty(x, {0, tokens}, ScalarType::Float)};
 }
 
 }  // namespace tome

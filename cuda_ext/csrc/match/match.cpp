@@ -13,7 +13,7 @@ using match::Params;
 
 int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
 }
 

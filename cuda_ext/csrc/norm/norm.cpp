@@ -32,10 +32,10 @@ bool is_aligned_like(const View& view, Dtype dtype, Dtype x_dtype, int64_t chann
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
-    const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
-    const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training) {
+Normed merged_norm(const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
+                   const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
+                   const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& gamma,
+                   ScalarType norm_dtype, bool training) {
   check_tensor(x, "x", 3);
   check_tensor(branch, "branch", 3);
   check_tokens(x, tokens, slot.has_value());
@@ -48,14 +48,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
   const int64_t batch = x.size(0);
   Tensor merged = new_empty(x, {batch, tokens, x.size(2)}, x.scalar_type());
   Tensor y = new_empty(x, {batch, tokens, x.size(2)}, norm_dtype);
-  Tensor total = new_empty(x, {slot.has_value() ? batch : 0, tokens}, ScalarType::Float);
-  Tensor stats = new_empty(x, {training ? batch : 0, tokens, 2}, ScalarType::Float);
+  std::optional<Tensor> total, stats;
+  if (slot.has_value()) total = new_empty(x, {batch, tokens}, ScalarType::Float);
+  if (training) stats = new_empty(x, {batch, tokens, 2}, ScalarType::Float);
   NormParams p{};
   p.merge = gather_params(x, merged, slot, tokens, size);
-  if (slot.has_value()) p.merge.total_ptr = static_cast<float*>(total.mutable_data_ptr());
+  if (total.has_value()) p.merge.total_ptr = static_cast<float*>(total->mutable_data_ptr());
   p.branch = view(branch);
   p.y_ptr = y.mutable_data_ptr();
-  if (training) p.stats_ptr = static_cast<float2*>(stats.mutable_data_ptr());
+  if (stats.has_value()) p.stats_ptr = static_cast<float2*>(stats->mutable_data_ptr());
   p.y_dtype = floating_dtype(y, "y");
   p.gamma = vector(gamma, "gamma", x);
   p.weight = vector(weight, "weight", x);
@@ -72,6 +73,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     check_launch();
   }
   return {merged, y, total, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
+    const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
+    const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+    double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training) {
+  const Normed out =
+      merged_norm(x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype, training);
+  return {out.merged, out.y, out.total.has_value() ? *out.total : new_empty(x, {0, tokens}, ScalarType::Float),
+          out.stats.has_value() ? *out.stats : new_empty(x, {0, tokens, 2}, ScalarType::Float)};
 }
 
 std::tuple<Tensor, Tensor> merge_add_norm_backward(

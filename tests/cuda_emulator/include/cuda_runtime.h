@@ -108,7 +108,8 @@ struct State {
   dim3 block, threads;
   std::function<void()> body;
   std::mt19937 random{1};
-  std::map<void*, size_t> asked;  // dynamic shared memory that a kernel was promised
+  std::map<const void*, size_t> asked;  // dynamic shared memory that a kernel was promised
+  int device = 0;                       // another one for each GPU that is imagined
   size_t limit = kSharedBytes;    // of one block of the imagined GPU
   bool plan_only = false;
   int launches = 0;
@@ -272,18 +273,19 @@ T atomicMax(T* ptr, T value) {
   return old;
 }
 
-template <class P>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(P), int attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    emulator::state().asked[reinterpret_cast<void*>(kernel)] = value;
-  }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulator::state().device;
+  return 0;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) emulator::state().asked[kernel] = value;
   return 0;
 }
 // With plan_only a launch is judged as CUDA would and nothing runs.
 template <class P>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P), const P& params) {
   emulator::State& s = emulator::state();
-  const auto found = s.asked.find(reinterpret_cast<void*>(kernel));
+  const auto found = s.asked.find(reinterpret_cast<const void*>(kernel));
   const size_t asked = found == s.asked.end() ? 0 : found->second;
   const unsigned threads = config->blockDim.x;
   const size_t bytes = config->dynamicSmemBytes;
