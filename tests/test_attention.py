@@ -77,6 +77,17 @@ def test_attention_gradients_are_those_of_the_reference_in_float64(device, input
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_one_token_off_a_boundary(device, dtype):
+    """Kernels of torch's own fail on this on a GPU."""
+    leaf = torch.randn(1 + 2 * 3 * 64, device=device).to(dtype).requires_grad_()
+    token = leaf[1:].view(2, 3, 1, 64)
+    out = ops.attention(token, token, token, torch.ones(2, 1, device=device))
+    assert torch.equal(out, token)
+    out.sum().backward()
+    assert bool(leaf.grad[1:].isfinite().all())
+
+
 def test_dropout_drops(device):
     q = torch.randn(1, 1, 64, 8, device=device)
     assert not torch.equal(ops.attention(q, q, q, dropout_p=0.5), ops.attention(q, q, q))
