@@ -127,6 +127,7 @@ def test_a_patched_model_chooses_cuda_as_a_whole(fake_extension):
     for op in ("match", "merge", "attention", "merge_add_norm"):
         setattr(sys.modules["tome_cuda"], op, getattr(tome_reference, op))
     sys.modules["tome_cuda"].why_not = lambda op, *args: None
+    sys.modules["tome_cuda"].takes_block = lambda *args: False
     model = tome.patch.timm(make("plain"))
     model.r = 3
     with torch.no_grad(), tome.use_backend("reference"):

@@ -15,7 +15,7 @@ import tome
 import tome_cuda
 import tome_reference
 from tome import backend
-from tome_cuda import library, ops, predicates
+from tome_cuda import library, predicates, registration
 
 NAMES = ("attention", "match", "kth_match", "random_match", "max_r", "merge", "unmerge", "merge_add_norm")
 
@@ -25,7 +25,7 @@ def fake() -> Iterator[FakeTensorMode]:
     """Tensors that only pretend to be on a GPU."""
     if library.missing() is not None:
         pytest.skip(str(library.missing()))
-    ops.register()
+    registration.register()
     with FakeTensorMode() as mode:
         yield mode
 
@@ -113,8 +113,8 @@ def test_fakes(fake: FakeTensorMode) -> None:
     out = tome_cuda.attention(*q, total.new_ones(2, 9))
     assert (out.shape, out.stride(), out.dtype) == ((2, 4, 9, 64), (2304, 64, 256, 1), torch.float16)
     assert tome_cuda.attention(*(t.requires_grad_() for t in q.clone()), None).requires_grad
-    assert ops._merge_backward_fake(merged, slot, None, total).shape == x.shape
-    assert ops._unmerge_backward_fake(x, slot, 6).shape == merged.shape
+    assert registration._merge_backward_fake(merged, slot, None, total).shape == x.shape
+    assert registration._unmerge_backward_fake(x, slot, 6).shape == merged.shape
 
 
 @pytest.mark.parametrize("norm_dtype", [None, torch.float16])

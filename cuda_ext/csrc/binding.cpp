@@ -1,4 +1,4 @@
-// Every schema, and the kernels that implement it. Fakes and autograd: tome_cuda/ops.py.
+// Every schema, and the kernels that implement it. Fakes and autograd: tome_cuda/registration.py.
 #include "ops.h"
 
 #ifndef TOME_ARCHS

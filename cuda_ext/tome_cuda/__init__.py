@@ -6,8 +6,9 @@ Importing this package loads no library and asks for no GPU. The first call of a
 """
 
 from tome_cuda.library import LibraryError, build_info, unavailable
-from tome_cuda.ops import attention, kth_match, match, max_r, merge, merge_add_norm, operators, random_match, unmerge
+from tome_cuda.ops import attention, kth_match, match, max_r, merge, merge_add_norm, random_match, unmerge
 from tome_cuda.predicates import remark, takes_block, why_not
+from tome_cuda.registration import operators
 
 __all__ = [
     "LibraryError",
