@@ -52,7 +52,8 @@ template <int kCount, int kPacks>
 constexpr int kMinBlocks = kCount * kPacks == 0    ? 4
                            : kCount * kPacks <= 16 ? 7
                            : kCount * kPacks <= 24 ? 6
-                                                   : 5;
+                           : kPacks <= 8           ? 5
+                                                   : 4;
 
 template <class T, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads,

@@ -68,7 +68,7 @@ __device__ __forceinline__ void scan_slots(const GatherParams& p, int64_t b, Vis
         });
   }
   scan(
-      Constant<12>{}, p.length - first,
+      Constant<6>{}, p.length - first,
       [&](int at) { return __ldg(slots_ptr + (first + at) * p.slot.stride); },
       [&](int at, int slot) { visit(first + at, slot); });
 }
@@ -141,34 +141,39 @@ __device__ __forceinline__ void order_members(unsigned mine, Storage& shared) {
   __syncwarp();
 }
 
-// The weights of the members of these outputs, in order, and the totals. A lane per output.
+// The weights of the members of these outputs, in order, and the totals. A lane per output. `meanwhile` is
+// done while the first sizes are under way.
+template <class Meanwhile>
 __device__ __forceinline__ void weigh_members(const GatherParams& p, int64_t b, int first, unsigned mine,
-                                              Storage& shared) {
+                                              Storage& shared, Meanwhile&& meanwhile) {
   constexpr int kLoads = 4;  // sizes under way
   const int output = threadIdx.x % kWarpSize;
-  if ((mine >> output & 1) != 0) {
-    const int count = shared.count[output];
-    Member* list = shared.list[output];
-    float total = 0.0f;
-#pragma unroll 1
-    for (int base = 0; base < count; base += kLoads) {
-      float size[kLoads];
+  const int count = (mine >> output & 1) != 0 ? shared.count[output] : 0;
+  Member* list = shared.list[output];
+  float size[kLoads];
+  const auto load = [&](int base) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (base + i < count) size[i] = token_size(p, b, list[base + i].token & ~kLastMember);
-      }
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        if (base + i >= count) break;
-        total += size[i];
-        list[base + i].weight = size[i];
-      }
+    for (int i = 0; i < kLoads; ++i) {
+      if (base + i < count) size[i] = token_size(p, b, list[base + i].token & ~kLastMember);
     }
-    if (p.total_ptr != nullptr) p.total_ptr[b * p.tokens + first + output] = total;
-    const bool is_plain = p.total_ptr == nullptr || count == 1;  // a lone token keeps its bits
+  };
+  load(0);
+  meanwhile();
+  float total = 0.0f;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) list[i].weight = is_plain ? 1.0f : list[i].weight / total;
+  for (int base = 0; base < count; base += kLoads) {
+    if (base > 0) load(base);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (base + i >= count) break;
+      total += size[i];
+      list[base + i].weight = size[i];
+    }
   }
+  if (count > 0 && p.total_ptr != nullptr) p.total_ptr[b * p.tokens + first + output] = total;
+  const bool is_plain = p.total_ptr == nullptr || count == 1;  // a lone token keeps its bits
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) list[i].weight = is_plain ? 1.0f : list[i].weight / total;
   __syncwarp();
 }
 

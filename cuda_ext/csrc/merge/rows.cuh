@@ -124,10 +124,7 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
     mine = share_outputs(lane < outputs ? 1 : 0);
     list_identity(first, mine, shared);
   }
-  const auto begin = [&] {
-    rows.prepare();
-    if (has_map) weigh_members(p, b, first, mine, shared);
-  };
+  const auto begin = [&] { weigh_members(p, b, first, has_map ? mine : 0, shared, [&] { rows.prepare(); }); };
   if constexpr (kPacks > 0) {
     merge_stream<kPacks>(p, rows, shared, mine, ring, begin);
     if (!has_map) return;
