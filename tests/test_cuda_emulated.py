@@ -181,6 +181,23 @@ def test_merge(drawn: tuple[Tensor, Tensor, int, Tensor | None], block_outputs: 
     assert torch.equal(back[alone], x[alone])
 
 
+@pytest.mark.parametrize("n", [1541, 2052, 2100])
+def test_merge_of_a_long_image(n: int) -> None:
+    """Slots that no block reads in one go, four at a time or one by one."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(1, n, 8, generator=generator)
+    tokens = n // 2
+    slot = torch.cat([torch.arange(tokens), torch.randint(tokens, (n - tokens,), generator=generator)])
+    slot = slot[torch.randperm(n, generator=generator)][None].int()
+    size = torch.randint(1, 300, (1, n), generator=generator).float()
+    expected, expected_total = tome_reference.merge(x, slot, tokens, size)
+    every_other = slot.repeat_interleave(2, dim=1)[:, ::2]
+    for slots in (at_the_end(slot), every_other):
+        out, total = emulator.gather(at_the_end(x), slots, tokens, at_the_end(size), seed=n)
+        assert torch.equal(total, expected_total)
+        torch.testing.assert_close(out, expected)
+
+
 @SLOW
 @given(groups(), st.sampled_from([8, 32]), SEEDS)
 def test_the_other_three(drawn: tuple[Tensor, Tensor, int, Tensor | None], block_outputs: int, seed: int) -> None:

@@ -128,15 +128,6 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-// Keeps what is made of a loaded value behind this point: unpacked it takes twice the registers.
-template <class T>
-__device__ __forceinline__ void pin(T& value) {
-  static_assert(sizeof(T) % sizeof(unsigned) == 0);
-  auto* words = reinterpret_cast<unsigned*>(&value);
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(T) / sizeof(unsigned); ++i) asm volatile("" : "+r"(words[i]));
-}
-
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);

@@ -21,6 +21,14 @@ struct PlainRows {
     const int64_t stride = kCount == 1 ? p.x.channel_stride : 1;
     return load_pack<T, kCount>(image_ptr + token * p.x.row_stride + channel * stride);
   }
+  static constexpr int kPackBytes = kWarpSize * static_cast<int>(sizeof(Fetched));
+  __device__ __forceinline__ void copy(int token, int channel, char* to) const {
+    copy_pack<T, kCount>(image_ptr + token * p.x.row_stride + channel,
+                         reinterpret_cast<Fetched*>(to) + threadIdx.x % kWarpSize);
+  }
+  __device__ __forceinline__ Fetched arrived(const char* from) const {
+    return reinterpret_cast<const Fetched*>(from)[threadIdx.x % kWarpSize];
+  }
   __device__ __forceinline__ void value(const Fetched& fetched, int, float (&v)[kCount]) const {
     unpack(fetched, v);
   }
@@ -42,9 +50,10 @@ struct PlainRows {
 // Blocks per multiprocessor that registers must allow; more would spill.
 template <int kCount, int kPacks>
 constexpr int kMinBlocks = kCount * kPacks == 0    ? 4
+                           : kCount * kPacks <= 16 ? 7
                            : kCount * kPacks <= 24 ? 6
-                           : kCount * kPacks <= 40 ? 5
-                                                   : 3;
+                           : kPacks <= 8           ? 5
+                                                   : 4;
 
 template <class T, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads,
@@ -56,13 +65,14 @@ __global__ __launch_bounds__(kThreads,
   const PlainRows<T, kCount> rows{
       p, static_cast<const T*>(p.x.data_ptr) + b * p.x.batch_stride,
       static_cast<T*>(p.out.data_ptr) + b * p.out.batch_stride + first * p.out.row_stride};
-  merge_rows<kPacks>(p, rows, shared, b, first, min(p.block_outputs, p.tokens - first));
+  merge_rows<kPacks>(p, rows, shared, b, first, min(p.block_outputs, p.tokens - first), dynamic_shared());
 }
 
 template <class T, int kCount, int kPacks>
 void launch(const GatherParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs * p.batch;
-  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kThreads, 0, 0, stream, p);
+  constexpr int kBytes = ring_bytes<PlainRows<T, kCount>, kPacks>();
+  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kThreads, kBytes, kBytes, stream, p);
 }
 
 }  // namespace

@@ -36,11 +36,11 @@ namespace {
 
 // Few rows: small blocks, so that a single image still reaches many multiprocessors. Many rows: larger
 // blocks, so that the scan of the slots is shared by more of them, all alike; the largest only where there is
-// much to scan, as a grid of few blocks ends unevenly.
-int block_outputs(int64_t batch, int64_t length, int64_t tokens) {
+// much to scan, as a grid of few blocks ends unevenly. Without a map nothing is scanned.
+int block_outputs(int64_t batch, int64_t length, int64_t tokens, bool has_map) {
   constexpr int64_t kFewRows = 1024, kManyRows = 8192, kLong = 2048;
   const int64_t rows = batch * tokens;
-  if (rows <= kManyRows) return rows <= kFewRows ? 4 : 8;
+  if (rows <= kManyRows || !has_map) return rows <= kFewRows ? 4 : 8;
   const int64_t most = length > kLong ? merge_ops::kMaxBlockOutputs : merge_ops::kMaxBlockOutputs / 2;
   const int64_t blocks = (tokens + most - 1) / most;
   return static_cast<int>((tokens + blocks - 1) / blocks);
@@ -64,7 +64,7 @@ GatherParams gather_params(const Tensor& x, const Tensor& out, const std::option
   p.length = to_int(x.size(1), "the number of tokens");
   p.tokens = to_int(tokens, "tokens");
   p.channels = to_int(x.size(2), "the number of channels");
-  p.block_outputs = block_outputs(batch, x.size(1), tokens);
+  p.block_outputs = block_outputs(batch, x.size(1), tokens, slot.has_value());
   check_grid((tokens + p.block_outputs - 1) / p.block_outputs * batch);
   return p;
 }

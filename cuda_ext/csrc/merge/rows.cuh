@@ -4,61 +4,22 @@
 // A Rows type supplies, for packs of kCount channels:
 //   Fetched                      what is loaded for a pack of a token
 //   fetch(token, channel)        -> Fetched
+//   kPackBytes, copy(token, channel, to), arrived(from) -> Fetched    the same through shared memory, at
+//                                the lane's place in a warp's pack; channel is the lane's
 //   value(fetched, channel, v)   the pack of the token's row, in float32
 //   finish(output, row)          a finished row that lies in registers
 //   store(output, channel, v), finish_stored(output)   a finished row, pack by pack
-//   prepare()                    what the block does before its first row, up to its first barrier
+//   prepare()                    what the block does before its first row is finished, with a barrier if it
+//   needs one
 #pragma once
 
-#include <type_traits>
-
-#include "members.cuh"
+#include "stream.cuh"
 
 namespace tome::merge_ops {
 
-template <int kValue>
-using Constant = std::integral_constant<int, kValue>;
-
-// A row as it lies in a warp: pack k of lane l holds the channels from (32 * k + l) * kCount on.
-template <int kPacks, int kCount>
-using RowPart = float[kPacks][kCount];
-
-// The kernels for rows in registers: how many packs they hold.
-template <int kCount>
-struct Widths {
-  static constexpr int kPacks[] = {1, 2, 3,
-                                   4, 5, 8};  // 16-bit: up to 256, 512, 768, 1024, 1280, 2048 channels
-};
-template <>
-struct Widths<4> {
-  static constexpr int kPacks[] = {2, 3, 4, 6, 8, 10};  // float32: up to 256, 384, 512, 768, 1024, 1280
-};
-constexpr int kWidths = 6;
-
-// How many packs of a row are full, as narrower rows go to a narrower kernel.
-template <int kCount, int kPacks>
-constexpr int full_packs() {
-  int full = 0;
-  for (int i = 0; i < kWidths; ++i) {
-    if (Widths<kCount>::kPacks[i] < kPacks) full = Widths<kCount>::kPacks[i];
-  }
-  return full;
-}
-
-// Whether pack k of this lane is in the row.
-template <int kCount, int kPacks>
-__device__ __forceinline__ bool is_inside(int k, int channel, int channels) {
-  return k < full_packs<kCount, kPacks>() || channel + k * kWarpSize * kCount < channels;
-}
-
-template <int kCount>
-__device__ __forceinline__ int lane_channel() {
-  return static_cast<int>(threadIdx.x % kWarpSize) * kCount;
-}
-
-// Rows that take too many registers, long groups and empty ones: pack by pack over all members. Long groups by
-// compensated (Kahan) addition, as hundreds of plain float32 additions would lose bits that the definition's
-// tree of additions keeps.
+// Rows that take too many registers, long groups and empty ones: pack by pack over all members. Long groups
+// by compensated (Kahan) addition, as hundreds of plain float32 additions would lose bits that the
+// definition's tree of additions keeps.
 template <int kWidth, class Rows>
 __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& rows, const Storage& shared,
                                              int64_t b, int first, int output) {
@@ -66,17 +27,16 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
   constexpr int kStep = kWarpSize * kCount;
   constexpr int kPacks = kWidth;  // packs of a member in flight
   constexpr int kInFlight = 2;    // members
-  const bool has_map = p.slot.data_ptr != nullptr;
-  const int count = has_map ? shared.count[output] : 1;
+  const int count = shared.count[output];
   const bool listed = count <= kShortGroup;
   float total = 0.0f;
   if (!listed) {
     scan_members(p, b, first + output, [&](int base, unsigned mask) {
       for (; mask != 0; mask &= mask - 1) total += token_size(p, b, base + __ffs(mask) - 1);
     });
-    if (p.total_ptr != nullptr && threadIdx.x % kWarpSize == 0)
-      p.total_ptr[b * p.tokens + first + output] = total;
   }
+  if (!is_listed(shared, output) && p.total_ptr != nullptr && threadIdx.x % kWarpSize == 0)
+    p.total_ptr[b * p.tokens + first + output] = total;
 #pragma unroll 1
   for (int channel = lane_channel<kCount>(); channel - lane_channel<kCount>() < p.channels;
        channel += kPacks * kStep) {
@@ -102,11 +62,9 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
           mask &= mask - 1;
           int token = i;
           weight[j] = 1.0f;
-          if (has_map && listed) {
-            token = shared.token[output][i];
-            weight[j] = shared.weight[output][i];
-          } else if (!has_map) {
-            token = first + output;
+          if (listed) {
+            token = shared.list[output][i].token & ~kLastMember;
+            weight[j] = shared.list[output][i].weight;
           } else if (p.total_ptr != nullptr) {
             weight[j] = token_size(p, b, token) / total;
           }
@@ -151,88 +109,28 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
   rows.finish_stored(output);
 }
 
-// Rows of up to kPacks packs. The members of a warp's rows form one stream: while one of them is added and
-// its row finished, the next is under way. Returns whether that was all of the warp's rows.
-template <int kPacks, class Rows>
-__device__ __forceinline__ bool merge_stream(const GatherParams& p, const Rows& rows, const Storage& shared,
-                                             int first, int outputs) {
-  constexpr int kCount = Rows::kCount;
-  constexpr int kStep = kWarpSize * kCount;
-  const int channel = lane_channel<kCount>();
-  const bool has_map = p.slot.data_ptr != nullptr;
-  bool is_all = true;
-  const auto next_listed = [&](int output) {
-    while (output < outputs && has_map && !is_listed(shared, output)) {
-      is_all = false;
-      output += kWarps;
-    }
-    return output;
-  };
-  typename Rows::Fetched fetched[kPacks];
-  const auto fetch = [&](int output, int member) {
-    const int token = has_map ? shared.token[output][member] : first + output;
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      if (is_inside<kCount, kPacks>(k, channel, p.channels))
-        fetched[k] = rows.fetch(token, channel + k * kStep);
-    }
-  };
-  RowPart<kPacks, kCount> sum;
-  const auto reset = [&] {
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) sum[k][c] = -0.0f;  // what leaves the sign of a lone -0 alone
-    }
-  };
-  reset();
-  int output = next_listed(threadIdx.x / kWarpSize);
-  int member = 0;
-  if (output < outputs) fetch(output, 0);
-  if (!has_map) __syncthreads();  // for prepare(); a map has barriers of its own
-#pragma unroll 1
-  while (output < outputs) {
-    const bool has_map = opaque(p.slot.data_ptr != nullptr);
-    const float weight = has_map ? shared.weight[output][member] : 1.0f;
-#pragma unroll
-    for (int k = 0; k < kPacks; ++k) {
-      if (is_inside<kCount, kPacks>(k, channel, p.channels)) {
-        float x[kCount];
-        pin(fetched[k]);
-        rows.value(fetched[k], channel + k * kStep, x);
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) sum[k][c] = fmaf(weight, x[c], sum[k][c]);
-      }
-    }
-    const int done = output;
-    ++member;
-    const bool is_last = !has_map || member == shared.count[output];
-    if (is_last) {
-      output = next_listed(output + kWarps);
-      member = 0;
-    }
-    if (output < outputs) fetch(output, member);
-    if (is_last) {
-      rows.template finish<kPacks>(done, sum);
-      reset();
-    }
-  }
-  return is_all;
-}
-
-// All output rows of the block; kPacks = 0 for rows of any width.
+// All output rows of the block; kPacks = 0 for rows of any width. `ring`: ring_bytes() of shared memory.
 template <int kPacks, class Rows>
 __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows, Storage& shared,
-                                           int64_t b, int first, int outputs) {
+                                           int64_t b, int first, int outputs, char* ring) {
   const bool has_map = p.slot.data_ptr != nullptr;
+  const int lane = threadIdx.x % kWarpSize;
+  unsigned mine;
   if (has_map) {
-    list_members(p, b, first, outputs, shared, [&] { rows.prepare(); });
-    order_members(p, b, first, outputs, shared);
+    list_members(p, b, first, outputs, shared);
+    mine = share_outputs(lane < outputs && is_listed(shared, lane) ? shared.count[lane] : 0);
+    order_members(mine, shared);
   } else {
-    rows.prepare();
+    mine = share_outputs(lane < outputs ? 1 : 0);
+    list_identity(first, mine, shared);
   }
+  const auto begin = [&] { weigh_members(p, b, first, has_map ? mine : 0, shared, [&] { rows.prepare(); }); };
   if constexpr (kPacks > 0) {
-    if (merge_stream<kPacks>(p, rows, shared, first, outputs)) return;
+    merge_stream<kPacks>(p, rows, shared, mine, ring, begin);
+    if (!has_map) return;
+  } else {
+    begin();
+    __syncthreads();
   }
   // In a loop of their own: together the two would need half as many registers again.
 #pragma unroll 1
@@ -241,24 +139,6 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
       merge_slowly<kPacks == 0 ? (Rows::kCount == 1 ? 8 : 2) : 1>(p, rows, shared, b, first, output);
     }
   }
-}
-
-// Calls launch(kCount, kPacks) with the narrowest kernel that holds a row of T in registers, or kPacks = 0.
-template <class T, class Launch>
-void dispatch_packs(int channels, bool aligned, Launch&& launch) {
-  constexpr int kCount = kPackSize<T>;
-  if (!aligned) return launch(Constant<1>{}, Constant<0>{});
-  bool is_launched = false;
-  const auto try_width = [&](auto packs) {
-    if (is_launched || channels > decltype(packs)::value * kWarpSize * kCount) return;
-    is_launched = true;
-    launch(Constant<kCount>{}, packs);
-  };
-  const auto try_widths = [&](auto... i) {
-    (try_width(Constant<Widths<kCount>::kPacks[decltype(i)::value]>{}), ...);
-  };
-  try_widths(Constant<0>{}, Constant<1>{}, Constant<2>{}, Constant<3>{}, Constant<4>{}, Constant<5>{});
-  if (!is_launched) launch(Constant<kCount>{}, Constant<0>{});
 }
 
 }  // namespace tome::merge_ops

@@ -4,6 +4,8 @@
 //
 // y is the norm of x' as rounded, so that it doesn't depend on the path that summed the row, and its gradient
 // can be taken at x'. The variance is the mean of centred squares.
+#include <type_traits>
+
 #include "../launch.cuh"
 #include "../merge/rows.cuh"
 #include "vector.cuh"
@@ -11,6 +13,7 @@
 namespace tome::norm {
 namespace {
 
+using merge_ops::copy_pack;
 using merge_ops::is_inside;
 using merge_ops::kThreads;
 using merge_ops::lane_channel;
@@ -82,6 +85,7 @@ struct NormRows {
       stage<kCount>(p.weight, 1.0f, p.merge.channels, staged.weight);
       stage<kCount>(p.bias, 0.0f, p.merge.channels, staged.bias);
       if (p.gamma.data_ptr != nullptr) stage<kCount>(p.gamma, 1.0f, p.merge.channels, staged.gamma);
+      __syncthreads();
     }
   }
   __device__ __forceinline__ Fetched fetch(int token, int channel) const {
@@ -90,6 +94,21 @@ struct NormRows {
     const int64_t branch_stride = kCount == 1 ? p.branch.channel_stride : 1;
     return {load_pack<T, kCount>(x_ptr + token * x.row_stride + channel * x_stride),
             load_pack<U, kCount>(branch_ptr + token * p.branch.row_stride + channel * branch_stride)};
+  }
+  // In shared memory x of all lanes lies before branch.
+  static constexpr int kXBytes = kWarpSize * static_cast<int>(sizeof(Pack<T, kCount>));
+  static constexpr int kPackBytes = kXBytes + kWarpSize * static_cast<int>(sizeof(Pack<U, kCount>));
+  __device__ __forceinline__ void copy(int token, int channel, char* to) const {
+    const int lane = threadIdx.x % kWarpSize;
+    copy_pack<T, kCount>(x_ptr + token * p.merge.x.row_stride + channel,
+                         reinterpret_cast<Pack<T, kCount>*>(to) + lane);
+    copy_pack<U, kCount>(branch_ptr + token * p.branch.row_stride + channel,
+                         reinterpret_cast<Pack<U, kCount>*>(to + kXBytes) + lane);
+  }
+  __device__ __forceinline__ Fetched arrived(const char* from) const {
+    const int lane = threadIdx.x % kWarpSize;
+    return {reinterpret_cast<const Pack<T, kCount>*>(from)[lane],
+            reinterpret_cast<const Pack<U, kCount>*>(from + kXBytes)[lane]};
   }
   __device__ __forceinline__ void value(const Fetched& fetched, int channel, float (&v)[kCount]) const {
     float branch[kCount];
@@ -211,37 +230,36 @@ struct NormRows {
   }
 };
 
-// Blocks per multiprocessor that registers must allow; more would spill. What a row takes: its sum, and the
-// packs under way. A conversion from bfloat16 is an integer operation, which the compiler likes to do early.
-template <class T, class U, int kCount, int kPacks>
+// Blocks per multiprocessor that registers must allow; more would spill. A conversion from bfloat16 is an
+// integer operation, which the compiler likes to do early.
+template <class U, int kCount, int kPacks>
 constexpr int min_blocks() {
-  constexpr int kWords = kPacks * kCount * static_cast<int>(sizeof(T) + sizeof(U)) / 4;
-  constexpr int kRow = 40 + kPacks * kCount + kWords;
-  constexpr int kRegisters = (kRow < 96 ? 96 : kRow) + (std::is_same_v<T, __nv_bfloat16> ? 16 : 0);
   if (kPacks == 0) return kCount == 1 ? 2 : 3;
-  return kRow > 160 ? 2 : (64 << 10) / (kThreads * kRegisters);
+  if (std::is_same_v<U, __half> && kPacks <= 6) return 5;
+  return std::is_same_v<U, float> && kCount * kPacks >= 40 ? 3 : 4;
 }
 
 template <class T, class U, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads,
-                             (min_blocks<T, U, kCount, kPacks>())) void norm_kernel(const NormParams p) {
+                             (min_blocks<U, kCount, kPacks>())) void norm_kernel(const NormParams p) {
   static __shared__ merge_ops::Storage shared;
   const GatherParams& merge = p.merge;
+  using Rows = NormRows<T, U, kCount, (kPacks > 0)>;
   Staged staged{};
   if constexpr (kPacks > 0) {
     constexpr int kChannels = kPacks * kWarpSize * kCount;
-    staged.weight = reinterpret_cast<float*>(dynamic_shared());
+    staged.weight = reinterpret_cast<float*>(dynamic_shared() + merge_ops::ring_bytes<Rows, kPacks>());
     staged.bias = staged.weight + kChannels;
     staged.gamma = staged.bias + kChannels;
   }
   const int blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;
   const int first = static_cast<int>(blockIdx.x % blocks) * merge.block_outputs;
-  const NormRows<T, U, kCount, (kPacks > 0)> rows{
-      p, static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
-      static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride, b * merge.tokens + first, staged};
-  merge_ops::merge_rows<kPacks>(merge, rows, shared, b, first,
-                                min(merge.block_outputs, merge.tokens - first));
+  const Rows rows{p, static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
+                  static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride,
+                  b * merge.tokens + first, staged};
+  merge_ops::merge_rows<kPacks>(merge, rows, shared, b, first, min(merge.block_outputs, merge.tokens - first),
+                                dynamic_shared());
 }
 
 template <class T, class U>
@@ -252,8 +270,10 @@ void launch(const NormParams& p, bool aligned, cudaStream_t stream) {
     constexpr int kCount = decltype(count)::value;
     constexpr int kPacks = decltype(packs)::value;
     const int vectors = p.gamma.data_ptr == nullptr ? 2 : 3;
-    const int shared_bytes = vectors * kPacks * kWarpSize * kCount * static_cast<int>(sizeof(float));
-    launch_kernel(norm_kernel<T, U, kCount, kPacks>, blocks, kThreads, shared_bytes, shared_bytes, stream, p);
+    constexpr int kRing = merge_ops::ring_bytes<NormRows<T, U, kCount, (kPacks > 0)>, kPacks>();
+    constexpr int kVector = kPacks * kWarpSize * kCount * static_cast<int>(sizeof(float));
+    launch_kernel(norm_kernel<T, U, kCount, kPacks>, blocks, kThreads, kRing + vectors * kVector,
+                  kRing + 3 * kVector, stream, p);
   });
 }
 

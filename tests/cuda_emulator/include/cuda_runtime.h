@@ -43,6 +43,9 @@ struct dim3 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 struct uint2 {
   unsigned x, y;
 };
@@ -83,6 +86,7 @@ constexpr int kWarp = 32;
 struct Copy {
   const void* from;
   void* to;
+  size_t bytes;
 };
 
 struct Warp {
@@ -223,6 +227,15 @@ T __shfl_down_sync(unsigned, T value, int step) {
   return emulator::exchange(value, [&](const T* all) {
     return emulator::lane() + step < 32 ? all[emulator::lane() + step] : value;
   });
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  return emulator::exchange(
+      value, [&](const T* all) { return emulator::lane() >= step ? all[emulator::lane() - step] : value; });
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::exchange(value, [&](const T* all) { return all[lane % 32]; });
 }
 inline unsigned __ballot_sync(unsigned, bool value) {
   return emulator::exchange(value, [](const bool* all) {
