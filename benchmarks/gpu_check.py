@@ -322,7 +322,8 @@ def odd_shapes(first: int, step: int) -> None:
     layouts = ("dense", "packed", "misaligned", "sparse")
     short = itertools.product((3, 17, 197), (3, 16, 72), layouts, DTYPES)
     long = itertools.product((577, 1030), (1, 64, 80, 200, 256), ("packed",), DTYPES)
-    for n, d, layout, dtype in itertools.islice(itertools.chain(short, long), first, None, step):
+    longest = itertools.product((2100,), (64, 72), ("packed",), DTYPES)
+    for n, d, layout, dtype in itertools.islice(itertools.chain(short, long, longest), first, None, step):
         keys = make_keys((2, 3, n, d), dtype, layout, "real", generator)
         tome_cuda.match(keys, n // 3)
         if n < 200:

@@ -57,6 +57,22 @@ def test_real_keys_differ_in_near_ties_only(case: Case) -> None:
     assert verdict.is_right(), verdict
 
 
+@pytest.mark.parametrize(
+    ("batch", "n", "d"), [(1, 4096, 64), (1, 2500, 72), (8, 4100, 64), (64, 577, 64), (32, 1369, 80), (2, 1030, 128)]
+)
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1, 0.3, 10.0])
+def test_long_images_of_like_tokens(batch: int, n: int, d: int, noise: float) -> None:
+    """From one candidate a row to all targets within the bound, NaN and equal tokens among them."""
+    draw = torch.randn(1, 1, d, device="cuda", generator=generator(d))
+    value = draw + noise * torch.randn(batch, n, d, device="cuda", generator=generator(n))
+    value[0, 7::50] = torch.nan
+    value[:, 31] = value[:, 33]
+    slot = tome_cuda.match(value, n // 3, 0)
+    some = torch.tensor([0, batch - 1], device="cuda")
+    verdict = judge_match(value[some], slot[some], n // 3, 0)
+    assert verdict.is_right(), verdict
+
+
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """x [B, N, C], a map onto [0, M), M, and sizes, above one as a rule."""
@@ -147,7 +163,8 @@ def layer(b: int, n: int, c: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 SHAPES = pytest.mark.parametrize(
-    ("shape", "r"), [((4, 197, 768, 64), 16), ((2, 577, 1024, 64), 23), ((2, 1369, 1280, 80), 40)]
+    ("shape", "r"),
+    [((4, 197, 768, 64), 16), ((2, 577, 1024, 64), 23), ((2, 1369, 1280, 80), 40), ((1, 4096, 640, 64), 1000)],
 )
 
 

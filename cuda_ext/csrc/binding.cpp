@@ -45,9 +45,6 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("column_sums", TORCH_BOX(&tome::column_sums));
 }
 
-#define TOME_STRING(...) #__VA_ARGS__
-#define TOME_EXPAND(...) TOME_STRING(__VA_ARGS__)
-
 // Read through ctypes before any operator runs, on machines with and without a GPU.
 extern "C" __attribute__((visibility("default"))) const char* tome_cuda_build_info() {
   return "{\"torch\": \"2.11\", \"cuda\": \"" TOME_EXPAND(TOME_CUDA_VERSION) "\", \"cutlass\": \""

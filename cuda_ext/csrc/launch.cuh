@@ -35,11 +35,26 @@ inline void ask_for_shared(const void* kernel, int bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
+// For kernels that follow each other: the first lets the second start while its own last blocks run, the
+// second waits for its end before it reads what the first wrote. Without compute capability 9.0, or a launch
+// that asks for it, both mean nothing.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // `most_shared_bytes`: the most that any launch of this kernel on this GPU may need. The whole of it is asked
 // for, so that a smaller launch can't take back what another one was promised.
 template <class Params>
 void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
-                   int most_shared_bytes, cudaStream_t stream, const Params& params) {
+                   int most_shared_bytes, cudaStream_t stream, const Params& params,
+                   bool starts_early = false) {
   if (shared_bytes > kGrantedBytes - kStaticReserve) {
     ask_for_shared(reinterpret_cast<const void*>(kernel), most_shared_bytes);
   }
@@ -48,6 +63,13 @@ void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shar
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  if (starts_early) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   cudaLaunchKernelEx(&config, kernel, params);
 }
 

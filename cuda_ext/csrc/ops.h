@@ -2,11 +2,18 @@
 #pragma once
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "stable.h"
 
+#define TOME_STRING(...) #__VA_ARGS__
+#define TOME_EXPAND(...) TOME_STRING(__VA_ARGS__)
+
 namespace tome {
+
+// On other builds a GPU of compute capability 9.0 runs code for older ones.
+constexpr bool kHasHopper = std::string_view(TOME_EXPAND(TOME_ARCHS)).find("90a") != std::string_view::npos;
 
 Tensor bipartite_match(const Tensor& keys, int64_t r, int64_t prefix);
 Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix);

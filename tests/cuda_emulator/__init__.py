@@ -19,8 +19,8 @@ from torch import Tensor
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda_ext" / "csrc"
 SOURCES = (
-    *("match/fused.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu", "norm/forward.cu", "norm/backward.cu"),
-    *("attention/resident.cu", "attention/streamed.cu"),
+    *("match/fused.cu", "match/metric.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu"),
+    *("norm/forward.cu", "norm/backward.cu", "attention/resident.cu", "attention/streamed.cu"),
 )
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

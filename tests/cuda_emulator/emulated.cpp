@@ -48,10 +48,8 @@ extern "C" void emulated_match(const void* keys, const int64_t* strides, const i
   tome::match::set_layout(p);
   if (tiled) {
     const int multiprocessors = seed % 2 == 0 ? 1 : 132;  // many sources for the GPU, or few
-    if (!tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, multiprocessors,
-                                   nullptr)) {
-      std::abort();
-    }
+    tome::match::launch_metric(p, static_cast<Dtype>(dtype), aligned != 0, nullptr);
+    if (!tome::match::launch_tiled(p, shared_bytes, multiprocessors, nullptr)) std::abort();
   } else {
     tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr);
   }
@@ -83,11 +81,13 @@ extern "C" int emulated_plan(int batch, int heads, int tokens, int channels, int
   tome::match::set_layout(p);
   if (p.merged > 0 && batch > 0) {  // as in match.cpp: everything else launches nothing
     const bool is_fused = tome::match::fits_one_block(p, shared_bytes, multiprocessor_bytes);
-    if (is_fused)
+    if (is_fused) {
       tome::match::launch_fused(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, nullptr);
-    if (!is_fused &&
-        !tome::match::launch_tiled(p, static_cast<Dtype>(dtype), aligned != 0, shared_bytes, 132, nullptr)) {
-      std::snprintf(s.refused, sizeof(s.refused), "no tile fits %d bytes", shared_bytes);
+    } else {
+      tome::match::launch_metric(p, static_cast<Dtype>(dtype), aligned != 0, nullptr);
+      if (!tome::match::launch_tiled(p, shared_bytes, 132, nullptr)) {
+        std::snprintf(s.refused, sizeof(s.refused), "no tile fits %d bytes", shared_bytes);
+      }
     }
   }
   std::snprintf(why, why_bytes, "%s", s.refused);

@@ -2,7 +2,6 @@
 #include "attention.h"
 
 #include <limits>
-#include <string_view>
 
 #include "../ops.h"
 #include "hopper.h"
@@ -30,11 +29,6 @@ bool is_aligned_view(const Tensor& t) {
 }  // namespace
 
 namespace attention_ops {
-
-#define TOME_STRING(...) #__VA_ARGS__
-#define TOME_EXPAND(...) TOME_STRING(__VA_ARGS__)
-// On other builds a GPU of compute capability 9.0 runs code for older ones.
-constexpr bool kHasHopper = std::string_view(TOME_EXPAND(TOME_ARCHS)).find("90a") != std::string_view::npos;
 
 void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
   int device = 0;

@@ -70,7 +70,10 @@ Tensor run(Params p, const Tensor& keys) {
   p.best_ptr = reinterpret_cast<unsigned long long*>(scratch_ptr + metric_bytes);
   p.done_ptr = reinterpret_cast<int*>(scratch_ptr + metric_bytes + best_bytes);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  const bool launched = match::launch_tiled(p, dtype, aligned, limit, multiprocessors, stream);
+  match::launch_metric(p, dtype, aligned, stream);
+  const bool is_hopper = kHasHopper && device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9;
+  const bool launched = (is_hopper && match::launch_hopper(p, stream)) ||
+                        match::launch_tiled(p, limit, multiprocessors, stream);
   check_launch();
   TOME_CHECK(launched, "the GPU has too little shared memory per block (", limit, " bytes) for ", p.channels,
              " channels");

@@ -59,8 +59,12 @@ inline void set_layout(Params& params) {
 // other scores. The two limits are the GPU's: bytes per block and bytes per multiprocessor.
 bool fits_one_block(const Params& params, int max_shared_bytes, int multiprocessor_bytes);
 void launch_fused(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
+// Longer images take two launches: the metric into device memory, then scores and selection.
+void launch_metric(const Params& params, Dtype dtype, bool aligned, cudaStream_t stream);
 // False where the GPU has too little shared memory for even the smallest tile.
-bool launch_tiled(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, int multiprocessors,
-                  cudaStream_t stream);
+bool launch_tiled(const Params& params, int max_shared_bytes, int multiprocessors, cudaStream_t stream);
+// On compute capability 9.0, with code for 90a: for long images and head dimensions of 49 to 80. False for
+// all others.
+bool launch_hopper(const Params& params, cudaStream_t stream);
 
 }  // namespace tome::match

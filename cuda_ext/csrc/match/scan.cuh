@@ -69,39 +69,48 @@ __device__ __forceinline__ void score_high(const Sources<kSteps>& sources, const
 
 // What a thread remembers of its groups. The lowest bits of `best` give way to the group's number: as many as
 // the largest number needs, so the error of that is known and no length is too large.
+template <int kRows>
 struct Seen {
-  float best[2 * kScanTiles], second[2 * kScanTiles], third[2 * kScanTiles];  // of rows 8 i + lane / 4
+  float best[kRows], second[kRows], third[kRows];
 
   __device__ __forceinline__ Seen() {
 #pragma unroll
-    for (int i = 0; i < 2 * kScanTiles; ++i) best[i] = second[i] = third[i] = -INFINITY;
+    for (int i = 0; i < kRows; ++i) best[i] = second[i] = third[i] = -INFINITY;
   }
 
-  __device__ __forceinline__ void add(const float (&score)[kScanTiles][2][4], uint32_t group, uint32_t mask) {
-#pragma unroll
-    for (int i = 0; i < 2 * kScanTiles; ++i) {
-      const auto& s = score[i / 2];
-      const int first = i % 2 * 2;
-      // NaN loses against any number, and stays NaN with a number in its lowest bits.
-      const float largest = fmaxf(fmaxf(s[0][first], s[0][first + 1]), fmaxf(s[1][first], s[1][first + 1]));
-      const float numbered = __uint_as_float((__float_as_uint(largest) & ~mask) | group);
-      const float beaten = fminf(best[i], numbered);
-      best[i] = fmaxf(best[i], numbered);
-      third[i] = fmaxf(third[i], fminf(second[i], beaten));
-      second[i] = fmaxf(second[i], beaten);
-    }
+  // The largest product of a group of row i; NaN loses against any number, and stays NaN with a number in its
+  // lowest bits.
+  __device__ __forceinline__ void note(int i, float largest, uint32_t group, uint32_t mask) {
+    const float numbered = __uint_as_float((__float_as_uint(largest) & ~mask) | group);
+    const float beaten = fminf(best[i], numbered);
+    best[i] = fmaxf(best[i], numbered);
+    third[i] = fmaxf(third[i], fminf(second[i], beaten));
+    second[i] = fmaxf(second[i], beaten);
   }
 };
+
+// Note the groups of score_high.
+__device__ __forceinline__ void note_groups(Seen<2 * kScanTiles>& seen,
+                                            const float (&score)[kScanTiles][2][4], uint32_t group,
+                                            uint32_t mask) {
+#pragma unroll
+  for (int i = 0; i < 2 * kScanTiles; ++i) {
+    const auto& s = score[i / 2];
+    const int first = i % 2 * 2;
+    seen.note(i, fmaxf(fmaxf(s[0][first], s[0][first + 1]), fmaxf(s[1][first], s[1][first + 1])), group,
+              mask);
+  }
+}
 
 // All bits that the numbers below `groups` use.
 __device__ __forceinline__ uint32_t group_mask(int groups) {
   return groups > 1 ? 0xffffffffu >> __clz(groups - 1) : 0;
 }
 
-// How far below the largest numbered product of its row the best target may lie: a correction and a lost
-// number on either side. Products are at most kMetricScale^2, with 2^-23 of that in their last bit.
-__device__ __forceinline__ float closeness(uint32_t mask) {
-  return 2.0f * (kCorrection + static_cast<float>(mask + 1) * (kMetricScale * kMetricScale * 0x1p-23f));
+// How far below the largest numbered product of its row the best target may lie: an error of the product and
+// a lost number on either side. Products are at most kMetricScale^2, with 2^-23 of that in their last bit.
+__device__ __forceinline__ float closeness(uint32_t mask, float error) {
+  return 2.0f * (error + static_cast<float>(mask + 1) * (kMetricScale * kMetricScale * 0x1p-23f));
 }
 
 // A thread's share of a row in one step of score_exactly: eight channels of either half.

@@ -68,6 +68,15 @@ struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  struct cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+constexpr int cudaLaunchAttributeProgrammaticStreamSerialization = 6;
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
 };
 
 namespace tome {

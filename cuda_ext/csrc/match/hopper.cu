@@ -1,0 +1,132 @@
+// Scores of images too large for one block, by Hopper's warpgroup products: match_score_kernel (tiled.cu)
+// with another first look. The 128 sources of a block stay in registers, the high halves of all targets
+// stream through shared memory, and warps have only the maxima left to do. The metric kernel's end and this
+// one's start overlap.
+#include "../launch.cuh"
+#include "hopper_candidates.cuh"
+#include "hopper_look.cuh"
+
+namespace tome::match {
+namespace {
+
+// A row may list one group and one more for so many targets: beyond that a second look is cheaper.
+constexpr int kTargetsPerGroup = 256;
+constexpr int kLeastTargets = 1024;
+
+#ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+
+// Look at all targets and score what comes close. False where that is too much to be listed; `close` then
+// tells how far below block_top the best of a row may lie.
+template <class Traits, bool kBoth>
+__device__ __forceinline__ bool try_look(const Params& p, const Share& share, char* shared,
+                                         unsigned long long* block_best, uint32_t* block_top, float& close) {
+  using TheLook = Look<Traits, kBoth>;
+  static __shared__ int group_count, pair_count;
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp = threadIdx.x / kWarpSize;
+  const int warpgroup = threadIdx.x / kGroupThreads;
+  const int warp_row = warpgroup / Traits::kGroupsN * kGroupRows + warp % 4 * kProductRows;
+  const int first_column = warpgroup % Traits::kGroupsN * TheLook::kGroupColumns;
+  static __shared__ __align__(8) unsigned long long barriers[2 * TheLook::kStages];
+  const WideStream<Traits, TheLook> stream{share, ring<Traits>(shared),
+                                           attention_ops::hopper::shared_address(barriers), p.targets};
+  if (threadIdx.x == 0) stream.init();
+  for (int i = threadIdx.x; i < Traits::kRows; i += Traits::kThreads) block_top[i] = 0;
+  if (threadIdx.x == 0) group_count = pair_count = 0;
+  __syncthreads();
+  if (!kBoth) {
+    await_previous();
+    Stream<Traits, true>(p, share, shared)
+        .template copy_rows<Traits::kRows>(share.sources_ptr, 0, share.rows - 1, shared);
+  }
+  cute::cp_async_fence();
+  stream.begin();
+  cute::cp_async_fence();
+  cute::cp_async_wait<1>();
+  __syncthreads();  // the sources have come
+  const WideSources<TheLook> sources(
+      source_address(shared, warp_row, Traits::kRows - 1, row_bytes(p.padded)));
+  const int groups = stream.count() * TheLook::kSeenGroups;
+  const uint32_t mask = group_mask(groups);
+  Seen<2> seen;
+  Looker<Traits, TheLook>{stream, sources, first_column, mask, seen}.run();
+
+  const auto row_of = [&](int i) { return warp_row + i * 8 + lane / 4; };
+  const auto column_of = [&](int g) {
+    return g / TheLook::kSeenGroups * TheLook::kColumns + first_column +
+           g % TheLook::kSeenGroups * kWideGroupColumns + lane % 4 * 2;
+  };
+  publish_tops(seen, block_top, row_of);
+  __syncthreads();
+  auto* listed = reinterpret_cast<Candidate*>(shared + Traits::kListsAt);
+  Candidate* pairs = listed + Traits::kRows * kRowGroups;
+  const int capacity = Traits::kRows * min(kRowGroups, 1 + p.targets / kTargetsPerGroup);
+  close = closeness(mask, kBoth ? kSumError<Traits::kSteps> : kCorrection);
+  list_candidates(seen, block_top, share.rows, groups, mask, close, capacity, listed, &group_count, row_of,
+                  column_of);
+  __syncthreads();
+  const int count = group_count;
+  if (count > capacity) return false;
+  constexpr int kWarps = Traits::kThreads / kWarpSize;
+  constexpr int kStep = 2 * kWideBatch<TheLook>;
+  for (int i = kStep * warp; i < count; i += kStep * kWarps) {
+    score_groups(stream, listed, i, count, shared, block_top, close, pairs, &pair_count, block_best);
+  }
+  if (kBoth) return true;
+  __syncthreads();
+  if (pair_count > Traits::kRows * kRowPairs) return false;
+  for (int i = kPairs * warp; i < pair_count; i += kPairs * kWarps) {
+    score_pairs<Traits>(share, pairs, i, pair_count, shared, block_best);
+  }
+  return true;
+}
+
+template <class Traits>
+__device__ __forceinline__ void score_sources(const Params& p, const Share& share, char* shared,
+                                              unsigned long long* block_best, uint32_t* block_top) {
+  for (int i = threadIdx.x; i < Traits::kRows; i += Traits::kThreads) block_best[i] = pack_best(-INFINITY, 0);
+  write_fixed(p, share.image, share.block * Traits::kThreads + threadIdx.x, share.blocks * Traits::kThreads);
+  float close;
+  if (try_look<Traits, false>(p, share, shared, block_best, block_top, close)) return;
+  __syncthreads();  // all have read the counts
+  if (try_look<Traits, true>(p, share, shared, block_best, block_top, close)) return;
+  const int warp = threadIdx.x / kWarpSize;
+  look_again<Traits>(p, share, shared, warp / Traits::kWarpsN * kScanRows,
+                     warp % Traits::kWarpsN * kGroupColumns, block_top, close, block_best);
+}
+
+#endif  // CUTE_ARCH_MMA_SM90A_ENABLED
+
+template <class Traits>
+__global__ __launch_bounds__(Traits::kThreads,
+                             Traits::kBlocks) void match_score_hopper_kernel(const Params p) {
+#ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+  char* shared = dynamic_shared();
+  const Share share = share_of_block<Traits>(p);
+  auto* block_best = reinterpret_cast<unsigned long long*>(shared + Traits::kBestAt);
+  score_sources<Traits>(p, share, shared, block_best,
+                        reinterpret_cast<uint32_t*>(block_best + Traits::kRows));
+  finish_block<Traits>(p, share, shared, block_best);
+#endif
+}
+
+template <class Traits>
+bool try_score(const Params& p, cudaStream_t stream) {
+  if (Traits::kPadded != p.padded) return false;
+  const int64_t blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;
+  const int bytes = Traits::shared_bytes(p.padded);
+  launch_kernel(match_score_hopper_kernel<Traits>, blocks * p.batch, Traits::kThreads, bytes, bytes, stream,
+                p, true);
+  return true;
+}
+
+}  // namespace
+
+bool launch_hopper(const Params& p, cudaStream_t stream) {
+  // With fewer targets the other kernel is as fast, or faster.
+  if (p.targets < kLeastTargets) return false;
+  return try_score<WideTraits<128, 256, 2, 4, 5, 1>>(p, stream) ||
+         try_score<WideTraits<128, 256, 2, 5, 4, 1>>(p, stream);
+}
+
+}  // namespace tome::match
