@@ -6,7 +6,7 @@
 // products of another run. Within a tile, the output of the tile before is written while the scores are
 // computed, and half of the weights while the product with the other half runs. Keys are padded to 16.
 //
-// Shared memory: keys, values, 16 queries per warp (then its output), bias, what the warps exchange in a tail.
+// Shared memory: keys, values, bias, 16 queries per warp (then its output), what the warps exchange in a tail.
 #include <cute/arch/copy_sm90.hpp>
 #include <cutlass/arch/barrier.h>
 
@@ -53,8 +53,9 @@ __device__ __forceinline__ void attend(const HopperResidentParams& plan) {
   const int end = rest <= kTailRows ? p.queries - rest : p.queries;  // of the queries in full tiles
   const auto load_queries = [&](int first) {
     const int row = first < end ? first + warp * kTileRows : first;  // all warps take the same of a tail
-    copy_tile<T, kWarpSize, kTileRows, kTileRows>(rows_address<T>(p.q, b, h, row), p.q.row_stride,
-                                                  p.queries - row, queries);
+    const int rows = p.queries - row;
+    copy_tile<T, kWarpSize, kTileRows, kTileRows>(rows_address<T>(p.q, b, h, rows > 0 ? row : 0),
+                                                  p.q.row_stride, rows, queries);
     cute::cp_async_fence();
   };
   const auto load_head = [&](const Heads& heads, char* to) {
