@@ -112,6 +112,17 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
+// 1 / x in one instruction, to the last bit or two.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
 // One warp copies kCount rows of a head to shared memory, of which the first `valid` exist; the others become
 // zero.
 template <class T, int kHeadDim, int kCount>

@@ -13,6 +13,21 @@ namespace tome::attention_ops {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kSlack = 8.0f;
 
+// Over the four threads that hold a row.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kFullWarp, x, 1);
+  return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// What the exponent of a weight adds to score * c. Where no key counts there is no inf - inf: weights are zero.
+__device__ __forceinline__ float exponent_offset(float reference, float c) {
+  return reference == -INFINITY ? 0.0f : -reference * c;
+}
+
 // Four threads write a row of the output: number i = 0, 1 of tile j is value(j, i). Neighbours exchange
 // halves, so that 32 bytes of a row are written together.
 template <class T, int kHeadDim, class F>
@@ -164,7 +179,7 @@ struct WarpState {
     for (int m = 0; m < kActive; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float factor = __frcp_rn(row_sum(m, half));
+        const float factor = __frcp_rn(quad_sum(sum[m][half]));
         const int row = m * kTileRows + half * 8 + lane / 4;
         store_row<T, kHeadDim>([&](int j, int i) { return out[m][j][2 * half + i]; }, factor,
                                out_ptr + row * row_stride, row < rows);
@@ -173,12 +188,6 @@ struct WarpState {
   }
 
  private:
-  __device__ __forceinline__ float row_sum(int m, int half) {
-    float total = sum[m][half];
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    return total + __shfl_xor_sync(kFullWarp, total, 2);
-  }
-
   template <int kActive, int kKeyTiles>
   __device__ __forceinline__ void move_reference(const float (&score)[kActive][kKeyTiles][4], float c) {
     const float slack = kSlack / c;
@@ -202,9 +211,7 @@ struct WarpState {
     for (int m = 0; m < kActive; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float highest = fmaxf(top[m][half], reference[m][half]);
-        highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 2));
+        const float highest = quad_max(fmaxf(top[m][half], reference[m][half]));
         // While every key so far has weight zero there is nothing to rescale, and inf - inf to avoid.
         const float factor = highest == -INFINITY ? 1.0f : fast_exp2((reference[m][half] - highest) * c);
         reference[m][half] = highest;
@@ -223,7 +230,7 @@ struct WarpState {
                                         uint32_t (&weight)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float offset = reference[m][half] == -INFINITY ? 0.0f : -reference[m][half] * c;
+      const float offset = exponent_offset(reference[m][half], c);
       const float w0 = fast_exp2(fmaf(left[2 * half], c, offset));
       const float w1 = fast_exp2(fmaf(left[2 * half + 1], c, offset));
       const float w2 = fast_exp2(fmaf(right[2 * half], c, offset));
