@@ -4,7 +4,6 @@
 #include <limits>
 
 #include "../ops.h"
-#include "hopper.h"
 #include "plan.h"
 
 namespace tome {
@@ -43,7 +42,7 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
     if (hopper::fits_resident(p)) return hopper::launch_resident(p, dtype, multiprocessors, stream);
     // A head of fewer keys leaves its consumers without work.
     const bool is_long = p.keys > 64;
-    if (is_long && hopper_takes(p) && launch_attention_hopper(p, dtype, stream)) return;
+    if (is_long && launch_attention_hopper(p, dtype, multiprocessors, stream)) return;
   }
   const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const ResidentParams plan = plan_resident(p, multiprocessors);

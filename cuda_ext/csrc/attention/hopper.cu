@@ -6,14 +6,13 @@
 // head fits into the ring, all tiles of the head, which the consumers take in turn without waiting for each
 // other. Each consumer runs on its own: while one waits for its products another computes exponentials, and
 // the product with the values of a tile runs during the softmax of the next.
-#include "hopper.h"
-
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "../launch.cuh"
+#include "attention.h"
 #include "hopper_consumer.cuh"
 #include "hopper_plan.cuh"
 #include "hopper_producer.cuh"
@@ -153,14 +152,6 @@ bool make_map(CUtensorMap& map, const Heads& heads, const AttentionParams& param
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-int current_multiprocessors() {
-  int device = 0;
-  int count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many tiles of queries share a pass. Few in all: one, so that every tile has a multiprocessor of its
@@ -176,7 +167,7 @@ void plan_passes(HopperParams& p, int64_t heads, int groups, int stages, int mul
 }
 
 template <class T, int kDim, int kTail>
-bool launch_tail(const AttentionParams& params, cudaStream_t stream) {
+bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
   using Shape = Traits<T, kDim, kTail>;
   constexpr bool kIsHalf = std::is_same_v<T, __half>;
   HopperParams p{};
@@ -196,7 +187,6 @@ bool launch_tail(const AttentionParams& params, cudaStream_t stream) {
   p.scale = params.scale * 1.4426950408889634f;
   p.query_tiles = (params.queries + kTileRows - 1) / kTileRows;
   p.key_tiles = (params.keys + Shape::kTileKeys - 1) / Shape::kTileKeys;
-  const int multiprocessors = current_multiprocessors();
   plan_passes(p, params.batch * params.heads, Shape::kGroups, Shape::kStages, multiprocessors);
   p.head_passes = (p.query_tiles + p.pass_tiles - 1) / p.pass_tiles;
   p.passes = static_cast<int>(params.batch * params.heads * p.head_passes);
@@ -207,47 +197,36 @@ bool launch_tail(const AttentionParams& params, cudaStream_t stream) {
 
 // A last tile with few keys takes narrower products and fewer exponentials.
 template <class T, int kDim>
-bool launch(const AttentionParams& params, cudaStream_t stream) {
+bool launch(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
   constexpr int kTileKeys = tile_keys(kDim);
   const int last = (params.keys - 1) % kTileKeys + 1;
-  if (last <= 16) return launch_tail<T, kDim, 16>(params, stream);
-  if (last <= 32) return launch_tail<T, kDim, 32>(params, stream);
-  if (last <= 64) return launch_tail<T, kDim, 64>(params, stream);
-  return launch_tail<T, kDim, kTileKeys>(params, stream);
+  if (last <= 16) return launch_tail<T, kDim, 16>(params, multiprocessors, stream);
+  if (last <= 32) return launch_tail<T, kDim, 32>(params, multiprocessors, stream);
+  if (last <= 64) return launch_tail<T, kDim, 64>(params, multiprocessors, stream);
+  return launch_tail<T, kDim, kTileKeys>(params, multiprocessors, stream);
 }
 
 template <class T>
-bool launch_dim(const AttentionParams& params, cudaStream_t stream) {
+bool launch_dim(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
   switch (params.head_dim) {
     case 32:
-      return launch<T, 32>(params, stream);
+      return launch<T, 32>(params, multiprocessors, stream);
     case 64:
-      return launch<T, 64>(params, stream);
+      return launch<T, 64>(params, multiprocessors, stream);
     case 72:
-      return launch<T, 72>(params, stream);
+      return launch<T, 72>(params, multiprocessors, stream);
     case 80:
-      return launch<T, 80>(params, stream);
+      return launch<T, 80>(params, multiprocessors, stream);
     case 96:
-      return launch<T, 96>(params, stream);
+      return launch<T, 96>(params, multiprocessors, stream);
     case 128:
-      return launch<T, 128>(params, stream);
+      return launch<T, 128>(params, multiprocessors, stream);
   }
   return false;
 }
 
 }  // namespace
 }  // namespace hopper
-
-bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, cudaStream_t stream) {
-  switch (dtype) {
-    case Dtype::kHalf:
-      return hopper::launch_dim<__half>(params, stream);
-    case Dtype::kBFloat16:
-      return hopper::launch_dim<__nv_bfloat16>(params, stream);
-    default:
-      return false;
-  }
-}
 
 // What a tensor map can describe: strides are multiples of 16 bytes, below 2^40 bytes.
 static bool has_map(const Heads& heads, const AttentionParams& params, int rows) {
@@ -260,16 +239,20 @@ static bool has_map(const Heads& heads, const AttentionParams& params, int rows)
   return reinterpret_cast<uintptr_t>(heads.data_ptr) % kAccessBytes == 0;
 }
 
-bool hopper_takes(const AttentionParams& params) {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0 && has_map(params.q, params, params.queries) &&
-         has_map(params.k, params, params.keys) && has_map(params.v, params, params.keys) &&
-         hopper::encode() != nullptr;
+bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, int multiprocessors,
+                             cudaStream_t stream) {
+  if (!has_map(params.q, params, params.queries) || !has_map(params.k, params, params.keys) ||
+      !has_map(params.v, params, params.keys) || hopper::encode() == nullptr) {
+    return false;
+  }
+  switch (dtype) {
+    case Dtype::kHalf:
+      return hopper::launch_dim<__half>(params, multiprocessors, stream);
+    case Dtype::kBFloat16:
+      return hopper::launch_dim<__nv_bfloat16>(params, multiprocessors, stream);
+    default:
+      return false;
+  }
 }
 
 }  // namespace tome::attention_ops
