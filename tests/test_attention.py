@@ -83,7 +83,7 @@ def test_one_token_off_a_boundary(device, dtype):
     leaf = torch.randn(1 + 2 * 3 * 64, device=device).to(dtype).requires_grad_()
     token = leaf[1:].view(2, 3, 1, 64)
     out = ops.attention(token, token, token, torch.ones(2, 1, device=device))
-    assert torch.equal(out, token)
+    torch.testing.assert_close(out, token, rtol=0, atol=TOLERANCE[dtype])
     out.sum().backward()
     assert bool(leaf.grad[1:].isfinite().all())
 

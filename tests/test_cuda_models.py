@@ -92,14 +92,14 @@ def compare(
     assert model._tome_info["size"].shape[1] == plan.tokens[-1]
 
     # In half precision rounding makes either backend choose a few other pairs than float64 does, and an image with
-    # another pair says nothing. So images with the same pairs count, where they are most; and most they must be for
-    # both backends or for neither. Over many layers hardly an image keeps them all: there the whole batch counts.
+    # another pair says nothing. So images with the same pairs count, where they are most for both backends; the kernels
+    # must keep about as many as the reference. Over many layers hardly an image keeps them all: there the batch counts.
     with nullcontext() if autocast is None else torch.autocast("cuda", autocast):
         chosen = [slots(model, x.to(dtype), name) for name in ("cuda", "reference")]
     expected = slots(truth_model, x.double(), "reference")
     same = [(slot == expected).all(dim=1) for slot in chosen]
     shares = [float(each.float().mean()) for each in same]
-    assert abs(shares[0] - shares[1]) <= 0.35, shares
+    assert shares[0] >= shares[1] - 0.35, shares
     counted = same[0] & same[1] if min(shares) > 0.5 else torch.ones_like(same[0])
     floor = STEPS * FLOOR[autocast or dtype] * float(truth.abs().max())
     errors = [float((out.double() - truth)[counted].square().mean().sqrt()) for out in (ours, theirs)]
