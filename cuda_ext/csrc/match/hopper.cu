@@ -9,11 +9,12 @@
 namespace tome::match {
 namespace {
 
-// A row may list one group and one more for so many targets: beyond that a second look is cheaper.
-constexpr int kTargetsPerGroup = 256;
 constexpr int kLeastTargets = 1024;
 
 #ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+
+// A row may list one group and one more for so many targets: beyond that a second look is cheaper.
+constexpr int kTargetsPerGroup = 256;
 
 // Look at all targets and score what comes close. False where that is too much to be listed; `close` then
 // tells how far below block_top the best of a row may lie.
