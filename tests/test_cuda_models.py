@@ -185,6 +185,28 @@ def test_the_report_of_a_model_names_the_kernels():
     assert "by torch: the kernels of attention know float16 and bfloat16" in wide.calls[1].reason
 
 
+def launches(model: nn.Module, x: Tensor) -> int:
+    """How many kernels a pass launches."""
+    model(x)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        model(x)
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages() if "LaunchKernel" in event.key)
+
+
+def test_a_block_launches_no_more_kernels_than_unpatched():
+    x = images(64, 224).half().cuda()
+    counts = {}
+    for depth in (2, 4):
+        model = make("plain", **{**REAL, "depth": depth}).half().cuda()
+        counts["unpatched", depth] = launches(model, x)
+        tome.patch.timm(model).r = 8
+        counts["patched", depth] = launches(model, x)
+    patched, unpatched = (counts[name, 4] - counts[name, 2] for name in ("patched", "unpatched"))
+    assert 0 < patched <= unpatched, counts
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_model_on_a_second_gpu(dtype):
