@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from timm.layers import GluMlp, LayerNorm, LayerScale, Mlp, SwiGLU
-from timm.models.vision_transformer import Attention, Block, ResPostBlock
+from timm.layers import GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.models.vision_transformer import Attention, Block, LayerScale, ResPostBlock
 from torch import Tensor, nn
 
 from tome import ops

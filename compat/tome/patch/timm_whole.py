@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, Mlp
 from timm.layers.activations import GELU, GELUTanh
-from timm.models.vision_transformer import Attention
+from timm.models.vision_transformer import Attention, LayerScale
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
