@@ -21,8 +21,8 @@ __device__ __forceinline__ char* dynamic_shared() {
 constexpr int kGrantedBytes = 48 << 10;
 constexpr int kStaticReserve = 8 << 10;
 
-// Asks once for each kernel, device and thread, as asking takes about as long as a launch. What may go wrong is
-// found by check_launch() right after.
+// Asks once for each kernel, device and thread: with few images the host is what a launch waits for. What may
+// go wrong is found by check_launch() right after.
 inline void ask_for_shared(const void* kernel, int bytes) {
   thread_local std::map<std::pair<const void*, int>, int> granted;
   int device = 0;
