@@ -171,6 +171,28 @@ def test_a_part_of_another_type_is_called(change, stand_in):
     assert stand_in.calls == 3
 
 
+def replica(model):
+    """A copy as DataParallel makes it: its parameters are plain tensors, and attributes only."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module._modules.items():
+            copied._modules[name] = None if child is None else copies[child]
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                copied._parameters[name] = None
+            else:
+                setattr(copied, name, parameter.detach())
+    return copies[model]
+
+
+@pytest.mark.parametrize("host", ["plain", "deit3 layer scale"])
+def test_a_replica_goes_part_by_part(host, stand_in):
+    model = patched(host)
+    with torch.no_grad():
+        assert torch.equal(replica(model)(images()), by_parts(model, images()))
+    assert stand_in.calls == 0
+
+
 def test_nobody_who_looks_at_operations_misses_one(stand_in):
     model, x = patched("plain"), images()
     with torch.no_grad():

@@ -114,19 +114,24 @@ def _is_unwatched(x: Tensor) -> bool:
 
 
 def _linear(module: Any) -> Linear:
-    weight = module._parameters.get("weight")
-    if type(module) is not nn.Linear or type(weight) is not nn.Parameter or has_hooks(module):
+    if type(module) is not nn.Linear or has_hooks(module):
         raise _OtherPart
-    return weight, module._parameters["bias"]
+    return _parameter(module, "weight"), module._parameters["bias"]
 
 
 def _gamma(module: Any) -> Tensor | None:
     if type(module) is LayerScale and not has_hooks(module):
-        gamma: Tensor = module._parameters["gamma"]
-        return gamma
+        return _parameter(module, "gamma")
     if not is_inert(module):
         raise _OtherPart
     return None
+
+
+def _parameter(module: Any, name: str) -> Tensor:
+    value = module._parameters.get(name)  # not there in a replica of DataParallel
+    if type(value) is not nn.Parameter:  # of a quantised or distributed layer it is a subclass
+        raise _OtherPart
+    return value
 
 
 def _is_tanh(module: Any) -> bool:
