@@ -6,6 +6,8 @@ from torch import nn
 
 SMALL = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 7}
 
+WIDE = {"embed_dim": 128, "num_heads": 2}  # a head dimension that the kernels of attention know
+
 # name -> (timm model, arguments, protected tokens)
 HOSTS = {
     "plain": ("vit_tiny_patch16_224", {}, 1),

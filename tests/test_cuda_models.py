@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 from backends import NO_EXTENSION
-from models import images, make
+from models import WIDE, images, make
 from torch import Tensor, nn
 
 import tome
@@ -23,7 +23,6 @@ pytestmark = [NO_EXTENSION, pytest.mark.usefixtures("no_grad")]
 # The schedules 8, (8, -1), 16 and (16, -1) of 12 layers and 197 tokens, for 4 layers and 37.
 SCHEDULES = [4, (4, -1.0), 8, (8, -1.0)]
 HOSTS = ["plain", "dinov2 registers", "siglip map", "mae avg", "deit distilled", "res-post-norm", "q/k norm"]
-WIDE = {"embed_dim": 128, "num_heads": 2}  # the small models with a head dimension that attention has kernels for
 REAL = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}  # vit_small_patch16_224
 DTYPES = pytest.mark.parametrize(
     ("dtype", "autocast"),

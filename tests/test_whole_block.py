@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import NO_EXTENSION
-from models import HOSTS, images, make
+from models import HOSTS, WIDE, images, make
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -216,9 +216,6 @@ def test_nobody_who_looks_at_operations_misses_one(stand_in):
             model(x)
     assert model(x).requires_grad
     assert stand_in.calls == 0
-
-
-WIDE = {"embed_dim": 128, "num_heads": 2}  # a head dimension that attention has kernels for
 
 
 @NO_EXTENSION

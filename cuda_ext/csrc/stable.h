@@ -33,6 +33,12 @@ inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) STD_CUDA_CHECK(error);
 }
 
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
 // Makes a tensor's device current, for PyTorch and for the CUDA runtime inside this library, which keeps a
 // device of its own.
 class DeviceScope {

@@ -32,11 +32,7 @@ namespace attention_ops {
 void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
   int device = 0;
   check_cuda(cudaGetDevice(&device));
-  const auto attribute = [device](cudaDeviceAttr name) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, name, device));
-    return value;
-  };
+  const auto attribute = [device](cudaDeviceAttr name) { return device_attribute(name, device); };
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   if (kHasHopper && attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
     if (hopper::fits_resident(p)) return hopper::launch_resident(p, dtype, multiprocessors, stream);

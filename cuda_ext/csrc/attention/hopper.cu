@@ -184,7 +184,7 @@ bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_
   p.queries = params.queries;
   p.keys = params.keys;
   p.head_dim = params.head_dim;
-  p.scale = params.scale * 1.4426950408889634f;
+  p.scale = params.scale * kLog2E;
   p.query_tiles = (params.queries + kTileRows - 1) / kTileRows;
   p.key_tiles = (params.keys + Shape::kTileKeys - 1) / Shape::kTileKeys;
   plan_passes(p, params.batch * params.heads, Shape::kGroups, Shape::kStages, multiprocessors);
@@ -204,25 +204,6 @@ bool launch(const AttentionParams& params, int multiprocessors, cudaStream_t str
   if (last <= 32) return launch_tail<T, kDim, 32>(params, multiprocessors, stream);
   if (last <= 64) return launch_tail<T, kDim, 64>(params, multiprocessors, stream);
   return launch_tail<T, kDim, kTileKeys>(params, multiprocessors, stream);
-}
-
-template <class T>
-bool launch_dim(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
-  switch (params.head_dim) {
-    case 32:
-      return launch<T, 32>(params, multiprocessors, stream);
-    case 64:
-      return launch<T, 64>(params, multiprocessors, stream);
-    case 72:
-      return launch<T, 72>(params, multiprocessors, stream);
-    case 80:
-      return launch<T, 80>(params, multiprocessors, stream);
-    case 96:
-      return launch<T, 96>(params, multiprocessors, stream);
-    case 128:
-      return launch<T, 128>(params, multiprocessors, stream);
-  }
-  return false;
 }
 
 }  // namespace
@@ -245,14 +226,14 @@ bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, int mul
       !has_map(params.v, params, params.keys) || hopper::encode() == nullptr) {
     return false;
   }
-  switch (dtype) {
-    case Dtype::kHalf:
-      return hopper::launch_dim<__half>(params, multiprocessors, stream);
-    case Dtype::kBFloat16:
-      return hopper::launch_dim<__nv_bfloat16>(params, multiprocessors, stream);
-    default:
-      return false;
-  }
+  bool is_launched = false;
+  dispatch_half(dtype, [&](auto tag) {
+    dispatch_head_dim(params.head_dim, [&](auto dim) {
+      is_launched =
+          hopper::launch<typename decltype(tag)::type, decltype(dim)::value>(params, multiprocessors, stream);
+    });
+  });
+  return is_launched;
 }
 
 }  // namespace tome::attention_ops

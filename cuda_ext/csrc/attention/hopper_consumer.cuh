@@ -197,7 +197,7 @@ struct Consumer {
     T* out_ptr = static_cast<T*>(p.out_ptr);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float inverse = 1.0f / sum_of_four(rows.sum[row]);
+      const float inverse = 1.0f / quad_sum(rows.sum[row]);
       const int query = first_row + row * 8 + lane / 4;
       const int64_t position = static_cast<int64_t>(item.head / p.heads) * p.queries + query;
       T* row_ptr = out_ptr + (position * p.heads + item.head % p.heads) * Traits::kDim;

@@ -2,43 +2,13 @@
 // thread holds, of each 8 columns, two neighbouring ones of row lane / 4 and of the row 8 below.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include "../vector.cuh"
+#include "softmax.cuh"
 
 namespace tome::attention_ops::hopper {
 
 // A thread's part of a row's sum that makes it look at the scores again. Single weights are below it and so
 // fit into float16.
 constexpr float kMostSum = 16384.0f;
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Two of a row's weights as a register of a matrix product.
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  typename Pair<T>::type pair;
-  if constexpr (std::is_same_v<T, __half>) {
-    pair = __floats2half2_rn(low, high);
-  } else {
-    pair = __floats2bfloat162_rn(low, high);
-  }
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-__device__ __forceinline__ float max_of_four(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
-}
-
-__device__ __forceinline__ float sum_of_four(float x) {
-  x += __shfl_xor_sync(kFullWarp, x, 1);
-  return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
 
 // What is known of a thread's two rows so far: weights are 2^(score * scale - base).
 struct Rows {
@@ -79,9 +49,9 @@ __device__ __forceinline__ float2 raise_base(const float (&s)[kSize], float scal
 #pragma unroll
       for (int i = 0; i < 2; ++i) highest[i] = fmaxf(highest[i], s[4 * j + 2 * row + i]);
     }
-    const float base = fmaxf(rows.base[row], max_of_four(fmaxf(highest[0], highest[1])) * scale);
+    const float base = fmaxf(rows.base[row], quad_max(fmaxf(highest[0], highest[1])) * scale);
     // A row without a finite score keeps base -inf, and nothing to multiply.
-    factor[row] = base == -INFINITY ? 1.0f : exp2_approximate(rows.base[row] - base);
+    factor[row] = base == -INFINITY ? 1.0f : fast_exp2(rows.base[row] - base);
     rows.base[row] = base;
   }
   return make_float2(factor[0], factor[1]);
@@ -101,7 +71,7 @@ __device__ __forceinline__ void soften(float (&s)[kSize], float scale, const Row
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[4 * j + 2 * row + i];
-        x = exp2_approximate(fmaf(x, scale, -base));
+        x = fast_exp2(fmaf(x, scale, -base));
         part[i] = j == 0 ? x : part[i] + x;
       }
     }

@@ -11,12 +11,6 @@ namespace {
 using match::Pairing;
 using match::Params;
 
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
 int64_t round_up(int64_t bytes) { return (bytes + kAccessBytes - 1) / kAccessBytes * kAccessBytes; }
 
 // Everything that follows from the keys alone.
