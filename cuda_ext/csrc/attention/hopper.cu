@@ -1,7 +1,7 @@
 // Attention on Hopper's warpgroup products: out = softmax(q k^T scale + log(size)) v.
 //
-// One persistent block per multiprocessor. Warpgroups of consumers own 64 queries at a time; one more warp
-// streams keys, values and biases through a ring of stages, tile by tile of kTileKeys keys. A pass is all key
+// One persistent block per multiprocessor. Warpgroups of consumers own 64 queries at a time; two more warps
+// stream keys, values and biases through a ring of stages, tile by tile of kTileKeys keys. A pass is all key
 // tiles of a head, seen by `pass_tiles` tiles of queries: as many as there are consumers, or, where a whole
 // head fits into the ring, all tiles of the head, which the consumers take in turn without waiting for each
 // other. Each consumer runs on its own: while one waits for its products another computes exponentials, and
@@ -88,9 +88,18 @@ __device__ __forceinline__ void consume(const HopperParams& p, const Shared<Trai
 
 #endif  // CUTE_ARCH_MMA_SM90A_ENABLED
 
+// Nothing passes between the blocks of a cluster. There are two because only then may they store
+// asynchronously.
+constexpr int kClusterBlocks = 2;
+#ifdef CUTE_ARCH_MMA_SM90A_ENABLED
+#define TOME_CLUSTER __cluster_dims__(kClusterBlocks)
+#else
+#define TOME_CLUSTER
+#endif
+
 template <class Traits>
-__global__ __launch_bounds__(Traits::kThreads,
-                             1) void attention_hopper_kernel(const __grid_constant__ HopperParams p) {
+__global__ __launch_bounds__(Traits::kThreads, 1) TOME_CLUSTER
+    void attention_hopper_kernel(const __grid_constant__ HopperParams p) {
 #ifdef CUTE_ARCH_MMA_SM90A_ENABLED
   const Shared<Traits> shared(dynamic_shared());
   if (threadIdx.x == 0) {
@@ -107,7 +116,7 @@ __global__ __launch_bounds__(Traits::kThreads,
   __syncthreads();
   if (threadIdx.x >= Traits::kGroups * kGroupThreads) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    if (threadIdx.x < Traits::kGroups * kGroupThreads + kWarpSize) produce<Traits>(p, shared);
+    produce<Traits>(p, shared);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     consume<Traits>(p, shared);
@@ -190,8 +199,9 @@ bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_
   plan_passes(p, params.batch * params.heads, Shape::kGroups, Shape::kStages, multiprocessors);
   p.head_passes = (p.query_tiles + p.pass_tiles - 1) / p.pass_tiles;
   p.passes = static_cast<int>(params.batch * params.heads * p.head_passes);
-  launch_kernel(attention_hopper_kernel<Shape>, std::min(p.passes, multiprocessors), Shape::kThreads,
-                Shape::kUsedBytes, Shape::kUsedBytes, stream, p);
+  const int64_t clusters = divide_up(std::min(p.passes, multiprocessors), kClusterBlocks);
+  launch_kernel(attention_hopper_kernel<Shape>, clusters * kClusterBlocks, Shape::kThreads, Shape::kUsedBytes,
+                Shape::kUsedBytes, stream, p);
   return true;
 }
 

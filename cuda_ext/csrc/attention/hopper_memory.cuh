@@ -1,5 +1,5 @@
-// Barriers that count bytes, and loads by the bulk tensor copy engine: the parts of Hopper's asynchronous
-// memory that the attention kernel needs.
+// Barriers that count bytes, and what they count: loads by the bulk tensor copy engine and asynchronous
+// stores.
 #pragma once
 
 #include <cuda.h>
@@ -54,6 +54,16 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, uint32_t barrie
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, "
       "%6}], [%2];" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(b)
+      : "memory");
+}
+
+// Four numbers into shared memory. They count as bytes, as a box does. Only blocks of a cluster may do this.
+__device__ __forceinline__ void store_async(uint32_t barrier, uint32_t shared, float a, float b, float c,
+                                            float d) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(
+          shared),
+      "r"(barrier), "f"(a), "f"(b), "f"(c), "f"(d)
       : "memory");
 }
 
