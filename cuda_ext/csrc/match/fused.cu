@@ -31,7 +31,7 @@ __device__ __forceinline__ void load_metric(const Params& p, int b, char* rows_p
     // A warp stays together for the shuffles: threads behind the last row redo it and store nothing.
     const int row = base + lane / p.row_lanes;
     float x[kLaneChannels];
-    sum_heads<T, kAligned>(p, b, row_position(p, b, min(row, p.rows() - 1)), channel, x);
+    sum_heads<T, kAligned, false>(p, b, row_position(p, b, min(row, p.rows() - 1)), channel, x);
     normalise(x, p.row_lanes);
     if (row < p.rows() && channel < p.padded) {
       store_split(reinterpret_cast<__half*>(rows_ptr + row * stride), channel, p.padded, x);

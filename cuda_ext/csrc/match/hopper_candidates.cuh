@@ -12,68 +12,84 @@ constexpr int kPairs = 8 * kPairBatch;  // scored by one warp at once
 // Products of groups that a warp has in flight: as many as registers allow. With ten groups per warp one
 // round usually does.
 template <class Look>
-constexpr int kWideBatch = Look::kBoth ? (Look::kSteps > 4 ? 1 : 2) : (Look::kSteps > 4 ? 2 : 5);
+constexpr int kWideBatch = Look::kBoth ? (Look::kSteps > 4 ? 1 : 2) : (Look::kSteps > 4 ? 3 : 5);
 
-// The column of a thread's n-th target in a group.
-__device__ __forceinline__ int target_column(int n) { return n % 2 + n / 2 * kProductColumns; }
-
-// The chunk-th 16 bytes of a target: from the ring where it is still there.
-template <class Traits, class Look>
-__device__ __forceinline__ uint4 load_chunk(const WideStream<Traits, Look>& stream, int column, int chunk) {
-  const int tile = column / Look::kColumns;
-  const char* from = reinterpret_cast<const char*>(stream.share.targets_ptr +
-                                                   static_cast<int64_t>(column) * 2 * Traits::kPadded) +
-                     chunk * 16;
-  if (tile >= stream.count() - Look::kStages) {
-    from = stream.place(tile) + Look::Tile::offset(column % Look::kColumns, chunk);
-  }
-  return *reinterpret_cast<const uint4*>(from);
+// 16 bytes from shared or from device memory: volatile, so that all are asked for before a product waits for
+// some, and so that the compiler doesn't select addresses instead.
+__device__ __forceinline__ uint4 load_near(uint32_t from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(from));
+  return x;
+}
+__device__ __forceinline__ uint4 load_far(const char* from) {
+  uint4 x;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
 }
 
 // Score groups of eight targets, two in one product: the targets of both in its rows, the first one's source
 // in even columns, the second one's in odd ones. By both halves that is final; by the high ones those within
-// `close` of the row's largest are listed as pairs. What is missing at the end repeats the last group.
+// `close` of the row's largest are listed as pairs, for this warp alone, and counted. What is missing at the
+// end repeats the last group.
 template <class Traits, class Look>
-__device__ __forceinline__ void score_groups(const WideStream<Traits, Look>& stream, const Candidate* groups,
-                                             int first, int count, const char* rows_ptr,
-                                             const uint32_t* block_top, float close, Candidate* pairs,
-                                             int* pair_count, unsigned long long* block_best) {
+__device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stream, const Candidate* groups,
+                                            int first, int count, const char* rows_ptr,
+                                            const uint32_t* block_top, float close, Candidate* pairs,
+                                            unsigned long long* block_best) {
   constexpr int kBatch = kWideBatch<Look>;
+  static_assert(16 * kBatch <= Traits::kWarpPairs);
   constexpr int kPieces = (Traits::kSteps + 1) / 2;
   constexpr int kLow = 2 * Traits::kSteps;  // chunks from the high to the low half
   const int lane = threadIdx.x % kWarpSize;
-  Candidate mine[kBatch];
-  Piece target[kBatch][2][kPieces];
-  const char* source_ptr[kBatch];
-  const auto is_there = [&](int k) { return k * 4 + lane % 4 < kLow; };
+  const auto group = [&](int i) { return groups[min(first + i, count - 1)]; };
+  // The last tiles are still in the ring. Only they hold targets past the end.
+  constexpr uint32_t kColumns = Look::kColumns;
+  const uint32_t behind = Look::target_column(lane / 4);
+  const uint32_t first_near = max(stream.count() - Look::kStages, 0);
+  const uint32_t tiles = attention_ops::hopper::shared_address(stream.tiles);
+  const auto* const targets = reinterpret_cast<const char*>(stream.share.targets_ptr);
+  uint32_t column[2 * kBatch];
 #pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    const Candidate pair[2] = {groups[min(first + 2 * i, count - 1)],
-                               groups[min(first + 2 * i + 1, count - 1)]};
+  for (int i = 0; i < 2 * kBatch; ++i) column[i] = group(i).column;
+  Piece target[2 * kBatch][kPieces];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = min(pair[half].column + target_column(lane / 4), stream.targets - 1);
+  for (int i = 0; i < 2 * kBatch; ++i) {
+    const uint32_t from = column[i];
+    const uint32_t tile = from / kColumns;
+    const uint32_t near = tiles + tile % Look::kStages * Look::Tile::kBytes;
+    const char* const far = targets + uint64_t{from + behind} * (4 * Traits::kPadded);
+    const auto load = [&](auto&& load_chunk) {
 #pragma unroll
       for (int k = 0; k < kPieces; ++k) {
-        Piece& piece = target[i][half][k];
-        piece = {make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-        if (!is_there(k)) continue;
-        piece.high = load_chunk(stream, column, k * 4 + lane % 4);
-        if (Look::kBoth) piece.low = load_chunk(stream, column, k * 4 + lane % 4 + kLow);
+        // Behind the last one the source has zeros.
+        const int chunk = min(k * 4 + lane % 4, kLow - 1);
+        target[i][k].high = load_chunk(chunk);
+        if (Look::kBoth) target[i][k].low = load_chunk(chunk + kLow);
       }
+    };
+    if (tile >= first_near) {
+      const int local = (from + behind) % kColumns;
+      load([&](int chunk) { return load_near(near + Look::Tile::offset(local, chunk)); });
+    } else {
+      load([&](int chunk) { return load_far(far + chunk * 16); });
     }
-    source_ptr[i] = rows_ptr + (lane / 4 % 2 == 0 ? pair[0].row : pair[1].row) * row_bytes(Traits::kPadded);
-    mine[i] = lane % 2 == 0 ? pair[0] : pair[1];
   }
+  int found = 0;
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
+    const char* const source_ptr =
+        rows_ptr + group(2 * i + lane / 4 % 2).row * row_bytes(Traits::kPadded);
     // The corrections have sums of their own: see score_exactly.
     float score[4] = {}, right[4] = {}, left[4] = {};
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
-      const Piece b = load_piece(source_ptr[i], k * 32 + lane % 4 * 8, Traits::kPadded);
-      const Piece& a = target[i][0][k];
-      const Piece& a8 = target[i][1][k];
+      const Piece b = load_piece(source_ptr, k * 32 + lane % 4 * 8, Traits::kPadded);
+      const Piece& a = target[2 * i][k];
+      const Piece& a8 = target[2 * i + 1][k];
       multiply(score, {a.high.x, a8.high.x, a.high.y, a8.high.y}, b.high.x, b.high.y);
       multiply(score, {a.high.z, a8.high.z, a.high.w, a8.high.w}, b.high.z, b.high.w);
       if constexpr (Look::kBoth) {
@@ -87,7 +103,8 @@ __device__ __forceinline__ void score_groups(const WideStream<Traits, Look>& str
     const int at = lane % 2 == 0 ? 0 : 3;
     const float mine_score =
         (at == 0 ? score[0] : score[3]) + ((at == 0 ? right[0] : right[3]) + (at == 0 ? left[0] : left[3]));
-    const int index = mine[i].column + target_column(lane / 4);
+    const Candidate mine = group(2 * i + lane % 2);
+    const int index = mine.column + Look::target_column(lane / 4);
     if constexpr (Look::kBoth) {
       unsigned long long packed =
           mine_score >= -INFINITY && index < stream.targets ? pack_best(mine_score, index) : 0;
@@ -96,13 +113,16 @@ __device__ __forceinline__ void score_groups(const WideStream<Traits, Look>& str
         const unsigned long long other = __shfl_xor_sync(kFullWarp, packed, step);
         packed = other > packed ? other : packed;
       }
-      if (lane < 2) atomicMax(block_best + mine[i].row, packed);
-    } else if (lane % 4 < 2 && first + 2 * i + lane % 4 < count && index < stream.targets &&
-               mine_score >= score_of(block_top[mine[i].row]) - close) {
-      const int to = atomicAdd(pair_count, 1);
-      if (to < Traits::kRows * kRowPairs) pairs[to] = {mine[i].row, index};
+      if (lane < 2) atomicMax(block_best + mine.row, packed);
+    } else {
+      const bool is_close = lane % 4 < 2 && first + 2 * i + lane % 4 < count && index < stream.targets &&
+                            mine_score >= score_of(block_top[mine.row]) - close;
+      const unsigned all = __ballot_sync(kFullWarp, is_close);
+      if (is_close) pairs[found + __popc(all & ((1u << lane) - 1))] = {mine.row, index};
+      found += __popc(all);
     }
   }
+  return found;
 }
 
 // Score single targets exactly, eight in one product, on its diagonal.

@@ -1,5 +1,6 @@
 // A warpgroup's look at all targets by wgmma: 64 sources in registers, targets in shared memory. Products run
-// while the maxima of the ones before are taken.
+// while the maxima of the ones before are taken. Products of the high halves are summed in float16, so that
+// one instruction takes the maxima of two scores and another's products find registers.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -16,28 +17,39 @@ namespace tome::match {
 template <int kSteps>
 constexpr float kSumError = (3 * kSteps + 3) * 0x1p-21f * kMetricScale * kMetricScale;
 
-constexpr float kNothing = -3e38f;
+// How far a product of high halves, summed in float16, may be off a score. Every step rounds a sum of at most
+// one (by Cauchy-Schwarz) to nearest: by 2^-12, or by 2^-11 where the halves' own rounding lifts it above.
+template <int kSteps>
+constexpr float kLookError = kCorrection + kSteps * 0x1p-11f * kMetricScale * kMetricScale;
+// Of the sources in that look, exact but for numbers below 2^-19 of their row: scores must not overflow.
+constexpr float kLookScale = 0x1p-5f;
 
-template <int kColumns>
+// Less than any score, even in float16.
+constexpr float kNothing = -2.0f * kMetricScale * kMetricScale + 0x1p12f;
+
+template <bool kBoth>
 struct WideProduct;
-#define TOME_WIDE_PRODUCT(COLUMNS)                                                       \
-  template <>                                                                            \
-  struct WideProduct<COLUMNS>                                                            \
-      : cute::SM90::GMMA::MMA_64x##COLUMNS##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, \
-                                                             cute::SM90::GMMA::Major::K> {};
-TOME_WIDE_PRODUCT(32)
-TOME_WIDE_PRODUCT(64)
-#undef TOME_WIDE_PRODUCT
+template <>
+struct WideProduct<true> : cute::SM90::GMMA::MMA_64x32x16_F32F16F16_RS<cute::SM90::GMMA::Major::K,
+                                                                       cute::SM90::GMMA::Major::K> {
+  using Sum = float;
+};
+template <>
+struct WideProduct<false> : cute::SM90::GMMA::MMA_64x64x16_F16F16F16_RS<cute::SM90::GMMA::Major::K,
+                                                                        cute::SM90::GMMA::Major::K> {
+  using Sum = uint32_t;  // of two neighbours
+};
 
 template <class Op, int kSize, int... kI>
-__device__ __forceinline__ void multiply_wide(const uint32_t (&a)[4], uint64_t b, float (&c)[kSize],
+__device__ __forceinline__ void multiply_wide(const uint32_t (&a)[4], uint64_t b,
+                                              typename Op::Sum (&c)[kSize],
                                               cute::SM90::GMMA::ScaleOut scale,
                                               std::integer_sequence<int, kI...>) {
   Op::fma(a[0], a[1], a[2], a[3], b, c[kI]..., scale);
 }
 
-template <int kSize>
-__device__ __forceinline__ void fence_registers(float (&registers)[kSize]) {
+template <class Sum, int kSize>
+__device__ __forceinline__ void fence_registers(Sum (&registers)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) cute::warpgroup_fence_operand(registers[i]);
 }
@@ -51,6 +63,13 @@ struct WideSources {
 #pragma unroll
     for (int k = 0; k < (1 + Look::kBoth) * Look::kSteps; ++k) {
       load_matrices(source_ptr + k * 2 * kProductDepth, value[k]);
+      if constexpr (!Look::kBoth) {
+#pragma unroll
+        for (uint32_t& pair : value[k]) {
+          auto& halves = reinterpret_cast<__half2&>(pair);
+          halves = __hmul2(halves, __float2half2_rn(kLookScale));
+        }
+      }
     }
   }
 };
@@ -58,7 +77,9 @@ struct WideSources {
 template <class Traits, class Look>
 struct Looker {
   using Tile = typename Look::Tile;
-  static constexpr int kSize = Look::kPart / 2;
+  using Product = WideProduct<Look::kBoth>;
+  using Sum = typename Product::Sum;
+  static constexpr int kSize = Look::kPart / (Look::kBoth ? 2 : 4);
   const WideStream<Traits, Look>& stream;
   const WideSources<Look>& sources;
   int first;  // this warpgroup's first column in a tile
@@ -66,7 +87,7 @@ struct Looker {
   Seen<2>& seen;
 
   // Start the products of one part of a tile: of the high halves, or all three.
-  __device__ __forceinline__ void start(int tile, int part, float (&score)[kSize]) const {
+  __device__ __forceinline__ void start(int tile, int part, Sum (&score)[kSize]) const {
     using Scale = cute::SM90::GMMA::ScaleOut;
     constexpr int kSteps = Look::kSteps;
     const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(stream.place(tile))) / 16;
@@ -79,7 +100,7 @@ struct Looker {
     for (int i = 0; i < (Look::kBoth ? 3 : 1) * kSteps; ++i) {
       const int source = i < 2 * kSteps ? i : i - 2 * kSteps;  // high, low, high
       const int target = i < kSteps ? i : i - kSteps;          // high, high, low
-      multiply_wide<WideProduct<Look::kPart>>(
+      multiply_wide<Product>(
           sources.value[source],
           Tile::descriptor(target < 4 * Tile::kWide ? wide : narrow, part * Look::kPart, target), score,
           i == 0 ? Scale::Zero : Scale::One, std::make_integer_sequence<int, kSize>{});
@@ -87,28 +108,33 @@ struct Looker {
     cute::warpgroup_commit_batch();
   }
 
-  // The maxima of one part, once all products but kPending are done.
+  // The maxima of one part, once all products but kPending are done. Maxima pass over NaN, as which targets
+  // past the end come; a group of nothing else counts as kNothing. Leaving a part of such by a branch also
+  // keeps the compiler from taking the maxima of the first part only when those of the second are due.
   template <int kPending>
-  __device__ __forceinline__ void finish(int tile, int part, float (&score)[kSize]) const {
-    constexpr int kGroups = Look::kPart / kWideGroupColumns;
+  __device__ __forceinline__ void finish(int tile, int part, Sum (&score)[kSize]) const {
     cute::warpgroup_wait<kPending>();
     fence_registers(score);
-    const int left = stream.targets - tile * Look::kColumns - first - part * Look::kPart;
+    if (tile * Look::kColumns + first + part * Look::kPart >= stream.targets) return;
+    const uint32_t group = tile * Look::kSeenGroups + part * Look::kPartGroups;
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      // Targets past the end repeat the last one and change no maximum. Groups of nothing else don't count; a
-      // number, since NaN or infinity with a number in its lowest bits would put the best in second place
-      // too.
-      const bool is_past = g * kWideGroupColumns >= left;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float largest[4];
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (Look::kBoth) {
+        float largest = kNothing;
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          largest[n] = fmaxf(score[16 * g + 4 * n + 2 * i], score[16 * g + 4 * n + 2 * i + 1]);
+          largest = fmaxf(largest, fmaxf(score[4 * n + 2 * i], score[4 * n + 2 * i + 1]));
         }
-        const float all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
-        seen.note(i, is_past ? kNothing : all, tile * Look::kSeenGroups + part * kGroups + g, mask);
+        seen.note(i, largest, group, mask);
+      } else {
+        __half2 largest = __float2half2_rn(kNothing * kLookScale);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+          largest = __hmax2(largest, reinterpret_cast<__half2&>(score[2 * n + i]));
+        }
+        const float2 both = __half22float2(largest);
+        seen.note(i, both.x * (1.0f / kLookScale), group, mask);
+        seen.note(i, both.y * (1.0f / kLookScale), group + 1, mask);
       }
     }
   }
@@ -118,16 +144,15 @@ struct Looker {
     const int tiles = stream.count();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      stream.next(tile);
-      float score[Look::kParts][kSize];
+      stream.await(tile);
+      Sum score[2][kSize];
       start(tile, 0, score[0]);
-      if constexpr (Look::kParts == 2) {
-        start(tile, 1, score[1]);
-        finish<1>(tile, 0, score[0]);
-      }
+      start(tile, 1, score[1]);
+      stream.refill(tile);
+      finish<1>(tile, 0, score[0]);
       cute::warpgroup_wait<0>();
       stream.release(tile);
-      finish<0>(tile, Look::kParts - 1, score[Look::kParts - 1]);
+      finish<0>(tile, 1, score[1]);
     }
   }
 };

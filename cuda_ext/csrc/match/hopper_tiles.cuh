@@ -1,8 +1,6 @@
 // How the score kernel for Hopper divides its work and its shared memory, and how targets stream through it.
 #pragma once
 
-#include <cute/arch/copy_sm80.hpp>
-
 #include "../attention/hopper_memory.cuh"
 #include "block.cuh"
 
@@ -13,7 +11,6 @@ constexpr int kGroupThreads = 128;     // of a warpgroup
 constexpr int kWideGroupColumns = 32;  // targets of a group: eight for each of the four threads of a row
 constexpr int kSwizzleBytes = 1024;    // where the widest swizzle repeats
 constexpr int kRowGroups = 4;          // of each row, on average, that can be listed
-constexpr int kRowPairs = 8;           // likewise single targets
 
 // How a tile of targets lies in shared memory: panels of 64 numbers, 128 bytes wide, then panels of 16, each
 // swizzled so that neither copies nor products meet a bank twice.
@@ -66,8 +63,9 @@ struct WideTraits {
   static constexpr int kSourcesBytes = kRows * row_bytes(kPadded);
   static constexpr int kRingBytes = kStages * WideTile<kSteps, kColumns>::kBytes;
   static constexpr int kListsAt = kSourcesBytes + kSwizzleBytes + kRingBytes;
-  static constexpr int kBestAt =
-      kListsAt + kRows * (kRowGroups + kRowPairs) * static_cast<int>(sizeof(Candidate));
+  static constexpr int kWarpPairs = kSteps > 4 ? 48 : 80;
+  static constexpr int kBestAt = kListsAt + (kRows * kRowGroups + kThreads / kWarpSize * kWarpPairs) *
+                                                static_cast<int>(sizeof(Candidate));
   static constexpr int shared_bytes(int) { return kBestAt + kRows * (8 + 4); }
   static_assert(kListsAt >= (kRows + 2 * kExactColumns) * row_bytes(kPadded));
 };
@@ -82,13 +80,22 @@ struct Look {
   static constexpr int kSteps = Traits::kSteps;
   static constexpr int kColumns = kBoth ? Traits::kColumns / 2 : Traits::kColumns;
   static constexpr int kGroupColumns = kColumns / Traits::kGroupsN;  // of a warpgroup in a tile
-  static constexpr int kParts = kGroupColumns > kWideGroupColumns ? 2 : 1;
-  static constexpr int kPart = kGroupColumns / kParts;                   // columns of a product
+  static constexpr int kPart = kGroupColumns / 2;                        // columns of a product
   static constexpr int kSeenGroups = kGroupColumns / kWideGroupColumns;  // groups of one tile
+  static constexpr int kPartGroups = kSeenGroups / 2;
   static constexpr int kStages = Traits::kStages;
   using Tile = WideTile<(1 + kBoth) * kSteps, kColumns>;
-  static_assert(kPart % kWideGroupColumns == 0 && kStages > 1 + kDrift);
+  static_assert(kPart == (kBoth ? 32 : 64) && kStages > 1 + kDrift);
   static_assert(kStages * Tile::kBytes <= Traits::kRingBytes);
+
+  // Of a thread's g-th group in a tile: the first column, and how far behind it the n-th is. Two groups share
+  // a product of the high halves, one of even columns and one of odd ones.
+  __device__ static int group_column(int g) {
+    return threadIdx.x % 4 * 2 + (kBoth ? g * kPart : g / 2 * kPart + g % 2);
+  }
+  __device__ static int target_column(int n) {
+    return kBoth ? n % 2 + n / 2 * kProductColumns : n * kProductColumns;
+  }
 };
 
 // The ring of tiles starts where the widest swizzle repeats.
@@ -98,14 +105,25 @@ __device__ __forceinline__ char* ring(char* shared) {
   return from + (-static_cast<uint32_t>(__cvta_generic_to_shared(from)) & (kSwizzleBytes - 1));
 }
 
-// All targets of an image, tile by tile, as Stream has them, but laid out for wgmma. A place of the ring has
-// two barriers: all threads' copies have come, and all warps' products have been.
+constexpr int kBoxTargets = 128;  // of one copy: a tile of either look is a multiple
+constexpr int kWidePanel = 64;    // numbers, see WideTile
+constexpr int kNarrowPanel = 16;
+
+// Both halves of the targets as the copy engine sees them, in panels of either width. Targets past the end
+// arrive as NaN.
+struct WideParams : Params {
+  CUtensorMap wide, narrow;
+};
+
+// All targets of an image, tile by tile, by the tensor copy engine: nothing waits for copies but those who
+// multiply. A place of the ring has two barriers: a tile has come, and all warps' products have been.
 template <class Traits, class Look>
 struct WideStream {
   using Tile = typename Look::Tile;
+  const WideParams& p;
   const Share& share;
   char* tiles;
-  uint32_t barriers;  // address of kStages that count copies, then kStages that count warps
+  uint32_t barriers;  // address of kStages that count bytes, then kStages that count warps
   int targets;
 
   __device__ __forceinline__ int count() const { return (targets + Look::kColumns - 1) / Look::kColumns; }
@@ -116,50 +134,55 @@ struct WideStream {
   __device__ __forceinline__ uint32_t empty(int tile) const { return full(tile) + Look::kStages * 8; }
 
   __device__ __forceinline__ void init() const {
+    attention_ops::hopper::prefetch_map(p.wide);
     for (int i = 0; i < Look::kStages; ++i) {
-      attention_ops::hopper::barrier_init(full(i), Traits::kThreads);
+      attention_ops::hopper::barrier_init(full(i), 1);
       attention_ops::hopper::barrier_init(empty(i), Traits::kThreads / kWarpSize);
     }
+    attention_ops::hopper::barrier_fence();
   }
 
+  // By one thread.
   __device__ __forceinline__ void copy_tile(int tile) const {
-    constexpr int kChunks = 2 * Look::kSteps * (1 + Look::kBoth);
-    constexpr int kLanes = kChunks <= 8 ? 8 : kChunks <= 16 ? 16 : 32;
-    constexpr int kStep = Traits::kThreads / kLanes;
-    static_assert(Look::kColumns % kStep == 0 && kChunks <= kLanes);
-    const int chunk = threadIdx.x % kLanes;
-    if (chunk < kChunks) {
-      char* const to = place(tile);
+    using namespace attention_ops::hopper;
+    barrier_expect(full(tile), Tile::kBytes);
+    barrier_arrive(full(tile));
+    const uint32_t to = shared_address(place(tile));
+    constexpr int kNarrow = (1 + Look::kBoth) * Look::kSteps % 4;
 #pragma unroll
-      for (int i = 0; i < Look::kColumns / kStep; ++i) {
-        const int target = threadIdx.x / kLanes + i * kStep;
-        // Targets past the end repeat the last one.
-        const int column = min(tile * Look::kColumns + target, targets - 1);
-        const __half* from =
-            share.targets_ptr + static_cast<int64_t>(column) * 2 * Traits::kPadded + chunk * 8;
-        cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-            *reinterpret_cast<const cute::uint128_t*>(from),
-            *reinterpret_cast<cute::uint128_t*>(to + Tile::offset(target, chunk)));
+    for (int first = 0; first < Look::kColumns; first += kBoxTargets) {
+      const int column = tile * Look::kColumns + first;
+#pragma unroll
+      for (int i = 0; i < Tile::kWide; ++i) {
+        load_box(p.wide, full(tile), to + i * Tile::kWideBytes + first * 2 * kWidePanel, i * kWidePanel,
+                 column, 0, share.image);
+      }
+#pragma unroll
+      for (int i = 0; i < kNarrow; ++i) {
+        load_box(p.narrow, full(tile),
+                 to + Tile::kWide * Tile::kWideBytes + i * Tile::kNarrowBytes + first * 2 * kNarrowPanel,
+                 Tile::kWide * kWidePanel + i * kNarrowPanel, column, 0, share.image);
       }
     }
-    // Arrives once this thread's copies have come.
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(full(tile)) : "memory");
   }
 
-  __device__ __forceinline__ void begin() const {
-    for (int tile = 0; tile < min(Look::kStages, count()); ++tile) copy_tile(tile);
+  __device__ __forceinline__ void begin(int first, int last) const {
+    if (threadIdx.x != 0) return;
+    for (int tile = first; tile < min(last, count()); ++tile) copy_tile(tile);
   }
 
-  // Wait for this tile, after a copy into the place of one that all have left by now, or nearly. The fence
-  // puts what was copied before the tensor cores' own reads.
-  __device__ __forceinline__ void next(int tile) const {
+  __device__ __forceinline__ void await(int tile) const {
+    attention_ops::hopper::barrier_wait(full(tile), tile / Look::kStages % 2);
+  }
+
+  // Copy into the place of a tile that all have left by now, or nearly.
+  __device__ __forceinline__ void refill(int tile) const {
     const int old = tile - 1 - kDrift;
-    if (old >= 0 && old + Look::kStages < count()) {
+    if (threadIdx.x == 0 && old >= 0 && old + Look::kStages < count()) {
       attention_ops::hopper::barrier_wait(empty(old), old / Look::kStages % 2);
       copy_tile(old + Look::kStages);
     }
-    attention_ops::hopper::barrier_wait(full(tile), tile / Look::kStages % 2);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncwarp();
   }
 
   // This warp's products of a tile are done.

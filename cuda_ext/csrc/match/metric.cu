@@ -27,7 +27,8 @@ __global__ __launch_bounds__(kMetricThreads, 1024 / kMetricThreads) void match_m
   const int channel = threadIdx.x % p.row_lanes * kLaneChannels;
   if (first < rows && l == 0 && channel == 0) p.done_ptr[b] = 0;
   float x[kLaneChannels];
-  sum_heads<T, kAligned>(p, b, row_position(p, b, l), channel, x);
+  // The metric should stay in the L2 cache until scores are computed from it; keys need not.
+  sum_heads<T, kAligned, true>(p, b, row_position(p, b, l), channel, x);
   normalise(x, p.row_lanes);
   if (first < rows && channel < p.padded) {
     const int64_t to = static_cast<int64_t>(b) * p.rows() + l;

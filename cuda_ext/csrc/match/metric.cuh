@@ -37,9 +37,11 @@ __device__ __forceinline__ int row_position(const Params& p, int b, int l) {
 
 constexpr int kHeadsInFlight = 8;
 constexpr int kHeadsLeft = 4;
+constexpr int kMostHeads = 10;  // in flight, where registers allow
 
-// Add 8 channels of `count` heads, at most kHeads, or of just so many if kAll.
-template <class T, int kHeads, bool kAll>
+// Add 8 channels of `count` heads, at most kHeads, or of just so many if kAll. kOnce: let the L2 cache keep
+// other things than keys.
+template <class T, int kHeads, bool kAll, bool kOnce>
 __device__ __forceinline__ void add_heads(const T* row_ptr, int64_t head_stride, int count, bool is_whole,
                                           float (&sum)[kLaneChannels]) {
   constexpr int kPacks = kLaneChannels / kPackSize<T>;
@@ -51,7 +53,12 @@ __device__ __forceinline__ void add_heads(const T* row_ptr, int64_t head_stride,
     for (int i = 0; i < kPacks; ++i) {
       // The second pack of float32 channels may lie behind the last channel.
       if ((kAll || h < count) && (i == 0 || is_whole)) {
-        pack[h][i] = load_pack<T, kPackSize<T>>(row_ptr + i * kPackSize<T>);
+        const T* from = row_ptr + i * kPackSize<T>;
+        if constexpr (kOnce) {
+          *reinterpret_cast<uint4*>(&pack[h][i]) = __ldcs(reinterpret_cast<const uint4*>(from));
+        } else {
+          pack[h][i] = load_pack<T, kPackSize<T>>(from);
+        }
       } else {
         *reinterpret_cast<uint4*>(&pack[h][i]) = make_uint4(0, 0, 0, 0);
       }
@@ -71,7 +78,7 @@ __device__ __forceinline__ void add_heads(const T* row_ptr, int64_t head_stride,
 }
 
 // Sum over heads of channels [channel, channel + 8) of one token; channels past the end count as zero.
-template <class T, bool kAligned>
+template <class T, bool kAligned, bool kOnce>
 __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, int channel,
                                           float (&sum)[kLaneChannels]) {
   const T* row_ptr = static_cast<const T*>(p.keys_ptr) + b * p.batch_stride + position * p.token_stride;
@@ -82,11 +89,17 @@ __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, 
     row_ptr += channel;
     const bool is_whole = channel + kPackSize<T> < p.channels;
     int heads = p.heads;
+    if constexpr (kOnce && sizeof(T) == 2) {
+      if (heads > kHeadsInFlight && heads <= kMostHeads) {
+        add_heads<T, kMostHeads, false, kOnce>(row_ptr, p.head_stride, heads, is_whole, sum);
+        return;
+      }
+    }
     for (; heads >= kHeadsInFlight; heads -= kHeadsInFlight, row_ptr += kHeadsInFlight * p.head_stride) {
-      add_heads<T, kHeadsInFlight, true>(row_ptr, p.head_stride, kHeadsInFlight, is_whole, sum);
+      add_heads<T, kHeadsInFlight, true, kOnce>(row_ptr, p.head_stride, kHeadsInFlight, is_whole, sum);
     }
     for (; heads > 0; heads -= kHeadsLeft, row_ptr += kHeadsLeft * p.head_stride) {
-      add_heads<T, kHeadsLeft, false>(row_ptr, p.head_stride, heads, is_whole, sum);
+      add_heads<T, kHeadsLeft, false, kOnce>(row_ptr, p.head_stride, heads, is_whole, sum);
     }
   } else {
     for (int head = 0; head < p.heads; ++head) {

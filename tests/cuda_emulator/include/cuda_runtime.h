@@ -280,6 +280,10 @@ T __ldg(const T* ptr) {
   }
   return *ptr;
 }
+template <class T>
+T __ldcs(const T* ptr) {
+  return __ldg(ptr);
+}
 using std::max;
 using std::min;
 template <class T>
