@@ -15,18 +15,20 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("unmerge_backward(Tensor grad, Tensor slot, SymInt tokens) -> Tensor");
   m.def(
       "merge_add_norm(Tensor x, Tensor branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
-      "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale) -> Tensor");
   m.def(
-      "block(Tensor x, Tensor normed, Tensor? size, SymInt r, SymInt prefix, bool is_weighted, int heads, float scale, "
-      "Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, Tensor? gamma1, "
-      "Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType norm_dtype, "
-      "Tensor fc1_weight, Tensor? fc1_bias, bool is_tanh, Tensor fc2_weight, Tensor? fc2_bias, Tensor? gamma2, "
-      "Tensor? next_weight, Tensor? next_bias, float next_eps, ScalarType next_dtype) -> (Tensor, Tensor, Tensor)");
+      "block(Tensor x, Tensor normed, Tensor? size, SymInt r, SymInt prefix, bool is_weighted, int heads, "
+      "float scale, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, "
+      "Tensor? gamma1, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType norm_dtype, "
+      "Tensor fc1_weight, Tensor? fc1_bias, bool is_tanh, Tensor fc2_weight, Tensor? fc2_bias, "
+      "Tensor? gamma2, Tensor? next_weight, Tensor? next_bias, float next_eps, ScalarType next_dtype)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "merge_add_norm_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? slot, "
-      "Tensor? size, Tensor? total, Tensor? weight, Tensor? gamma, SymInt length, ScalarType branch_dtype) -> "
-      "(Tensor, Tensor)");
+      "Tensor? size, Tensor? total, Tensor? weight, Tensor? gamma, SymInt length, ScalarType branch_dtype)"
+      " -> (Tensor, Tensor)");
   m.def("column_sums(Tensor a, Tensor b, Tensor? stats) -> Tensor");
 }
 

@@ -32,7 +32,8 @@ inline void ask_for_shared(const void* kernel, int bytes) {
   most = bytes;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   // Left alone, the driver may give so much to the L1 cache that one block less fits.
-  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                       cudaSharedmemCarveoutMaxShared);
 }
 
 // For kernels that follow each other: the first lets the second start while its own last blocks run, the

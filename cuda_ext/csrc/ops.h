@@ -26,7 +26,8 @@ Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optiona
 Tensor unmerge(const Tensor& x, const Tensor& slot);
 Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
 
-// x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of every row.
+// x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of
+// every row.
 struct Normed {
   Tensor merged, y;
   std::optional<Tensor> total, stats;
@@ -58,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> block(
 std::tuple<Tensor, Tensor> merge_add_norm_backward(
     const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
     const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
-    const std::optional<Tensor>& total, const std::optional<Tensor>& weight, const std::optional<Tensor>& gamma,
-    int64_t length, ScalarType branch_dtype);
+    const std::optional<Tensor>& total, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& gamma, int64_t length, ScalarType branch_dtype);
 // [slabs, 2, C]: sums over rows of a, and of a * b or a * (b - mean) / standard deviation.
 Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats);
 

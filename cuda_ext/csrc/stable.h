@@ -76,9 +76,9 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), code,
-                               device_type, like.get_device_index(), &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.data(), code, device_type,
+                                                         like.get_device_index(), &out));
   return Tensor(out);
 }
 

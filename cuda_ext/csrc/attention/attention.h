@@ -29,8 +29,8 @@ struct AttentionParams {
 // Takes the kernel that fits: every architecture, every length, head dimensions of is_head_dim().
 void launch_attention(const AttentionParams& params, Dtype dtype, cudaStream_t stream);
 
-// The kernel for long sequences on compute capability 9.0; that the library holds code for 90a is for the caller
-// to know. False, and nothing launched, where no tensor map describes the inputs.
+// The kernel for long sequences on compute capability 9.0; that the library holds code for 90a is for the
+// caller to know. False, and nothing launched, where no tensor map describes the inputs.
 bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, int multiprocessors,
                              cudaStream_t stream);
 

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "../launch.cuh"
+#include "../tensor_map.h"
 #include "attention.h"
 #include "hopper_consumer.cuh"
 #include "hopper_plan.cuh"
@@ -124,22 +125,6 @@ __global__ __launch_bounds__(Traits::kThreads, 1) TOME_CLUSTER
 #endif
 }
 
-// cuTensorMapEncodeTiled belongs to the driver's library, which a machine without a GPU doesn't have: asking
-// for it at run time keeps the extension loadable there.
-using Encode = decltype(&cuTensorMapEncodeTiled);
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                             cudaEnableDefault, &result);
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
-                                                                       : nullptr;
-}
-Encode encode() {
-  static const Encode function = find_encode();
-  return function;
-}
-
 template <class Layout>
 bool make_map(CUtensorMap& map, const Heads& heads, const AttentionParams& params, int rows, int box_rows,
               bool is_half) {
@@ -155,10 +140,10 @@ bool make_map(CUtensorMap& map, const Heads& heads, const AttentionParams& param
   const CUtensorMapSwizzle swizzle = Layout::kPanel == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
                                      : Layout::kPanel == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                             : CU_TENSOR_MAP_SWIZZLE_32B;
-  return encode()(&map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-                  const_cast<void*>(heads.data_ptr), sizes, strides, box, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode_tiled()(&map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+                        const_cast<void*>(heads.data_ptr), sizes, strides, box, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -233,7 +218,7 @@ static bool has_map(const Heads& heads, const AttentionParams& params, int rows)
 bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, int multiprocessors,
                              cudaStream_t stream) {
   if (!has_map(params.q, params, params.queries) || !has_map(params.k, params, params.keys) ||
-      !has_map(params.v, params, params.keys) || hopper::encode() == nullptr) {
+      !has_map(params.v, params, params.keys) || encode_tiled() == nullptr) {
     return false;
   }
   bool is_launched = false;

@@ -6,9 +6,10 @@
 // products of another run. Within a tile, the output of the tile before is written while the scores are
 // computed, and half of the weights while the product with the other half runs. Keys are padded to 16.
 //
-// Shared memory: keys, values, bias, 16 queries per warp (then its output), what the warps exchange in a tail.
-#include <cute/arch/copy_sm90.hpp>
+// Shared memory: keys, values, bias, 16 queries per warp (then its output), what the warps exchange in a
+// tail.
 #include <cutlass/arch/barrier.h>
+#include <cute/arch/copy_sm90.hpp>
 
 #include <algorithm>
 
@@ -224,7 +225,8 @@ __device__ __forceinline__ void attend(const HopperResidentParams& plan) {
     }
     float factor[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) factor[half] = fast_reciprocal(quad_sum(sum[half][0] + sum[half][1]));
+    for (int half = 0; half < 2; ++half)
+      factor[half] = fast_reciprocal(quad_sum(sum[half][0] + sum[half][1]));
     cute::warpgroup_wait<0>();
     fence_registers(out);
     if (first + step < p.queries) {
@@ -287,7 +289,8 @@ bool fits_resident(const AttentionParams& p) {
 
 void launch_resident(const AttentionParams& p, Dtype dtype, int multiprocessors, cudaStream_t stream) {
   const int64_t tiles = (p.queries + kGroupRows - 1) / kGroupRows;
-  const int64_t splits = std::max<int64_t>(1, std::min<int64_t>(tiles, multiprocessors / (p.batch * p.heads)));
+  const int64_t splits =
+      std::max<int64_t>(1, std::min<int64_t>(tiles, multiprocessors / (p.batch * p.heads)));
   const float unit = unit_of(p.scale);
   const HopperResidentParams plan{p, static_cast<int>(splits), unit, 1.0f / (p.scale * unit)};
   dispatch_half(

@@ -1,9 +1,9 @@
-// What the kernel whose keys all lie in shared memory is made of: the places in shared memory, the copies, the
-// bias.
+// What the kernel whose keys all lie in shared memory is made of: the places in shared memory, the copies,
+// the bias.
 //
-// The bias log(size) / scale is one more step of the product of queries and keys: a column of `unit`, a power of
-// two, by numbers that half precision holds, three per key, which together are as exact as float32. That adds a
-// quarter to the product; starting the accumulators from the bias took longer than the product itself.
+// The bias log(size) / scale is one more step of the product of queries and keys: a column of `unit`, a power
+// of two, by numbers that half precision holds, three per key, which together are as exact as float32. That
+// adds a quarter to the product; starting the accumulators from the bias took longer than the product itself.
 #pragma once
 
 #include <cmath>
@@ -36,16 +36,18 @@ struct ResidentPlan {
   using Tile = TileLayout<kDim, kKeys>;
   static constexpr int kBlocks = kKeys > 224 ? 2 : kKeys > 112 ? 3 : 4;
   static constexpr int kValues = Tile::kBytes;
-  // Not the last: compute-sanitizer takes what the product reads of it for twice as much, as if rows had 32 bytes.
+  // Not the last: compute-sanitizer takes what the product reads of it for twice as much, as if rows had 32
+  // bytes.
   static constexpr int kBias = kValues + Tile::kBytes;
   static constexpr int kQueries = kBias + kKeys * kBiasBytes;
   static constexpr int kTail = kQueries + kGroupRows * kDim * 2;
   static constexpr int kSharedBytes = kTail + kTailBytes + kAlignment;
-  // The keys of the first of two products of queries and keys: its scores are looked at while the second runs.
+  // The keys of the first of two products of queries and keys: its scores are looked at while the second
+  // runs.
   static constexpr int kLeft = (kKeys + 16) / 32 * 16;
   static constexpr int kRight = kKeys - kLeft;
-  // Of the product with the values: the first part runs while the weights of the second are computed. The most
-  // scores of three blocks leave no registers for that, nor for anything else during a product.
+  // Of the product with the values: the first part runs while the weights of the second are computed. The
+  // most scores of three blocks leave no registers for that, nor for anything else during a product.
   static constexpr bool kIsFull = kKeys == 224;
   static constexpr int kParts = kIsFull ? 1 : 2;
 };
@@ -66,7 +68,8 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   return (descriptor >> 32 << 32) | low;
 }
 
-// `kCopiers` threads copy kRows rows, of which `rows` exist; those of the last kPadded that don't become zero.
+// `kCopiers` threads copy kRows rows, of which `rows` exist; those of the last kPadded that don't become
+// zero.
 template <class T, int kCopiers, int kRows, int kPadded>
 __device__ __forceinline__ void copy_tile(const T* rows_ptr, int64_t row_stride, int rows, char* shared) {
   using Layout = RowLayout<kDim>;
@@ -86,8 +89,8 @@ __device__ __forceinline__ void copy_tile(const T* rows_ptr, int64_t row_stride,
   }
 }
 
-// The right operand of the product that adds the bias: a value in three parts, the rest zero. The eight columns
-// stand for all sixteen, which is why the left operand is half a unit.
+// The right operand of the product that adds the bias: a value in three parts, the rest zero. The eight
+// columns stand for all sixteen, which is why the left operand is half a unit.
 template <class T>
 __device__ __forceinline__ uint4 split_bias(float value) {
   float part[3];

@@ -1,9 +1,9 @@
-// A last tile of up to 16 queries in the kernel whose keys all lie in shared memory: a product of 64 rows would
-// cost as much as that of a full tile.
+// A last tile of up to 16 queries in the kernel whose keys all lie in shared memory: a product of 64 rows
+// would cost as much as that of a full tile.
 //
-// All warps work on the same queries, by mma.sync. Each takes every fourth group of 16 keys for the scores; the
-// warps exchange the highest scores, then weights and their sums, through shared memory, and each takes 16
-// channels of the output. Sums run in an order that does not depend on timing.
+// All warps work on the same queries, by mma.sync. Each takes every fourth group of 16 keys for the scores;
+// the warps exchange the highest scores, then weights and their sums, through shared memory, and each takes
+// 16 channels of the output. Sums run in an order that does not depend on timing.
 #pragma once
 
 #include "hopper_products.cuh"
@@ -23,8 +23,8 @@ struct TailMemory {
 constexpr int kTailRows = kTileRows;
 constexpr int kTailBytes = 2 * kWarps * kTailRows * 4;
 
-// `q` and `unit` are the left operands of the products with keys and with their bias. Nothing may still read the
-// place of the weights when this is called.
+// `q` and `unit` are the left operands of the products with keys and with their bias. Nothing may still read
+// the place of the weights when this is called.
 template <class T, int kDim, int kKeys>
 __device__ __forceinline__ void attend_tail(const uint32_t (&q)[kDim / 16][4], const uint32_t (&unit)[4],
                                             const TailMemory& memory, int warp, float c, T* out_ptr,
@@ -48,7 +48,8 @@ __device__ __forceinline__ void attend_tail(const uint32_t (&q)[kDim / 16][4], c
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) score[i][n][j] = 0.0f;
-      const uint32_t bias = reinterpret_cast<const uint32_t*>(memory.bias)[(group * 2 + n) * kWarpSize + lane];
+      const uint32_t bias =
+          reinterpret_cast<const uint32_t*>(memory.bias)[(group * 2 + n) * kWarpSize + lane];
       attention_ops::multiply<T>(score[i][n], unit, bias, bias);
     }
 #pragma unroll
@@ -83,7 +84,7 @@ __device__ __forceinline__ void attend_tail(const uint32_t (&q)[kDim / 16][4], c
     uint32_t weight[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float(&four)[4] = score[i][j / 2];
+      const float (&four)[4] = score[i][j / 2];
       const float left = fast_exp2(fmaf(four[j % 2 * 2], c, offset[j % 2]));
       const float right = fast_exp2(fmaf(four[j % 2 * 2 + 1], c, offset[j % 2]));
       sum[j % 2] += left + right;

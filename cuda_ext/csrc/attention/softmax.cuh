@@ -23,7 +23,8 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(kFullWarp, x, 2);
 }
 
-// What the exponent of a weight adds to score * c. Where no key counts there is no inf - inf: weights are zero.
+// What the exponent of a weight adds to score * c. Where no key counts there is no inf - inf: weights are
+// zero.
 __device__ __forceinline__ float exponent_offset(float reference, float c) {
   return reference == -INFINITY ? 0.0f : -reference * c;
 }

@@ -3,6 +3,7 @@
 // stream through shared memory, and warps have only the maxima left to do. The metric kernel's end and this
 // one's start overlap.
 #include "../launch.cuh"
+#include "../tensor_map.h"
 #include "hopper_candidates.cuh"
 #include "hopper_look.cuh"
 
@@ -77,8 +78,7 @@ __device__ __forceinline__ bool try_look(const WideParams& p, const Share& share
   constexpr int kWarps = Traits::kThreads / kWarpSize;
   constexpr int kStep = 2 * kWideBatch<TheLook>;
   for (int i = kStep * warp; i < count; i += kStep * kWarps) {
-    const int found =
-        score_groups(stream, listed, i, count, shared, block_top, close, pairs, block_best);
+    const int found = score_groups(stream, listed, i, count, shared, block_top, close, pairs, block_best);
     if constexpr (!kBoth) {
       __syncwarp();
       for (int j = 0; j < found; j += kPairs) {
@@ -107,8 +107,8 @@ __device__ __forceinline__ void score_sources(const WideParams& p, const Share& 
 #endif  // CUTE_ARCH_MMA_SM90A_ENABLED
 
 template <class Traits>
-__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocks)  //
-    void match_score_hopper_kernel(const __grid_constant__ WideParams p) {
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocks) void match_score_hopper_kernel(
+    const __grid_constant__ WideParams p) {
 #ifdef CUTE_ARCH_MMA_SM90A_ENABLED
   char* shared = dynamic_shared();
   const Share share = share_of_block<Traits>(p);
@@ -119,32 +119,20 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocks)  //
 #endif
 }
 
-// cuTensorMapEncodeTiled belongs to the driver's library, which a machine without a GPU doesn't have: asking
-// for it at run time keeps the extension loadable there.
-using Encode = decltype(&cuTensorMapEncodeTiled);
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                             cudaEnableDefault, &result);
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
-                                                                       : nullptr;
-}
-
 bool make_map(CUtensorMap& map, const Params& p, int panel) {
-  static const Encode encode = find_encode();
-  if (encode == nullptr) return false;
+  if (encode_tiled() == nullptr) return false;
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(2 * p.padded), static_cast<cuuint64_t>(p.targets), 1,
                                static_cast<cuuint64_t>(p.batch)};
   const cuuint64_t row = 4 * static_cast<cuuint64_t>(p.padded);
   const cuuint64_t strides[3] = {row, row, row * p.rows()};
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(panel), kBoxTargets, 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
-  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, p.metric_ptr + int64_t{p.sources} * 2 * p.padded,
-                sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                panel == kWidePanel ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA) == CUDA_SUCCESS;
+  return encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+                        p.metric_ptr + int64_t{p.sources} * 2 * p.padded, sizes, strides, box, steps,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        panel == kWidePanel ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA) == CUDA_SUCCESS;
 }
 
 template <class Traits>

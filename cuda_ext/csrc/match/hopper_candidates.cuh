@@ -81,8 +81,7 @@ __device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stre
   int found = 0;
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const char* const source_ptr =
-        rows_ptr + group(2 * i + lane / 4 % 2).row * row_bytes(Traits::kPadded);
+    const char* const source_ptr = rows_ptr + group(2 * i + lane / 4 % 2).row * row_bytes(Traits::kPadded);
     // The corrections have sums of their own: see score_exactly.
     float score[4] = {}, right[4] = {}, left[4] = {};
 #pragma unroll

@@ -30,20 +30,19 @@ constexpr float kNothing = -2.0f * kMetricScale * kMetricScale + 0x1p12f;
 template <bool kBoth>
 struct WideProduct;
 template <>
-struct WideProduct<true> : cute::SM90::GMMA::MMA_64x32x16_F32F16F16_RS<cute::SM90::GMMA::Major::K,
-                                                                       cute::SM90::GMMA::Major::K> {
+struct WideProduct<true>
+    : cute::SM90::GMMA::MMA_64x32x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K> {
   using Sum = float;
 };
 template <>
-struct WideProduct<false> : cute::SM90::GMMA::MMA_64x64x16_F16F16F16_RS<cute::SM90::GMMA::Major::K,
-                                                                        cute::SM90::GMMA::Major::K> {
+struct WideProduct<false>
+    : cute::SM90::GMMA::MMA_64x64x16_F16F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K> {
   using Sum = uint32_t;  // of two neighbours
 };
 
 template <class Op, int kSize, int... kI>
 __device__ __forceinline__ void multiply_wide(const uint32_t (&a)[4], uint64_t b,
-                                              typename Op::Sum (&c)[kSize],
-                                              cute::SM90::GMMA::ScaleOut scale,
+                                              typename Op::Sum (&c)[kSize], cute::SM90::GMMA::ScaleOut scale,
                                               std::integer_sequence<int, kI...>) {
   Op::fma(a[0], a[1], a[2], a[3], b, c[kI]..., scale);
 }

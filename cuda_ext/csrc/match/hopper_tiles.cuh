@@ -79,7 +79,7 @@ struct Look {
   static constexpr bool kBoth = kBothHalves;
   static constexpr int kSteps = Traits::kSteps;
   static constexpr int kColumns = kBoth ? Traits::kColumns / 2 : Traits::kColumns;
-  static constexpr int kGroupColumns = kColumns / Traits::kGroupsN;  // of a warpgroup in a tile
+  static constexpr int kGroupColumns = kColumns / Traits::kGroupsN;      // of a warpgroup in a tile
   static constexpr int kPart = kGroupColumns / 2;                        // columns of a product
   static constexpr int kSeenGroups = kGroupColumns / kWideGroupColumns;  // groups of one tile
   static constexpr int kPartGroups = kSeenGroups / 2;

@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training) {
   const Normed out =
       merged_norm(x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype, training);
-  return {out.merged, out.y, out.total.has_value() ? *out.total : new_empty(x, {0, tokens}, ScalarType::Float),
+  return {out.merged, out.y,
+          out.total.has_value() ? *out.total : new_empty(x, {0, tokens}, ScalarType::Float),
           out.stats.has_value() ? *out.stats : new_empty(x, {0, tokens, 2}, ScalarType::Float)};
 }
 
