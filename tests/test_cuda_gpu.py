@@ -95,6 +95,21 @@ def error(value: Tensor, truth: Tensor) -> float:
     return float((value.detach().double() - truth.detach()).abs().max())
 
 
+@pytest.mark.parametrize("channels", [8, 20, 640, 1300])
+def test_merge_of_long_images(channels: int) -> None:
+    """Many rows and much to scan: the blocks that are twice as large."""
+    random = generator(channels)
+    slot = torch.cat([torch.arange(1700), torch.randint(40, (400,))])[torch.randperm(2100)]
+    slot = slot.int().cuda().repeat(5, 1)
+    x = torch.randn(5, 2100, channels, device="cuda", generator=random).half()
+    size = torch.randint(1, 300, (5, 2100), device="cuda", generator=random).float()
+    merged, total = tome_cuda.merge(x, slot, 1700, size)
+    expected, expected_total = tome_reference.merge(x, slot, 1700, size)
+    truth, _ = tome_reference.merge(x.double(), slot, 1700, size)
+    assert torch.equal(total, expected_total)
+    assert error(merged, truth) <= error(expected, truth) + ROUNDING[x.dtype] * float(x.abs().max())
+
+
 @given(groups(), SEEDS)
 def test_merge_and_unmerge_agree(drawn: tuple[Tensor, Tensor, int, Tensor | None], seed: int) -> None:
     x, slot, tokens, size = drawn

@@ -35,13 +35,13 @@ void check_grid(int64_t blocks) {
 namespace {
 
 // Few rows: small blocks, so that a single image still reaches many multiprocessors. Many rows: larger
-// blocks, so that the scan of the slots is shared by more of them, all alike; the largest only where there is
-// much to scan, as a grid of few blocks ends unevenly. Without a map nothing is scanned.
-int block_outputs(int64_t batch, int64_t length, int64_t tokens, bool has_map) {
+// blocks, so that the scan of the slots is shared by more of them, all alike; the largest, most_outputs, only
+// where there is much to scan, as a grid of few blocks ends unevenly. Without a map nothing is scanned.
+int block_outputs(int64_t batch, int64_t length, int64_t tokens, bool has_map, int64_t most_outputs) {
   constexpr int64_t kFewRows = 1024, kManyRows = 8192, kLong = 2048;
   const int64_t rows = batch * tokens;
   if (rows <= kManyRows || !has_map) return rows <= kFewRows ? 4 : 8;
-  const int64_t most = length > kLong ? merge_ops::kMaxBlockOutputs : merge_ops::kMaxBlockOutputs / 2;
+  const int64_t most = length > kLong ? most_outputs : merge_ops::kMaxBlockOutputs / 2;
   const int64_t blocks = (tokens + most - 1) / most;
   return static_cast<int>((tokens + blocks - 1) / blocks);
 }
@@ -53,7 +53,7 @@ bool are_aligned(const View& x, const View& out, Dtype dtype, int64_t channels) 
 }  // namespace
 
 GatherParams gather_params(const Tensor& x, const Tensor& out, const std::optional<Tensor>& slot,
-                           int64_t tokens, const std::optional<Tensor>& size) {
+                           int64_t tokens, const std::optional<Tensor>& size, int64_t most_outputs) {
   const int64_t batch = x.size(0);
   GatherParams p{};
   p.x = view(x);
@@ -64,7 +64,7 @@ GatherParams gather_params(const Tensor& x, const Tensor& out, const std::option
   p.length = to_int(x.size(1), "the number of tokens");
   p.tokens = to_int(tokens, "tokens");
   p.channels = to_int(x.size(2), "the number of channels");
-  p.block_outputs = block_outputs(batch, x.size(1), tokens, slot.has_value());
+  p.block_outputs = block_outputs(batch, x.size(1), tokens, slot.has_value(), most_outputs);
   check_grid((tokens + p.block_outputs - 1) / p.block_outputs * batch);
   return p;
 }
@@ -75,7 +75,7 @@ Tensor gather(const Tensor& x, const Tensor& slot, int64_t tokens, const std::op
               float* total_ptr) {
   const Dtype dtype = floating_dtype(x, "x");
   Tensor out = new_empty(x, {x.size(0), tokens, x.size(2)}, x.scalar_type());
-  GatherParams p = gather_params(x, out, slot, tokens, size);
+  GatherParams p = gather_params(x, out, slot, tokens, size, 2 * merge_ops::kMaxBlockOutputs);
   p.total_ptr = total_ptr;
   // Without channels there are still sizes to sum.
   if (p.batch == 0 || tokens == 0 || (p.channels == 0 && total_ptr == nullptr)) return out;

@@ -32,7 +32,7 @@ struct GatherParams {
   Table<float> size;    // [batch, length]
   int64_t batch;
   int length, tokens, channels;
-  int block_outputs;  // how many output rows one block owns, at most kMaxBlockOutputs
+  int block_outputs;  // how many output rows one block owns, at most kMaxBlockOutputs; a gather twice that
 };
 
 struct SpreadParams {
@@ -45,7 +45,7 @@ struct SpreadParams {
   int length, tokens, channels;
 };
 
-constexpr int kMaxBlockOutputs = 32;
+constexpr int kMaxBlockOutputs = 32;  // of a block of four warps
 
 void launch_gather(const GatherParams& params, Dtype dtype, bool aligned, cudaStream_t stream);
 void launch_spread(const SpreadParams& params, Dtype dtype, bool aligned, cudaStream_t stream);

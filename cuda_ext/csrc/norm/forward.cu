@@ -15,9 +15,10 @@ namespace {
 
 using merge_ops::copy_pack;
 using merge_ops::is_inside;
-using merge_ops::kThreads;
 using merge_ops::lane_channel;
 using merge_ops::RowPart;
+
+constexpr int kThreads = merge_ops::kFewWarps * kWarpSize;
 
 // gamma, weight and bias in float32, in shared memory: converted once per block, and read without bank
 // conflicts as 16 bytes of all lanes lie side by side.
@@ -57,6 +58,7 @@ __device__ __forceinline__ void load_staged(const float* from, int channel, floa
 
 template <class T, class U, int kCount_, bool kStaged>
 struct NormRows {
+  static constexpr int kWarps = merge_ops::kFewWarps;
   static constexpr int kCount = kCount_;
   static constexpr int kStep = kWarpSize * kCount;
   struct Fetched {
@@ -242,7 +244,7 @@ constexpr int min_blocks() {
 template <class T, class U, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads,
                              (min_blocks<U, kCount, kPacks>())) void norm_kernel(const NormParams p) {
-  static __shared__ merge_ops::Storage shared;
+  static __shared__ merge_ops::Storage<merge_ops::kFewWarps> shared;
   const GatherParams& merge = p.merge;
   using Rows = NormRows<T, U, kCount, (kPacks > 0)>;
   Staged staged{};

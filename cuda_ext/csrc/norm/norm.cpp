@@ -52,7 +52,7 @@ Normed merged_norm(const Tensor& x, const Tensor& branch, const std::optional<Te
   if (slot.has_value()) total = new_empty(x, {batch, tokens}, ScalarType::Float);
   if (training) stats = new_empty(x, {batch, tokens, 2}, ScalarType::Float);
   NormParams p{};
-  p.merge = gather_params(x, merged, slot, tokens, size);
+  p.merge = gather_params(x, merged, slot, tokens, size, merge_ops::kMaxBlockOutputs);
   if (total.has_value()) p.merge.total_ptr = static_cast<float*>(total->mutable_data_ptr());
   p.branch = view(branch);
   p.y_ptr = y.mutable_data_ptr();
