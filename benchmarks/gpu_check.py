@@ -329,14 +329,15 @@ def odd_shapes(first: int, step: int) -> None:
         if n < 200:
             tome_cuda.kth_match(keys, 2)
             tome_cuda.random_match(keys, n // 3)
-    rows = itertools.product((1, 33, 197, 1100), (1, 8, 100, 264, 768, 1024, 1280), DTYPES)
-    for n, c, dtype in itertools.islice(rows, first, None, step):
+    rows = itertools.product((2,), (1, 33, 197, 1100), (1, 8, 100, 264, 768, 1024, 1280), DTYPES)
+    many_rows = itertools.product((9,), (2100,), (8, 100), DTYPES)  # in blocks of eight warps
+    for b, n, c, dtype in itertools.islice(itertools.chain(rows, many_rows), first, None, step):
         for m in {1, max(1, n // 2), n}:
-            slot = random_slots(2, n, m, generator)
-            x = torch.randn(2, n, c, device="cuda").to(dtype).requires_grad_()
-            merged, _ = tome_cuda.merge(x, slot, m, torch.rand(2, n, device="cuda") + 1)
+            slot = random_slots(b, n, m, generator)
+            x = torch.randn(b, n, c, device="cuda").to(dtype).requires_grad_()
+            merged, _ = tome_cuda.merge(x, slot, m, torch.rand(b, n, device="cuda") + 1)
             tome_cuda.unmerge(merged, slot).sum().backward()
-            branch = torch.randn(2, n, c, device="cuda").to(torch.float16 if dtype is torch.float32 else dtype)
+            branch = torch.randn(b, n, c, device="cuda").to(torch.float16 if dtype is torch.float32 else dtype)
             weight, gamma = (torch.ones(c, device="cuda", requires_grad=True) for _ in range(2))
             for arguments in ((slot, m), (None, n)):
                 out, y, _ = tome_cuda.merge_add_norm(
