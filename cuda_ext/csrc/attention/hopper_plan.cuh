@@ -5,10 +5,12 @@
 
 #include <algorithm>
 
-#include "hopper_memory.cuh"
+#include "../async.cuh"
 #include "hopper_products.cuh"
 
 namespace tome::attention_ops::hopper {
+
+using namespace async;
 
 constexpr int kGroupThreads = 128;
 constexpr int kTileRows = 64;  // queries of a warpgroup's products

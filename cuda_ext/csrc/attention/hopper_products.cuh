@@ -7,12 +7,9 @@
 #pragma once
 
 #include <cute/arch/mma_sm80.hpp>
-#include <cute/arch/mma_sm90_gmma.hpp>
-#include <cute/arch/mma_sm90_gmma_ext.hpp>
-
-#include <utility>
 
 #include "../vector.cuh"
+#include "../warpgroup.cuh"
 
 namespace tome::attention_ops::hopper {
 
@@ -54,24 +51,11 @@ TOME_PRODUCTS(256)
 #undef TOME_PRODUCTS
 #undef TOME_PRODUCT
 
-template <class Op, int kSize, int... kI>
-__device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint64_t b, float (&c)[kSize],
-                                         std::integer_sequence<int, kI...>) {
-  Op::fma(a[0], a[1], a[2], a[3], b, c[kI]...);
-}
-
 // c += a b, with the first kColumns / 2 numbers of c.
 template <class Op, int kColumns, int kSize>
 __device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint64_t b, float (&c)[kSize]) {
   static_assert(kColumns / 2 <= kSize, "the accumulator is too small");
-  multiply<Op>(a, b, c, std::make_integer_sequence<int, kColumns / 2>{});
-}
-
-// Keeps the compiler from moving accesses to registers that a product in flight uses.
-template <int kSize, class R>
-__device__ __forceinline__ void fence_registers(R (&registers)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) cute::warpgroup_fence_operand(registers[i]);
+  warpgroup_multiply<Op>(a, b, c, ScaleOut::One, std::make_integer_sequence<int, kColumns / 2>{});
 }
 
 // How a tile of `kRows` rows lies in shared memory, and the descriptors by which products find it there.

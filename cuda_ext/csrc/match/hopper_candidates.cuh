@@ -50,7 +50,7 @@ __device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stre
   constexpr uint32_t kColumns = Look::kColumns;
   const uint32_t behind = Look::target_column(lane / 4);
   const uint32_t first_near = max(stream.count() - Look::kStages, 0);
-  const uint32_t tiles = attention_ops::hopper::shared_address(stream.tiles);
+  const uint32_t tiles = async::shared_address(stream.tiles);
   const auto* const targets = reinterpret_cast<const char*>(stream.share.targets_ptr);
   uint32_t column[2 * kBatch];
 #pragma unroll

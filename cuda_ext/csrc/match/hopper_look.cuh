@@ -3,11 +3,7 @@
 // one instruction takes the maxima of two scores and another's products find registers.
 #pragma once
 
-#include <cute/arch/mma_sm90_gmma.hpp>
-#include <cute/arch/mma_sm90_gmma_ext.hpp>
-
-#include <utility>
-
+#include "../warpgroup.cuh"
 #include "hopper_tiles.cuh"
 
 namespace tome::match {
@@ -39,19 +35,6 @@ struct WideProduct<false>
     : cute::SM90::GMMA::MMA_64x64x16_F16F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K> {
   using Sum = uint32_t;  // of two neighbours
 };
-
-template <class Op, int kSize, int... kI>
-__device__ __forceinline__ void multiply_wide(const uint32_t (&a)[4], uint64_t b,
-                                              typename Op::Sum (&c)[kSize], cute::SM90::GMMA::ScaleOut scale,
-                                              std::integer_sequence<int, kI...>) {
-  Op::fma(a[0], a[1], a[2], a[3], b, c[kI]..., scale);
-}
-
-template <class Sum, int kSize>
-__device__ __forceinline__ void fence_registers(Sum (&registers)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) cute::warpgroup_fence_operand(registers[i]);
-}
 
 // The sources of a warpgroup, in registers.
 template <class Look>
@@ -87,7 +70,6 @@ struct Looker {
 
   // Start the products of one part of a tile: of the high halves, or all three.
   __device__ __forceinline__ void start(int tile, int part, Sum (&score)[kSize]) const {
-    using Scale = cute::SM90::GMMA::ScaleOut;
     constexpr int kSteps = Look::kSteps;
     const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(stream.place(tile))) / 16;
     // From one lane, so that the compiler knows them to be uniform in a warp.
@@ -99,10 +81,10 @@ struct Looker {
     for (int i = 0; i < (Look::kBoth ? 3 : 1) * kSteps; ++i) {
       const int source = i < 2 * kSteps ? i : i - 2 * kSteps;  // high, low, high
       const int target = i < kSteps ? i : i - kSteps;          // high, high, low
-      multiply_wide<Product>(
+      warpgroup_multiply<Product>(
           sources.value[source],
           Tile::descriptor(target < 4 * Tile::kWide ? wide : narrow, part * Look::kPart, target), score,
-          i == 0 ? Scale::Zero : Scale::One, std::make_integer_sequence<int, kSize>{});
+          i == 0 ? ScaleOut::Zero : ScaleOut::One, std::make_integer_sequence<int, kSize>{});
     }
     cute::warpgroup_commit_batch();
   }

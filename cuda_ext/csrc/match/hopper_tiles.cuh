@@ -1,7 +1,7 @@
 // How the score kernel for Hopper divides its work and its shared memory, and how targets stream through it.
 #pragma once
 
-#include "../attention/hopper_memory.cuh"
+#include "../async.cuh"
 #include "block.cuh"
 
 namespace tome::match {
@@ -134,17 +134,17 @@ struct WideStream {
   __device__ __forceinline__ uint32_t empty(int tile) const { return full(tile) + Look::kStages * 8; }
 
   __device__ __forceinline__ void init() const {
-    attention_ops::hopper::prefetch_map(p.wide);
+    async::prefetch_map(p.wide);
     for (int i = 0; i < Look::kStages; ++i) {
-      attention_ops::hopper::barrier_init(full(i), 1);
-      attention_ops::hopper::barrier_init(empty(i), Traits::kThreads / kWarpSize);
+      async::barrier_init(full(i), 1);
+      async::barrier_init(empty(i), Traits::kThreads / kWarpSize);
     }
-    attention_ops::hopper::barrier_fence();
+    async::barrier_fence();
   }
 
   // By one thread.
   __device__ __forceinline__ void copy_tile(int tile) const {
-    using namespace attention_ops::hopper;
+    using namespace async;
     barrier_expect(full(tile), Tile::kBytes);
     barrier_arrive(full(tile));
     const uint32_t to = shared_address(place(tile));
@@ -172,14 +172,14 @@ struct WideStream {
   }
 
   __device__ __forceinline__ void await(int tile) const {
-    attention_ops::hopper::barrier_wait(full(tile), tile / Look::kStages % 2);
+    async::barrier_wait(full(tile), tile / Look::kStages % 2);
   }
 
   // Copy into the place of a tile that all have left by now, or nearly.
   __device__ __forceinline__ void refill(int tile) const {
     const int old = tile - 1 - kDrift;
     if (threadIdx.x == 0 && old >= 0 && old + Look::kStages < count()) {
-      attention_ops::hopper::barrier_wait(empty(old), old / Look::kStages % 2);
+      async::barrier_wait(empty(old), old / Look::kStages % 2);
       copy_tile(old + Look::kStages);
     }
     __syncwarp();
@@ -187,7 +187,7 @@ struct WideStream {
 
   // This warp's products of a tile are done.
   __device__ __forceinline__ void release(int tile) const {
-    if (threadIdx.x % kWarpSize == 0) attention_ops::hopper::barrier_arrive(empty(tile));
+    if (threadIdx.x % kWarpSize == 0) async::barrier_arrive(empty(tile));
   }
 };
 

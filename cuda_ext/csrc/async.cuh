@@ -1,5 +1,5 @@
-// Barriers that count bytes, and what they count: loads by the bulk tensor copy engine and asynchronous
-// stores.
+// Hopper's asynchronous memory: barriers that count bytes, and what they count, loads by the bulk tensor copy
+// engine and asynchronous stores.
 #pragma once
 
 #include <cuda.h>
@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace tome::attention_ops::hopper {
+namespace tome::async {
 
 __device__ __forceinline__ uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
@@ -80,4 +80,4 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-}  // namespace tome::attention_ops::hopper
+}  // namespace tome::async
