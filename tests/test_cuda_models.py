@@ -187,9 +187,8 @@ def test_the_report_of_a_model_names_the_kernels():
 def launches(model: nn.Module, x: Tensor) -> int:
     """How many kernels a pass launches."""
     model(x)
-    # without acc_events torch 2.11 warns, which fails a test
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # without it torch 2.11 warns
         model(x)
         torch.cuda.synchronize()
     return sum(event.count for event in profiler.key_averages() if "LaunchKernel" in event.key)

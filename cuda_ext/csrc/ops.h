@@ -14,6 +14,9 @@ namespace tome {
 
 // On other builds a GPU of compute capability 9.0 runs code for older ones.
 constexpr bool kHasHopper = std::string_view(TOME_EXPAND(TOME_ARCHS)).find("90a") != std::string_view::npos;
+inline bool runs_hopper(int device) {
+  return kHasHopper && device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9;
+}
 
 Tensor bipartite_match(const Tensor& keys, int64_t r, int64_t prefix);
 Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix);

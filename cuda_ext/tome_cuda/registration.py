@@ -32,8 +32,8 @@ def register() -> bool:
 def _register() -> bool:
     library.info()
     torch.library.register_fake("tome_cuda::bipartite_match", _match_fake)
-    torch.library.register_fake("tome_cuda::kth_match", _kth_match_fake)
-    torch.library.register_fake("tome_cuda::listed_match", _listed_match_fake)
+    torch.library.register_fake("tome_cuda::kth_match", _match_fake)
+    torch.library.register_fake("tome_cuda::listed_match", _match_fake)
     torch.library.register_fake("tome_cuda::merge", _merge_fake)
     torch.library.register_fake("tome_cuda::merge_backward", _merge_backward_fake)
     torch.library.register_fake("tome_cuda::unmerge", _unmerge_fake)
@@ -54,15 +54,7 @@ def _register() -> bool:
     return True
 
 
-def _match_fake(keys: Tensor, r: int, prefix: int) -> Tensor:
-    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
-
-
-def _kth_match_fake(keys: Tensor, k: int, prefix: int) -> Tensor:
-    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
-
-
-def _listed_match_fake(keys: Tensor, sources: Tensor, targets: Tensor, prefix: int) -> Tensor:
+def _match_fake(keys: Tensor, *_: Any) -> Tensor:
     return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
 
 

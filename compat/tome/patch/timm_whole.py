@@ -45,13 +45,16 @@ def run_whole(block: Any, tokens: Tokens, r: int, next_norm: Norm) -> Tokens | N
 
     """
     x, size, slot, normed = tokens
-    kernels = backend.unrecorded_extension(x) if slot is None and _is_unwatched(x) else None
-    parts = None if kernels is None else parameters(block)
-    norm = None if parts is None else block.mlp_norm(x.device.type)
-    if kernels is None or parts is None or norm is None:
+    device = x.device.type
+    if slot is not None or not _is_unwatched(x):
+        return None
+    kernels = backend.unrecorded_extension(x)
+    if kernels is None:
+        return None
+    parts = parameters(block)
+    if parts is None or (norm := block.mlp_norm(device)) is None:
         return None
     attn = block._modules["attn"]
-    device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     scale = attn.head_dim**-0.5 if attn.fused_attn else attn.scale
     if (x.dtype is not dtype and x.dtype is not torch.float32) or not kernels.takes_block(dtype, attn.head_dim, scale):

@@ -34,7 +34,7 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
   check_cuda(cudaGetDevice(&device));
   const auto attribute = [device](cudaDeviceAttr name) { return device_attribute(name, device); };
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  if (kHasHopper && attribute(cudaDevAttrComputeCapabilityMajor) == 9) {
+  if (runs_hopper(device)) {
     if (hopper::fits_resident(p)) return hopper::launch_resident(p, dtype, multiprocessors, stream);
     // A head of fewer keys leaves its consumers without work.
     const bool is_long = p.keys > 64;

@@ -29,13 +29,8 @@ __device__ __forceinline__ void load_queries(const HopperParams& p, const Shared
                                              const Item& item) {
   using Layout = typename Traits::Queries;
   const uint32_t full = shared.queries_full(group);
-  barrier_expect(full, Layout::kBytes);
-  barrier_arrive(full);
-#pragma unroll
-  for (int panel = 0; panel < Layout::kPanels; ++panel) {
-    load_box(p.q_map, full, shared.queries(group) + panel * Layout::kPanelBytes, panel * Layout::kPanel,
-             item.tile * kTileRows, item.head % p.heads, item.head / p.heads);
-  }
+  barrier_arrive_expecting(full, Layout::kBytes);
+  load_tile<Layout>(p, p.q_map, full, shared.queries(group), item.head, item.tile * kTileRows);
 }
 
 template <class Traits>
@@ -177,7 +172,6 @@ bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_
   p.heads = params.heads;
   p.queries = params.queries;
   p.keys = params.keys;
-  p.head_dim = params.head_dim;
   p.scale = params.scale * kLog2E;
   p.query_tiles = (params.queries + kTileRows - 1) / kTileRows;
   p.key_tiles = (params.keys + Shape::kTileKeys - 1) / Shape::kTileKeys;

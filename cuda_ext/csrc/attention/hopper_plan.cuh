@@ -50,7 +50,7 @@ struct HopperParams {
   void* out_ptr;
   const float* size_ptr;
   int64_t size_batch_stride, size_stride;
-  int heads, queries, keys, head_dim;
+  int heads, queries, keys;
   float scale;  // of powers of two
   int query_tiles, key_tiles;
   int pass_tiles;   // tiles of queries that see each stage
@@ -84,6 +84,17 @@ struct Shared {
   __device__ uint32_t empty(int stage) const { return barriers() + 8 * (Traits::kStages + stage); }
   __device__ uint32_t queries_full(int group) const { return barriers() + 8 * (2 * Traits::kStages + group); }
 };
+
+// Ask the copy engine for the rows of a tile, panel by panel, and for all columns.
+template <class Layout>
+__device__ __forceinline__ void load_tile(const HopperParams& p, const CUtensorMap& map, uint32_t barrier,
+                                          uint32_t shared, int head, int first_row) {
+#pragma unroll
+  for (int panel = 0; panel < Layout::kPanels; ++panel) {
+    load_box(map, barrier, shared + panel * Layout::kPanelBytes, panel * Layout::kPanel, first_row,
+             head % p.heads, head / p.heads);
+  }
+}
 
 // A stage of the ring and the parity of its current use.
 template <class Traits>

@@ -37,30 +37,10 @@ struct LaneBias {
   }
 };
 
-// Ask the copy engine for a tile of keys and values. The one arrival that its stage waits for beside the
-// bytes.
-template <class Traits>
-__device__ __forceinline__ void load_tile(const HopperParams& p, const Shared<Traits>& shared, int stage,
-                                          int head, int first_key) {
-  using Layout = typename Traits::Keys;
-  const uint32_t full = shared.full(stage);
-  barrier_expect(full, Traits::kStageBytes);
-  barrier_arrive(full);
-#pragma unroll
-  for (int panel = 0; panel < Layout::kPanels; ++panel) {
-    load_box(p.k_map, full, shared.keys(stage) + panel * Layout::kPanelBytes, panel * Layout::kPanel,
-             first_key, head % p.heads, head / p.heads);
-  }
-#pragma unroll
-  for (int panel = 0; panel < Layout::kPanels; ++panel) {
-    load_box(p.v_map, full, shared.values(stage) + panel * Layout::kPanelBytes, panel * Layout::kPanel,
-             first_key, head % p.heads, head / p.heads);
-  }
-}
-
 // One thread loads tiles, the second warp writes their biases: neither waits for the other.
 template <class Traits>
 __device__ __forceinline__ void produce(const HopperParams& p, const Shared<Traits>& shared) {
+  using Layout = typename Traits::Keys;
   const int thread = threadIdx.x - Traits::kGroups * kGroupThreads;
   const bool is_loader = thread == 0;
   if (!is_loader && thread / kWarpSize != 1) return;
@@ -70,12 +50,16 @@ __device__ __forceinline__ void produce(const HopperParams& p, const Shared<Trai
   for (int pass = blockIdx.x; pass < p.passes; pass += gridDim.x) {
     for (int tile = 0; tile < p.key_tiles; ++tile, cursor.advance()) {
       const int first_key = tile * Traits::kTileKeys;
+      const uint32_t full = shared.full(cursor.stage);
       barrier_wait(shared.empty(cursor.stage), cursor.parity ^ 1);
       if (is_loader) {
-        load_tile(p, shared, cursor.stage, pass / p.head_passes, first_key);
+        // The one arrival that the stage waits for, beside the bytes of the biases too.
+        barrier_arrive_expecting(full, Traits::kStageBytes);
+        load_tile<Layout>(p, p.k_map, full, shared.keys(cursor.stage), pass / p.head_passes, first_key);
+        load_tile<Layout>(p, p.v_map, full, shared.values(cursor.stage), pass / p.head_passes, first_key);
         continue;
       }
-      bias.store(shared.full(cursor.stage), shared.bias(cursor.stage), 1.0f / p.scale);
+      bias.store(full, shared.bias(cursor.stage), 1.0f / p.scale);
       // The next tile's sizes travel while its stage is still in use.
       const bool is_last = tile + 1 == p.key_tiles;
       const int next = is_last ? pass + static_cast<int>(gridDim.x) : pass;

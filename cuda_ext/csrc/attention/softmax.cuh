@@ -13,16 +13,6 @@ namespace tome::attention_ops {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kSlack = 8.0f;
 
-// Over the four threads that hold a row.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kFullWarp, x, 1);
-  return x + __shfl_xor_sync(kFullWarp, x, 2);
-}
-
 // What the exponent of a weight adds to score * c. Where no key counts there is no inf - inf: weights are
 // zero.
 __device__ __forceinline__ float exponent_offset(float reference, float c) {

@@ -38,9 +38,7 @@ template <int kRows, class RowOf>
 __device__ __forceinline__ void publish_tops(const Seen<kRows>& seen, uint32_t* block_top, RowOf&& row_of) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    float top = seen.best[i];
-    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
+    const float top = quad_max(seen.best[i]);
     if (threadIdx.x % 4 == 0) atomicMax(block_top + row_of(i), order_of(top));
   }
 }

@@ -32,8 +32,7 @@ __device__ __forceinline__ bool try_look(const WideParams& p, const Share& share
   const int warp_row = warpgroup / Traits::kGroupsN * kGroupRows + warp % 4 * kProductRows;
   const int first_column = warpgroup % Traits::kGroupsN * TheLook::kGroupColumns;
   static __shared__ __align__(8) unsigned long long barriers[2 * TheLook::kStages];
-  const WideStream<Traits, TheLook> stream{p, share, ring<Traits>(shared), async::shared_address(barriers),
-                                           p.targets};
+  const WideStream<Traits, TheLook> stream{p, share, ring<Traits>(shared), async::shared_address(barriers)};
   if (threadIdx.x == 0) stream.init();
   for (int i = threadIdx.x; i < Traits::kRows; i += Traits::kThreads) block_top[i] = 0;
   if (threadIdx.x == 0) group_count = 0;

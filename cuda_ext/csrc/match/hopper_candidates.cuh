@@ -99,14 +99,14 @@ __device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stre
       }
     }
     // Row lane / 4 and an even column, or row lane / 4 + 8 and an odd one.
-    const int at = lane % 2 == 0 ? 0 : 3;
+    const bool is_even = lane % 2 == 0;
     const float mine_score =
-        (at == 0 ? score[0] : score[3]) + ((at == 0 ? right[0] : right[3]) + (at == 0 ? left[0] : left[3]));
+        (is_even ? score[0] : score[3]) + ((is_even ? right[0] : right[3]) + (is_even ? left[0] : left[3]));
     const Candidate mine = group(2 * i + lane % 2);
     const int index = mine.column + Look::target_column(lane / 4);
     if constexpr (Look::kBoth) {
       unsigned long long packed =
-          mine_score >= -INFINITY && index < stream.targets ? pack_best(mine_score, index) : 0;
+          mine_score >= -INFINITY && index < stream.p.targets ? pack_best(mine_score, index) : 0;
 #pragma unroll
       for (int step = 4; step < kWarpSize; step *= 2) {
         const unsigned long long other = __shfl_xor_sync(kFullWarp, packed, step);
@@ -114,7 +114,7 @@ __device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stre
       }
       if (lane < 2) atomicMax(block_best + mine.row, packed);
     } else {
-      const bool is_close = lane % 4 < 2 && first + 2 * i + lane % 4 < count && index < stream.targets &&
+      const bool is_close = lane % 4 < 2 && first + 2 * i + lane % 4 < count && index < stream.p.targets &&
                             mine_score >= score_of(block_top[mine.row]) - close;
       const unsigned all = __ballot_sync(kFullWarp, is_close);
       if (is_close) pairs[found + __popc(all & ((1u << lane) - 1))] = {mine.row, index};

@@ -96,7 +96,7 @@ struct Looker {
   __device__ __forceinline__ void finish(int tile, int part, Sum (&score)[kSize]) const {
     cute::warpgroup_wait<kPending>();
     fence_registers(score);
-    if (tile * Look::kColumns + first + part * Look::kPart >= stream.targets) return;
+    if (tile * Look::kColumns + first + part * Look::kPart >= stream.p.targets) return;
     const uint32_t group = tile * Look::kSeenGroups + part * Look::kPartGroups;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

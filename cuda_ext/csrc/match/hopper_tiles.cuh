@@ -124,9 +124,8 @@ struct WideStream {
   const Share& share;
   char* tiles;
   uint32_t barriers;  // address of kStages that count bytes, then kStages that count warps
-  int targets;
 
-  __device__ __forceinline__ int count() const { return (targets + Look::kColumns - 1) / Look::kColumns; }
+  __device__ __forceinline__ int count() const { return (p.targets + Look::kColumns - 1) / Look::kColumns; }
   __device__ __forceinline__ char* place(int tile) const {
     return tiles + tile % Look::kStages * Tile::kBytes;
   }
@@ -145,8 +144,7 @@ struct WideStream {
   // By one thread.
   __device__ __forceinline__ void copy_tile(int tile) const {
     using namespace async;
-    barrier_expect(full(tile), Tile::kBytes);
-    barrier_arrive(full(tile));
+    barrier_arrive_expecting(full(tile), Tile::kBytes);
     const uint32_t to = shared_address(place(tile));
     constexpr int kNarrow = (1 + Look::kBoth) * Look::kSteps % 4;
 #pragma unroll

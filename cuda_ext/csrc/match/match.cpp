@@ -65,8 +65,7 @@ Tensor run(Params p, const Tensor& keys) {
   p.done_ptr = reinterpret_cast<int*>(scratch_ptr + metric_bytes + best_bytes);
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   match::launch_metric(p, dtype, aligned, stream);
-  const bool is_hopper = kHasHopper && device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9;
-  const bool launched = (is_hopper && match::launch_hopper(p, stream)) ||
+  const bool launched = (runs_hopper(device) && match::launch_hopper(p, stream)) ||
                         match::launch_tiled(p, limit, multiprocessors, stream);
   check_launch();
   TOME_CHECK(launched, "the GPU has too little shared memory per block (", limit, " bytes) for ", p.channels,

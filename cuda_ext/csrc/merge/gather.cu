@@ -85,8 +85,11 @@ void launch_gather(const GatherParams& p, Dtype dtype, bool aligned, cudaStream_
     using T = typename decltype(tag)::type;
     dispatch_packs<T>(p.channels, aligned, [&](auto count, auto packs) {
       constexpr int kCount = decltype(count)::value, kPacks = decltype(packs)::value;
-      p.block_outputs > kMaxBlockOutputs ? launch<T, kCount, kPacks, 2 * kFewWarps>(p, stream)
-                                         : launch<T, kCount, kPacks, kFewWarps>(p, stream);
+      if (p.block_outputs > kMaxBlockOutputs) {
+        launch<T, kCount, kPacks, 2 * kFewWarps>(p, stream);
+      } else {
+        launch<T, kCount, kPacks, kFewWarps>(p, stream);
+      }
     });
   });
 }
