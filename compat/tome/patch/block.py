@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tome import backend, ops, schedule
+from tome import ops, schedule
+from tome.recording import record
 
 Match = Callable[[Tensor], Tensor | None]  # keys [B, H, N, D] -> the slot map of this block's merge, if it merges
 
@@ -175,7 +176,7 @@ def plain_norm(module: nn.Module, types: tuple[type[nn.Module], ...]) -> nn.Laye
         reason = "the LayerNorm's weight is distributed"
     else:
         return module
-    backend.report("merge_add_norm", None, reason)
+    record("merge_add_norm", None, reason)
     return None
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tome.backend import get_backend, report
+from tome.backend import get_backend
+from tome.recording import record
 
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
@@ -23,9 +24,9 @@ class PatchConv2d(nn.Conv2d):
         height, width = self.kernel_size
         whole = x.dim() == 4 and x.shape[2] % height == 0 and x.shape[3] % width == 0
         if not pays(x) or not whole or (x.requires_grad and torch.is_grad_enabled()):
-            report("convolution", "torch")
+            record("convolution", "torch")
             return super().forward(x)
-        report("matrix product", "torch")
+        record("matrix product", "torch")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y: Tensor = F.linear(patches(x, height, width), self.weight.flatten(1), self.bias)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tome import ops, schedule
-from tome.backend import PART, get_backend, report, use_backend
+from tome.backend import get_backend, use_backend
 from tome.patch.block import MergingBlock, Norm, Tokens, UnsupportedModelError, has_hooks, plain_norm
 from tome.patch.embed import PatchConv2d, is_patch_conv, pays
 from tome.patch.timm_block import BLOCKS, PLAIN_NORMS, check_block
+from tome.recording import PART, record
 from tome.utils import adjacency
 from tome_reference.attention import size_bias
 
@@ -185,7 +186,7 @@ class PatchedViT(VisionTransformer):
         return taken if intermediates_only else (result["image_features"], taken)
 
     def _embed(self, x: Tensor, trace: bool) -> Tokens:
-        report(PART, None, "patch_embed")
+        record(PART, None, "patch_embed")
         with use_backend(self._tome.backend):
             x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         return Tokens.start(x, trace or self._tome.trace_source)
@@ -209,7 +210,7 @@ class PatchedViT(VisionTransformer):
         layers: list[nn.Module] = list(self.blocks)
         device = tokens.x.device.type
         for i, block in enumerate(layers[:blocks]):
-            report(PART, None, f"blocks.{i}")
+            record(PART, None, f"blocks.{i}")
             norm = self._norm_between(block, layers[i + 1] if i + 1 < len(layers) else None, device)
             if self.grad_checkpointing:
                 call = partial(_run_block, block, backend or get_backend(), next_norm=norm)
