@@ -141,11 +141,13 @@ def test_fakes_of_the_halves_allocate_as_their_operators_do() -> None:
     with Allocations() as attend:
         FAKES["attend_half"].make(x, qkv, *others, *qkv_linear, *proj, gamma, *norm, torch.float32)
     slot, packed, seen, branch, out, size = (2, 9), (2, 9, 192), (2, 9, 64), (2, 9, 16), (2, 6, 16), (2, 6)
+    scratch = (2, 9, 4 * 32 + 8)
     assert [step for step, next_ in zip(attend.seen, [*attend.seen[1:], None], strict=True) if step != next_] == [
-        [slot],
-        [slot, packed],
-        [slot, packed, seen],
-        [slot, packed, seen, branch],
+        [packed],
+        [packed, slot],
+        [packed, slot, scratch],
+        [packed, slot, seen],
+        [packed, slot, seen, branch],
         [slot, branch, out],
         [slot, branch, out, out],
         [slot, branch, out, out, size],

@@ -84,11 +84,11 @@ def in_one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | 
 
     """
     name = half.__name__
-    kernels, _ = extension(args[0])
+    kernels, _ = extension(args[0] if args else next(iter(kwargs.values()), None))
     if kernels is None:
         return None
     try:
-        reason = kernels.why_not(name, *args, **kwargs)
+        reason = kernels.PREDICATES[name](*args, **kwargs)  # why_not, without its pass over the arguments
         record(name, "cuda" if reason is None else None, reason)
         return None if reason is not None else cast(T, getattr(kernels, name)(*args, **kwargs))
     except Exception:

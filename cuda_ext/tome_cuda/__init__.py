@@ -20,10 +20,11 @@ from tome_cuda.ops import (
     restore,
     unmerge,
 )
-from tome_cuda.predicates import remark, why_not
+from tome_cuda.predicates import PREDICATES, remark, why_not
 from tome_cuda.registration import operators
 
 __all__ = [
+    "PREDICATES",
     "LibraryError",
     "attend_half",
     "attention",

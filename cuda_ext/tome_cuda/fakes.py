@@ -14,15 +14,23 @@ from torch import Tensor
 
 
 def _bipartite_match(keys: Tensor, r: int, prefix: int) -> Tensor:
-    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+    return _match(keys, keys.shape[0], keys.shape[-2], keys.shape[-1])
 
 
 def _kth_match(keys: Tensor, k: int, prefix: int) -> Tensor:
-    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+    return _match(keys, keys.shape[0], keys.shape[-2], keys.shape[-1])
 
 
 def _listed_match(keys: Tensor, sources: Tensor, targets: Tensor, prefix: int) -> Tensor:
-    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+    return _match(keys, keys.shape[0], keys.shape[-2], keys.shape[-1])
+
+
+def _match(like: Tensor, batch: int, tokens: int, channels: int) -> Tensor:
+    slot = like.new_empty((batch, tokens), dtype=torch.int32)
+    # Scratch memory, which long images take: of each token its metric as two halves per channel, and its best target.
+    padded = -(-channels // 16) * 16
+    like.new_empty((batch, tokens, 4 * padded + 8), dtype=torch.uint8)
+    return slot
 
 
 def _merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,14 +133,14 @@ def _attend_half(
     norm_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, n, _ = x.shape
-    has_new_map = slot is None and n != tokens
-    made = x.new_empty((batch if has_new_map else 0, n), dtype=torch.int32)
+    width = proj_weight.shape[1]
     q = qkv[0] if qkv_weight is None else _linear(qkv[0], qkv_weight)
-    branch = _linear(q.new_empty((batch, n, proj_weight.shape[1])), proj_weight)
+    made = _match(x, batch, n, width // heads) if slot is None and tokens < n else None
+    branch = _linear(q.new_empty((batch, n, width)), proj_weight)
     del q
-    map_ = made if has_new_map else slot
-    x, y, total, _ = _merge_add_norm(x, branch, map_, tokens, size, None, None, eps, gamma, norm_dtype, False)
-    return x, y, total, made
+    used = slot if made is None else made
+    x, y, total, _ = _merge_add_norm(x, branch, used, tokens, size, None, None, eps, gamma, norm_dtype, False)
+    return x, y, total, x.new_empty((0, n), dtype=torch.int32) if made is None else made
 
 
 def _mlp_half(
