@@ -13,10 +13,10 @@ Rule: TypeAlias = Callable[[Tensor, int, int], Tensor]  # keys [B, H, N, D], r, 
 
 
 class Matching(NamedTuple):
-    """A rule, and how the entries of a schedule are meant for it."""
+    """A rule, and how the entries of a schedule are meant for it; without a name it is the user's own."""
 
-    name: str
     rule: Rule
+    name: str | None = None
 
     def plan(self, entry: int | float, tokens: int, prefix: int) -> tuple[int, int]:
         """What a layer asks the rule for, and how many tokens are left of ``tokens``."""
@@ -29,9 +29,9 @@ class Matching(NamedTuple):
 
 
 NAMED = {
-    "bipartite": Matching("bipartite", ops.match),
-    "kth": Matching("kth", ops.kth_match),
-    "random": Matching("random", ops.random_match),
+    "bipartite": Matching(ops.match, "bipartite"),
+    "kth": Matching(ops.kth_match, "kth"),
+    "random": Matching(ops.random_match, "random"),
 }
 
 
@@ -48,4 +48,4 @@ def chosen(matching: str | Rule) -> Matching:
         return NAMED[matching]
     if not callable(matching):
         raise TypeError(f"matching must be a name or a function (keys, r, prefix) -> slot, got {matching!r}")
-    return Matching(getattr(matching, "__name__", type(matching).__name__), matching)
+    return Matching(matching)

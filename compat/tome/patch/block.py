@@ -16,7 +16,7 @@ from torch import Tensor
 from tome import backend, ops
 from tome.patch import plain
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
-from tome.patch.row import BlockSettings, Row
+from tome.patch.row import BlockSettings, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError
 from tome.recording import PART, record
 from tome.streams import side_stream
@@ -92,13 +92,13 @@ class MergingBlock(Patched):
         if y is None:
             y = x if row.is_post else self._normed(x, norm1, watched)
         amount, left = s.model.matching.plan(s.entry, x.shape[1], s.prefix)
-        done = self._attend_half(attn, x, y, tokens.size, amount, left, norm2, watched)
+        qkv, done = self._attend_half(attn, x, y, tokens.size, amount, left, norm2, watched)
         if done is None:
-            branch, slot = self._attention(attn, y, tokens.size, amount, left)
+            branch, slot = self._attention(attn, y, qkv, tokens.size, amount, left)
             done = *add(x, branch, slot, left, tokens.size, norm2), slot
         x, mlp_input, size, slot = done
         steps = tokens.steps if slot is None else (*tokens.steps, slot)
-        return Tokens(x, size, steps, self._mlp(x, mlp_input, watched))
+        return Tokens(x, size, steps, self._mlp(x, mlp_input, norm2, watched))
 
     def _norms(self, attn: Any, device: str) -> tuple[Norm | None, Norm | None]:
         """The norms that attention and MLP read x through, where they can be computed with the addition before."""
@@ -123,8 +123,8 @@ class MergingBlock(Patched):
     def _attend_half(
         self, attn: Any, x: Tensor, y: Tensor, size: Tensor | None, amount: int, left: int, norm: Norm | None,
         watched: str | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
-        """From normed tokens to the MLP's input, size and slot map in one call; None where the parts must be called."""
+    ) -> tuple[Qkv | None, tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None]:  # fmt: skip
+        """From normed tokens to the MLP's input, size and slot map in one call, if it can be; q, k, v if it made them."""
         s, kind = self._tome, self._tome_row.attention
         parts = self._read("attention", watched)
         is_own = left < x.shape[1] and s.model.matching.name != "bipartite"
@@ -132,21 +132,29 @@ class MergingBlock(Patched):
             parts = "a CUDA graph is captured, in which matching runs beside attention"
         if isinstance(parts, str) or norm is None:
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
-            return None
+            return None, None
         assert isinstance(parts, AttentionParts)
-        qkv = (y,) if parts.qkv is not None and not is_own else kind.project(attn, y, through)
-        slot = s.model.matching.rule(qkv[1], amount, s.prefix) if is_own else None
+        qkv = kind.project(attn, y, through) if is_own or parts.qkv is None else None
         heads, scale, _ = kind.numbers(attn)
-        args = (
-            *(x, qkv, heads, size, slot, left, s.prefix, s.model.prop_attn),
-            *(attn.head_dim**-0.5 if scale is None else scale, parts.qkv if len(qkv) == 1 else None, parts.proj),
-            *(parts.gamma, norm[:3], norm.dtype),
+        first = x, qkv or (y,), heads, size
+        rest = (
+            left,
+            s.prefix,
+            s.model.prop_attn,
+            scale,
+            parts.qkv if qkv is None else None,
+            *parts[1:],
+            norm[:3],
+            norm.dtype,
         )
-        kernels = backend.one_call("attend_half", *args)
-        return None if kernels is None else kernels.attend_half(*args)  # type: ignore[no-any-return]
+        kernels = backend.one_call("attend_half", *first, None, *rest)
+        if kernels is None:
+            return qkv, None
+        slot = s.model.matching.rule(qkv[1], amount, s.prefix) if is_own and qkv is not None else None
+        return qkv, kernels.attend_half(*first, slot, *rest)
 
     def _attention(
-        self, attn: Any, y: Tensor, size: Tensor | None, amount: int, left: int
+        self, attn: Any, y: Tensor, qkv: Qkv | None, size: Tensor | None, amount: int, left: int
     ) -> tuple[Branch, Tensor | None]:
         """What attention adds to the tokens, part by part, and the slot map where some of them merge."""
         s, row = self._tome, self._tome_row
@@ -162,7 +170,7 @@ class MergingBlock(Patched):
                 slot = matching.rule(keys, amount, s.prefix)
             value = kind.whole(attn, y, None if weights is None else size_bias(weights).to(y.dtype))
         else:
-            q, k, v = kind.project(attn, y, through)
+            q, k, v = qkv or kind.project(attn, y, through)
             if left < y.shape[1]:
                 side = side_stream(y) if matching.name == "bipartite" else None
                 with nullcontext() if side is None else torch.cuda.stream(side):
@@ -175,15 +183,15 @@ class MergingBlock(Patched):
             value = getattr(self, row.norm1)(value)
         return self._scaled(value, row.scale1, row.drop1), slot
 
-    def _mlp(self, x: Tensor, y: Tensor | None, watched: str | None) -> Branch | Mlp:
+    def _mlp(self, x: Tensor, y: Tensor | None, norm: Norm | None, watched: str | None) -> Branch | Mlp:
         """What the MLP adds to x, or the MLP itself, where its reader may compute it."""
         row = self._tome_row
         parts = self._read("mlp", watched)
-        if isinstance(parts, str) or y is None or has_hooks(self) or row.is_post:
+        if isinstance(parts, str) or y is None or norm is None or has_hooks(self):
             record(
                 "mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched"
             )
-        elif backend.one_call("mlp_half", x, y, *parts) is not None:
+        elif backend.one_call("mlp_half", x, y, *parts, norm[:3], norm.dtype) is not None:
             return Mlp(y, parts)  # type: ignore[arg-type]  # of an MLP
         norm2 = getattr(self, row.norm2)
         value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))

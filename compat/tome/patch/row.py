@@ -11,13 +11,14 @@ from tome.matching import Matching
 from tome.patch.plain import AttentionParts, Reading
 
 Call = Callable[[nn.Module, Tensor], Tensor]
+Qkv = tuple[Tensor, Tensor, Tensor]  # each [B, H, N, D]
 
 
 class Attention(Protocol):
     """How one class of attention makes q, k, v, and what it does behind them; ``attn`` is the module."""
 
-    def project(self, attn: Any, y: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed tokens [B, N, C] -> q, k, v [B, H, N, D] as attention reads them; ``call`` calls a part."""
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
+        """Normed tokens [B, N, C] -> q, k, v as attention reads them; ``call`` calls a part."""
 
     def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:
         """What the heads have seen [B, H, N, D] -> what is added to the tokens [B, N, C]."""

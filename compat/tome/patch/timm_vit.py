@@ -20,7 +20,7 @@ from tome.patch.block import MergingBlock
 from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
 from tome.patch.model import PatchedModel, pass_on
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
-from tome.patch.row import Attention, Call, ModelSettings, Row
+from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
 from tome.patch.swap import UnsupportedModelError, base_of, check_own, swap
 from tome.tokens import MlpParts, restored
 
@@ -35,7 +35,7 @@ ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj
 class TimmAttention(Attention):
     """timm.layers.Attention: one linear layer for q, k, v; a norm, a gate and a projection behind."""
 
-    def project(self, attn: Any, y: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         batch, n, _ = y.shape
         qkv = call(attn.qkv, y).reshape(batch, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
