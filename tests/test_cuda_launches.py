@@ -33,6 +33,10 @@ def test_a_block_just_below_what_needs_no_asking() -> None:
         assert emulator.plan((1, 1, n, 1), 0, torch.float32, False, GPUS["9.0 and 10.0"]) == 1
 
 
+def test_shared_memory_that_was_refused_is_asked_for_again() -> None:
+    assert emulator.second_grant(96 << 10, 64 << 10) == 1
+
+
 @settings(deadline=None, max_examples=2000)
 @given(
     batch=st.integers(0, 64),

@@ -32,14 +32,15 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, int b
                : "memory");
 }
 
+// Each thread asks for itself, and the threads of a warp may be told different things: no branch is uniform.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni again;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
       "finished:\n"
       "}\n" ::"r"(barrier),
       "r"(parity)

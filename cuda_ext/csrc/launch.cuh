@@ -21,19 +21,21 @@ __device__ __forceinline__ char* dynamic_shared() {
 constexpr int kGrantedBytes = 48 << 10;
 constexpr int kStaticReserve = 9 << 10;
 
-// Asks once for each kernel, device and thread: with few images the host is what a launch waits for. What may
-// go wrong is found by check_launch() right after.
-inline void ask_for_shared(const void* kernel, int bytes) {
+// Asks once for each kernel, device and thread: with few images the host is what a launch waits for. What was
+// refused is asked for again the next time.
+inline cudaError_t ask_for_shared(const void* kernel, int bytes) {
   thread_local std::map<std::pair<const void*, int>, int> granted;
   int device = 0;
-  cudaGetDevice(&device);
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   int& most = granted[{kernel, device}];
-  if (bytes <= most) return;
-  most = bytes;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (bytes <= most) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
   // Left alone, the driver may give so much to the L1 cache that one block less fits.
-  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                       cudaSharedmemCarveoutMaxShared);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) most = bytes;
+  return error;
 }
 
 // For kernels that follow each other: the first lets the second start while its own last blocks run, the
@@ -51,13 +53,15 @@ __device__ __forceinline__ void await_previous() {
 }
 
 // `most_shared_bytes`: the most that any launch of this kernel on this GPU may need. The whole of it is asked
-// for, so that a smaller launch can't take back what another one was promised.
+// for, so that a smaller launch can't take back what another one was promised. CUDA keeps what went wrong for
+// check_launch(), which the caller's host code calls right after.
 template <class Params>
 void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
                    int most_shared_bytes, cudaStream_t stream, const Params& params,
                    bool starts_early = false) {
-  if (shared_bytes > kGrantedBytes - kStaticReserve) {
-    ask_for_shared(reinterpret_cast<const void*>(kernel), most_shared_bytes);
+  if (shared_bytes > kGrantedBytes - kStaticReserve &&
+      ask_for_shared(reinterpret_cast<const void*>(kernel), most_shared_bytes) != cudaSuccess) {
+    return;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

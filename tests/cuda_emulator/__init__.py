@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
     """Build the emulated kernels, once."""
     with tempfile.TemporaryDirectory(prefix="cuda-emulator-") as folder:
         objects = []
-        for source in (*(KERNELS / name for name in SOURCES), HERE / "emulated.cpp", HERE / "restore.cpp"):
+        for source in (*(KERNELS / name for name in SOURCES), *HERE.glob("*.cpp")):
             objects.append(f"{folder}/{len(objects)}.o")
             command = ["g++", *FLAGS, f"-I{HERE / 'include'}", f"-I{KERNELS}", "-x", "c++", "-c", str(source)]
             subprocess.run([*command, "-o", objects[-1]], check=True)
@@ -140,6 +140,19 @@ def plan(shape: tuple[int, int, int, int], prefix: int, dtype: torch.dtype, alig
         *(batch, heads, tokens, channels, prefix, DTYPES[dtype], int(aligned), *gpu, why, len(why))
     )
     assert not why.value, f"{shape}, prefix {prefix}, {dtype}: {why.value.decode()}"
+    return launches
+
+
+def second_grant(needed: int, granted: int) -> int:
+    """How many launches there are of a kernel that is first granted too little shared memory, then enough.
+
+    Raises:
+        AssertionError: CUDA would refuse the second one.
+
+    """
+    why = ctypes.create_string_buffer(200)
+    launches: int = library().emulated_second_grant(needed, granted, why, len(why))
+    assert not why.value, why.value.decode()
     return launches
 
 

@@ -40,13 +40,8 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
     const bool is_long = p.keys > 64;
     if (is_long && launch_attention_hopper(p, dtype, multiprocessors, stream)) return;
   }
-  const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const ResidentParams plan = plan_resident(p, multiprocessors);
-  if (fits_resident(plan, limit, attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor))) {
-    launch_resident(plan, dtype, limit, stream);
-  } else {
-    launch_streamed(p, dtype, limit, stream);
-  }
+  launch_mma(p, dtype, multiprocessors, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+             attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), stream);
 }
 
 }  // namespace attention_ops

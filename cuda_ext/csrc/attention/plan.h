@@ -82,4 +82,15 @@ void launch_resident(const ResidentParams& plan, Dtype dtype, int max_shared_byt
 // Any length. Needs no more shared memory than every GPU has.
 void launch_streamed(const AttentionParams& params, Dtype dtype, int max_shared_bytes, cudaStream_t stream);
 
+// One of the two, on a GPU with so many multiprocessors and so many bytes per block and per multiprocessor.
+inline void launch_mma(const AttentionParams& params, Dtype dtype, int multiprocessors, int max_shared_bytes,
+                       int multiprocessor_bytes, cudaStream_t stream) {
+  const ResidentParams plan = plan_resident(params, multiprocessors);
+  if (fits_resident(plan, max_shared_bytes, multiprocessor_bytes)) {
+    launch_resident(plan, dtype, max_shared_bytes, stream);
+  } else {
+    launch_streamed(params, dtype, max_shared_bytes, stream);
+  }
+}
+
 }  // namespace tome::attention_ops

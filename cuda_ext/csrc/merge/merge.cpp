@@ -34,18 +34,6 @@ void check_grid(int64_t blocks) {
 
 namespace {
 
-// Few rows: small blocks, so that a single image still reaches many multiprocessors. Many rows: larger
-// blocks, so that the scan of the slots is shared by more of them, all alike; the largest, most_outputs, only
-// where there is much to scan, as a grid of few blocks ends unevenly. Without a map nothing is scanned.
-int block_outputs(int64_t batch, int64_t length, int64_t tokens, bool has_map, int64_t most_outputs) {
-  constexpr int64_t kFewRows = 1024, kManyRows = 8192, kLong = 2048;
-  const int64_t rows = batch * tokens;
-  if (rows <= kManyRows || !has_map) return rows <= kFewRows ? 4 : 8;
-  const int64_t most = length > kLong ? most_outputs : merge_ops::kMaxBlockOutputs / 2;
-  const int64_t blocks = (tokens + most - 1) / most;
-  return static_cast<int>((tokens + blocks - 1) / blocks);
-}
-
 bool are_aligned(const View& x, const View& out, Dtype dtype, int64_t channels) {
   return is_aligned_view(x, dtype, channels) && is_aligned_view(out, dtype, channels);
 }
@@ -64,7 +52,7 @@ GatherParams gather_params(const Tensor& x, const Tensor& out, const std::option
   p.length = to_int(x.size(1), "the number of tokens");
   p.tokens = to_int(tokens, "tokens");
   p.channels = to_int(x.size(2), "the number of channels");
-  p.block_outputs = block_outputs(batch, x.size(1), tokens, slot.has_value(), most_outputs);
+  p.block_outputs = merge_ops::block_outputs(batch, x.size(1), tokens, slot.has_value(), most_outputs);
   check_grid((tokens + p.block_outputs - 1) / p.block_outputs * batch);
   return p;
 }

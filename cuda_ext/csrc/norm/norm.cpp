@@ -35,6 +35,19 @@ Dtype check_branch(const Tensor& branch, const Tensor& x) {
   return floating_dtype(branch, "branch");
 }
 
+namespace {
+
+// Mean and 1 / standard deviation of every row, as merged_norm makes them: kernels read them as they lie.
+const float2* stats_of(const Tensor& stats, const Tensor& like, int64_t batch, int64_t rows) {
+  check_like(stats, "stats", like, ScalarType::Float);
+  TOME_CHECK(stats.dim() == 3 && stats.size(0) == batch && stats.size(1) == rows && stats.size(2) == 2,
+             "stats must be [", batch, ", ", rows, ", 2]");
+  TOME_CHECK(stats.is_contiguous(), "stats must be contiguous");
+  return static_cast<const float2*>(stats.const_data_ptr());
+}
+
+}  // namespace
+
 Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const std::optional<Tensor>& slot,
                    int64_t tokens, const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& gamma,
@@ -94,6 +107,7 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
     const std::optional<Tensor>& total, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& gamma, int64_t length, ScalarType branch_dtype) {
   check_tensor(merged, "merged", 3);
+  TOME_CHECK(merged.is_contiguous(), "merged must be contiguous");
   const int64_t batch = merged.size(0), tokens = merged.size(1), channels = merged.size(2);
   for (const auto* grad : {&grad_x, &grad_y}) {
     if (!grad->has_value()) continue;
@@ -119,7 +133,7 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
     p.grad_y_dtype = floating_dtype(*grad_y, "grad_y");
   }
   p.merged_ptr = merged.const_data_ptr();
-  p.stats_ptr = static_cast<const float2*>(stats.const_data_ptr());
+  p.stats_ptr = stats_of(stats, merged, batch, tokens);
   p.x_out_ptr = x_out.mutable_data_ptr();
   p.branch_out_ptr = has_branch ? branch_out.mutable_data_ptr() : nullptr;
   p.branch_dtype = floating_dtype(branch_out, "branch");
@@ -159,7 +173,7 @@ Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>
   p.b = view(b);
   p.a_dtype = floating_dtype(a, "a");
   p.b_dtype = floating_dtype(b, "b");
-  if (stats.has_value()) p.stats_ptr = static_cast<const float2*>(stats->const_data_ptr());
+  if (stats.has_value()) p.stats_ptr = stats_of(*stats, a, a.size(0), a.size(1));
   p.batch = a.size(0);
   p.rows = to_int(a.size(1), "the number of rows");
   p.channels = to_int(a.size(2), "the number of channels");

@@ -13,12 +13,6 @@ using restoring::Chain;
 using restoring::FollowParams;
 using restoring::RestoreParams;
 
-// Few rows: a warp for each, so that a single image reaches many multiprocessors. Else several per warp.
-int block_rows(int64_t rows) {
-  constexpr int64_t kFewRows = 4096;
-  return rows <= kFewRows ? 8 : restoring::kMaxBlockRows;
-}
-
 Chain chain_of(const std::vector<Tensor>& steps, const Tensor& like, int64_t batch) {
   TOME_CHECK(steps.size() <= restoring::kMaxSteps, "at most ", restoring::kMaxSteps,
              " slot maps can be followed at once, got ", steps.size());
@@ -67,7 +61,7 @@ Tensor restore(const Tensor& x, const std::optional<Tensor>& branch, const std::
   p.length = steps.empty() ? to_int(x.size(1), "the number of tokens") : p.chain.length[0];
   p.tokens = to_int(x.size(1), "tokens");
   p.channels = to_int(channels, "the number of channels");
-  p.block_rows = block_rows(batch * p.length);
+  p.block_rows = restoring::block_rows(batch * p.length);
   const DeviceScope scope(x);
   Tensor out = new_empty(x, {batch, p.length, channels}, x.scalar_type());
   p.out_ptr = out.mutable_data_ptr();

@@ -37,6 +37,13 @@ struct RestoreParams {
 };
 
 constexpr int kMaxBlockRows = 32;
+
+// Few rows: a warp for each, so that a single image reaches many multiprocessors. Else several per warp.
+inline int block_rows(int64_t rows) {
+  constexpr int64_t kFewRows = 4096;
+  return rows <= kFewRows ? 8 : kMaxBlockRows;
+}
+
 constexpr int kFollowThreads = 256;  // and tokens of a block
 
 void launch_follow(const FollowParams& params, cudaStream_t stream);

@@ -30,6 +30,7 @@
 
 using cudaStream_t = void*;
 using cudaError_t = int;
+enum { cudaSuccess, cudaErrorInvalidValue };
 enum {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -305,8 +306,14 @@ inline cudaError_t cudaGetDevice(int* device) {
   return 0;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
-  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) emulator::state().asked[kernel] = value;
-  return 0;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  emulator::State& s = emulator::state();
+  if (static_cast<size_t>(value) > s.limit) {
+    std::snprintf(s.refused, sizeof(s.refused), "asked for %d bytes of %zu", value, s.limit);
+    return cudaErrorInvalidValue;
+  }
+  s.asked[kernel] = value;
+  return cudaSuccess;
 }
 // With plan_only a launch is judged as CUDA would and nothing runs.
 template <class P>
