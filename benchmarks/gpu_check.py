@@ -344,7 +344,7 @@ def odd_shapes(first: int, step: int) -> None:
                     *(x, branch, *arguments, None, weight, None, 1e-5, gamma), norm_dtype=branch.dtype
                 )
                 (out.sum() + y.sum()).backward()
-    lengths, dims = (1, 16, 33, 70, 101, 197, 212, 256, 270, 400), tome_cuda.predicates.HEAD_DIMS
+    lengths, dims = (1, 16, 33, 70, 101, 197, 212, 256, 270, 400), tome_cuda.library.info().head_dims
     shapes = itertools.product(lengths, dims, ("packed", "misaligned"), DTYPES[1:])
     for n, d, layout, dtype in itertools.islice(shapes, first, None, step):
         q, k, v = (make_keys((2, 3, n, d), dtype, layout, "real", generator) for _ in range(3))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+HEAD_DIMS = (32, 64, 72, 80, 96, 128)  # that the kernels of attention promise to take
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 FEATURES = ("normal", "duplicates", "constant", "zero rows", "one outlier", "tiny", "huge", "nan", "inf", "mixed")
 LAYOUTS = ("contiguous", "packed", "transposed", "stepped", "misaligned")

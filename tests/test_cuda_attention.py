@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from backends import NO_EXTENSION
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import HEAD_DIMS
 from torch import Tensor
 
 import tome
 import tome_cuda
 import tome_reference
-from tome_cuda.predicates import HEAD_DIMS
 
 pytestmark = NO_EXTENSION
 

@@ -8,9 +8,8 @@ import torch
 from cuda_emulator.guard import at_the_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import HEAD_DIMS
 from torch import Tensor
-
-from tome_cuda.predicates import HEAD_DIMS
 
 pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emulator.missing()))
 

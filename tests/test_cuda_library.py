@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cuda_emulator as emulator
 import pytest
+from strategies import HEAD_DIMS
 
 import tome_cuda
 from tome_cuda import library
@@ -89,6 +90,13 @@ def test_holds_the_architectures_it_names(path: str) -> None:
     assert ptx == {"sm_" + arch.removesuffix("-virtual") for arch in archs if arch.endswith("-virtual")}
 
 
+def test_tells_what_its_kernels_take(path: str) -> None:
+    told = library.info()
+    assert told.head_dims == HEAD_DIMS
+    assert (told.max_channels, told.least_scale) == (256, 1e-30)
+    assert told.max_steps >= 48  # a merge in each block of the deepest Vision Transformers
+
+
 def test_no_kernel_uses_local_memory(path: str) -> None:
     report = run("cuobjdump", "--dump-resource-usage", path)
     kernels = re.findall(r"Function (\w*kernel\w*):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
@@ -131,6 +139,12 @@ def test_static_shared_memory_stays_below_what_launches_reserve_for_it(path: str
         (("120-real",), (12, 1), True),
         (("100-real",), (12, 0), False),
         (("80-real", "120-real"), (12, 0), True),
+        (("90a-virtual",), (9, 0), True),
+        (("90a-virtual",), (10, 0), False),
+        (("100f-real",), (10, 3), True),
+        (("100f-virtual",), (10, 3), True),
+        (("100f-virtual",), (12, 0), False),
+        (("90-virtual",), (12, 0), True),
     ],
 )
 def test_runs_on(archs: tuple[str, ...], capability: tuple[int, int], runs: bool) -> None:

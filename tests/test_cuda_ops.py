@@ -1,335 +1,305 @@
-"""Schemas, fakes, argument checks and predicates of the CUDA operators: everything that needs no GPU."""
+"""Schemas, fakes, gradients and callers of the CUDA operators, with stand-ins for these: all that needs no GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import inspect
-from collections.abc import Callable, Iterator
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import stand_in
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_errors import CASES
+from test_halves import FORMS, Half
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tome
 import tome_cuda
 import tome_reference
-from tome import backend
-from tome_cuda import library, predicates, registration
+from tome_cuda import fakes, registration
+from tome_reference import checks
 
-NAMES = ("attention", "match", "kth_match", "random_match", "max_r", "merge", "unmerge", "merge_add_norm")
+OPERATIONS = [name for name in tome_reference.__all__ if name != "max_r"]
+X = torch.randn(2, 9, 8)
+KEYS = torch.randn(2, 3, 9, 4)
+SLOT = tome_reference.match(KEYS, 3)
+NEXT = torch.tensor([[0, 1, 2, 0, 1, 2], [2, 1, 0, 0, 1, 2]], dtype=torch.int32)
+SIZE = torch.randint(1, 9, (2, 9)).float()
+TOTAL = tome_reference.merge(X, SLOT, 6, SIZE)[1]
+W, V, G = torch.randn(3, 8)
+Q = torch.randn(2, 9, 3, 2, 32).half().permute(2, 0, 3, 1, 4)
+F32 = torch.float32
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeTensorMode]:
-    """Tensors that only pretend to be on a GPU."""
-    if library.missing() is not None:
-        pytest.skip(str(library.missing()))
-    registration.register()
-    with FakeTensorMode() as mode:
-        yield mode
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.use(monkeypatch)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_signature_and_docstring_are_the_reference_s(name: str) -> None:
-    ours, theirs = getattr(tome_cuda, name), getattr(tome_reference, name)
-    assert inspect.signature(ours) == inspect.signature(theirs)
-    assert inspect.getdoc(ours) == inspect.getdoc(theirs)
+@pytest.mark.parametrize("name", tome_reference.__all__)
+def test_signatures_are_those_of_the_reference(name: str) -> None:
+    definition = inspect.signature(getattr(tome_reference, name))
+    assert inspect.signature(getattr(tome_cuda, name)) == definition
+    if name in OPERATIONS:
+        check = inspect.signature(getattr(checks, name))
+        assert check == definition.replace(return_annotation="None")
+
+
+@pytest.mark.parametrize("name", stand_in.schemas())
+def test_a_fake_has_the_arguments_of_its_schema(name: str) -> None:
+    schema = torch._C.parse_schema(f"tome_cuda::{stand_in.schemas()[name]}")
+    parameters = inspect.signature(fakes.FAKES[name].make).parameters.values()
+    assert [argument.name for argument in schema.arguments] == [parameter.name for parameter in parameters]
+    for argument, parameter in zip(schema.arguments, parameters, strict=True):
+        known = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "List[Tensor]": "Sequence[Tensor]"}
+        known |= {"int": "int", "float": "float", "bool": "bool"}
+        kind = "torch.dtype" if argument.name.endswith("dtype") else known[str(argument.type)]
+        assert parameter.annotation == kind, argument.name
+
+
+def test_every_operator_has_a_fake_and_a_kernel() -> None:
+    kernels = re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&tome::(\w+)\)\)', stand_in.BINDING.read_text())
+    assert [name for name, _ in kernels] == [function for _, function in kernels]
+    assert {name for name, _ in kernels} == set(stand_in.schemas()) == set(fakes.FAKES)
+    assert set(registration.GRADIENTS) <= set(fakes.FAKES)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile a formula of norm.h with")
+def test_the_fake_of_column_sums_has_as_many_slabs_as_the_kernel(tmp_path: Path) -> None:
+    header = (stand_in.BINDING.parent / "norm" / "norm.h").read_text()
+    pack = re.search(r"constexpr int kColumnPack = .*;", header)
+    body = re.search(r"inline int slabs\(int64_t rows, int channels\) \{.*?\n\}", header, re.DOTALL)
+    assert pack is not None
+    assert body is not None
+    source = tmp_path / "slabs.cpp"
+    entry = 'extern "C" int of(int64_t rows, int channels) { return slabs(rows, channels); }'
+    source.write_text("\n".join(["#include <cstdint>", pack[0], body[0], entry]))
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(tmp_path / "slabs.so"), str(source)], check=True)
+    kernel = ctypes.CDLL(str(tmp_path / "slabs.so")).of
+    kernel.argtypes = [ctypes.c_int64, ctypes.c_int]
+    for channels in (0, 1, 255, 256, 257, 384, 768, 1024, 1280, 4096, 10**6):
+        for rows in (0, 1, 63, 64, 65, 127, 128, 197, 12608, 49151, 49152, 49153, 10**6, 2**40):
+            assert fakes.slabs(rows, channels) == kernel(rows, channels), (rows, channels)
+
+
+STATS = torch.stack([X.mean(2), (X.var(2, correction=0) + 1e-5).rsqrt()], dim=2)
+LAYERS = (torch.randn(24, 8), None), False, (torch.randn(8, 24), torch.randn(8))
+LISTS = (torch.tensor([[1, 3, 5], [8, 2, 4]]), torch.tensor([[2, 4, 6, 7, 8], [1, 3, 5, 6, 7]]))
+OPERATORS = [
+    ("bipartite_match", (KEYS, 3, 1)),
+    ("kth_match", (KEYS[:, 0], 2, 1)),
+    ("listed_match", (KEYS, *LISTS, 1)),
+    ("merge", (X, SLOT, 6, SIZE)),
+    ("merge", (X.half(), SLOT, 6, None)),
+    ("merge_backward", (X[:, :6], SLOT, SIZE, TOTAL)),
+    ("unmerge", (X[:, :6], SLOT)),
+    ("unmerge_backward", (X, SLOT, 6)),
+    ("follow", ([SLOT, NEXT],)),
+    ("restore", (X[:, :3], X[:, 3:6].half(), [SLOT, NEXT], G)),
+    ("restore", (X[:, :6], None, [SLOT], None)),
+    ("attention", (*Q, SIZE, 0.2)),
+    ("merge_add_norm", (X, X.half(), SLOT, 6, SIZE, W, V, 1e-5, G, torch.float16, True)),
+    ("merge_add_norm", (X, X, None, 9, None, W, None, 1e-5, None, F32, True)),
+    ("merge_add_norm", (X, None, None, 9, SIZE, W, V, 1e-5, None, torch.bfloat16, False)),
+    ("merge_add_norm_backward", (X[:, :6], X[:, :6], X[:, 3:].clone(), STATS[:, :6], SLOT, SIZE, TOTAL, W, G, 9, F32)),
+    ("merge_add_norm_backward", (None, X, X, STATS, None, None, None, W, None, 9, F32)),
+    ("column_sums", (X, X, None)),
+    ("column_sums", (X, X, STATS)),
+]
+
+
+DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "merge_add_norm")
 
 
 @pytest.mark.parametrize(
-    ("call", "kind"),
-    [
-        (lambda: tome_cuda.match(torch.zeros(2, 3), 1), ValueError),
-        (lambda: tome_cuda.match([1], 1), TypeError),  # type: ignore[arg-type]
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, device="meta"), -1), ValueError),
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, device="meta"), True), TypeError),
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, device="meta"), 1, 5), ValueError),
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 0, device="meta"), 1), ValueError),
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 257, device="meta"), 1), ValueError),
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, dtype=torch.int32, device="meta"), 1), TypeError),
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 2, dtype=torch.float64, device="meta"), 1), TypeError),
-        (lambda: tome_cuda.match(torch.zeros(1, 4, 2), 1), ValueError),
-        (lambda: tome_cuda.kth_match(torch.zeros(1, 4, 2, device="meta"), 0), ValueError),
-        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 5), 3), ValueError),
-        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4).long(), 3), TypeError),
-        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 5), ValueError),
-        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 3, meta(1, 3)), ValueError),
-        (lambda: tome_cuda.merge(meta(1, 4, 2), meta_slot(1, 4), 3, meta(1, 4).half()), TypeError),
-        (lambda: tome_cuda.unmerge(meta(1, 4, 2), meta_slot(2, 4)), ValueError),
-        (lambda: tome_cuda.attention(meta(4, 2), meta(4, 2), meta(4, 2)), ValueError),
-        (lambda: tome_cuda.attention(meta(1, 1, 4, 2), meta(1, 1, 4, 2), meta(1, 1, 5, 2)), ValueError),
-        (lambda: tome_cuda.attention(meta(1, 1, 4, 2), meta(1, 1, 4, 2), meta(1, 1, 4, 2).half()), TypeError),
-        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2).double()] * 3), TypeError),
-        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2)] * 3, meta(1, 5)), ValueError),
-        (lambda: tome_cuda.attention(*[meta(1, 1, 4, 2)] * 3, dropout_p=1.0), ValueError),
-        (lambda: add_norm(branch=meta(1, 3, 2)), ValueError),
-        (lambda: add_norm(branch=meta(1, 4, 2).double()), TypeError),
-        (lambda: add_norm(x=meta(1, 4, 2).half()), TypeError),
-        (lambda: add_norm(tokens=3), ValueError),
-        (lambda: add_norm(slot=meta_slot(1, 4), tokens=5), ValueError),
-        (lambda: add_norm(weight=meta(3)), ValueError),
-        (lambda: add_norm(bias=meta(2).double()), TypeError),
-        (lambda: add_norm(gamma=meta(2).int()), TypeError),
-        (lambda: add_norm(eps=0.0), ValueError),
-        (lambda: add_norm(norm_dtype=torch.float64), TypeError),
-        (lambda: add_norm(norm_dtype=torch.int32), TypeError),
-    ],
+    ("name", "args", "with_gradients"),
+    [(*case, wanted) for case in OPERATORS for wanted in (False, True) if not wanted or case[0] in DIFFERENTIABLE],
 )
-def test_bad_arguments_raise_before_anything_is_loaded(call: Callable[[], object], kind: type[Exception]) -> None:
-    with pytest.raises(kind):
-        call()
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, of opcheck
+@pytest.mark.usefixtures("stand_ins")
+def test_operators_are_registered_as_torch_wants_it(name: str, args: tuple[Any, ...], with_gradients: bool) -> None:
+    args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    if with_gradients:
+        for value in args[:2]:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value.requires_grad_()
+    if name == "merge_add_norm":
+        args = (*args[:-1], with_gradients)  # training
+    operator = getattr(registration.operators(), name).default
+    torch.library.opcheck(operator, args)
+    schema = torch._C.parse_schema(f"tome_cuda::{stand_in.schemas()[name]}")
+    result = operator(*args)
+    assert len(schema.returns) == (len(result) if isinstance(result, tuple) else 1)
 
 
-def add_norm(**changed: object) -> object:
-    x = meta(1, 4, 2)
-    names = ("slot", "tokens", "size", "weight", "bias", "eps", "gamma")
-    arguments = {"x": x, "branch": x, **dict(zip(names, (None, 4, None, None, None, 1e-5, None), strict=True))}
-    return tome_cuda.merge_add_norm(**{**arguments, **changed})
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("merged", [0, 3])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.usefixtures("stand_ins")
+def test_the_halves(form: str, merged: int, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one call gives what the definition gives; its fake, what it gives: shapes, dtypes, order, nothing aliased."""
+    passed = []
+    launch = registration.launch
+    monkeypatch.setattr(tome_cuda.ops, "launch", lambda name, *args: passed.append((name, args)) or launch(name, *args))
+    case = Half(2, 9, 2, 32, merged, 1, form, mapped, True, True, True, None, torch.float16, F32, True, 3)
+    attend, mlp = case.build("cpu")
+    ours, theirs = tome_cuda.attend_half(*attend), tome_reference.attend_half(*attend)
+    assert all(a is b if b is None else torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    if mapped:
+        assert ours[3] is attend[4]
+    assert all(map(torch.equal, tome_cuda.mlp_half(*mlp), tome_reference.mlp_half(*mlp)))
+    for name, args in passed:
+        torch.library.opcheck(getattr(registration.operators(), name).default, args)
 
 
-def meta(*shape: int) -> Tensor:
-    return torch.zeros(shape, device="meta")
+CALLS: list[tuple[str, tuple[Any, ...]]] = [
+    ("match", (KEYS, 3)),
+    ("match", (KEYS, 0)),
+    ("match", (KEYS[:, 0], 99, 2)),
+    ("kth_match", (KEYS, 3)),
+    ("kth_match", (KEYS, 1)),
+    ("merge", (X, SLOT, 6, SIZE)),
+    ("merge", (X, SLOT, 6)),
+    ("unmerge", (X[:, :6], SLOT)),
+    ("follow", ([SLOT],)),
+    ("follow", ((SLOT, NEXT),)),
+    ("restore", (X[:, :3], X[:, 3:6], (SLOT, NEXT), G)),
+    ("restore", (X, X, (), None)),
+    ("restore", (X, None, ())),
+    ("attention", (*Q, SIZE)),
+    ("attention", (*Q.float(), SIZE, 0.3)),
+    ("attention", (*Q[:, :0], None)),
+    ("merge_add_norm", (X, X, SLOT, 6, SIZE, W, V, 1e-5, G)),
+    ("merge_add_norm", (X, X, SLOT, 6, None, None, None, 1e-5)),
+    ("merge_add_norm", (X, X.half(), None, 9, SIZE, W, V, 1e-5, None, torch.float16)),
+    ("merge_add_norm", (X, None, None, 9, SIZE, W, V, 1e-5)),
+    ("merge_add_norm", (X.transpose(1, 2), None, None, 8, None, None, None, 1e-5)),
+]
 
 
-def meta_slot(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device="meta")
+@pytest.mark.parametrize(("name", "args"), CALLS)
+@pytest.mark.usefixtures("stand_ins")
+def test_calls_and_their_gradients_are_those_of_the_reference(name: str, args: tuple[Any, ...]) -> None:
+    results, grads = [], []
+    for module in (tome_cuda, tome_reference):
+        leaves: list[Tensor] = []
+        found = getattr(module, name)(*(leaf(a, leaves) for a in args))
+        found = found if isinstance(found, tuple) else (found,)
+        results.append(found)
+        with_grad = [value for value in found if value is not None and value.requires_grad]
+        seeds = [torch.linspace(-1, 1, value.numel()).view(value.shape).to(value.dtype) for value in with_grad]
+        grads.append(torch.autograd.grad(with_grad, leaves, seeds, allow_unused=True) if with_grad else ())
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            rtol = 3e-3 if ours.dtype.itemsize == 2 else 1e-4
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-4)
 
 
-def test_fakes(fake: FakeTensorMode) -> None:
-    keys = torch.empty(2, 3, 9, 16, device="cuda", dtype=torch.float16)
-    x = torch.empty(2, 9, 5, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    for slot in (
-        tome_cuda.match(keys, 3),
-        tome_cuda.kth_match(keys[:, 0], 2),
-        tome_cuda.random_match(keys, 3),
-    ):
-        assert (slot.shape, slot.dtype, slot.device.type) == ((2, 9), torch.int32, "cuda")
-    merged, total = tome_cuda.merge(x, slot, 6)
-    assert (merged.shape, merged.dtype, merged.requires_grad) == ((2, 6, 5), torch.bfloat16, True)
-    assert (total.shape, total.dtype, total.requires_grad) == ((2, 6), torch.float32, False)
-    assert tome_cuda.unmerge(merged, slot).shape == x.shape
-    q = torch.empty(2, 9, 3, 4, 64, device="cuda", dtype=torch.float16).permute(2, 0, 3, 1, 4)
-    out = tome_cuda.attention(*q, total.new_ones(2, 9))
-    assert (out.shape, out.stride(), out.dtype) == ((2, 4, 9, 64), (2304, 64, 256, 1), torch.float16)
-    assert tome_cuda.attention(*(t.requires_grad_() for t in q.clone()), None).requires_grad
-    assert registration._merge_backward_fake(merged, slot, None, total).shape == x.shape
-    assert registration._unmerge_backward_fake(x, slot, 6).shape == merged.shape
+def leaf(value: Any, leaves: list[Tensor]) -> Any:
+    """A copy that wants a gradient, where it is one of the tokens or a parameter; sizes want none."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value is SIZE or value.dim() == 2:
+        return value
+    leaves.append(value.detach().requires_grad_())
+    return leaves[-1]
 
 
-@pytest.mark.parametrize("norm_dtype", [None, torch.float16])
-def test_fakes_of_merge_add_norm(fake: FakeTensorMode, norm_dtype: torch.dtype | None) -> None:
-    x, branch = torch.empty(2, 9, 5, device="cuda", requires_grad=True), torch.empty(2, 9, 5, device="cuda").half()
-    weight, gamma = torch.empty(2, 5, device="cuda")
-    slot, size = torch.empty(2, 9, device="cuda", dtype=torch.int32), torch.empty(2, 9, device="cuda")
-    for arguments in ((slot, 6, size), (None, 9, size)):
-        out, y, total = tome_cuda.merge_add_norm(x, branch, *arguments, weight, None, 1e-5, gamma, norm_dtype)
-        assert out.shape == y.shape == (2, arguments[1], 5)
-        assert (out.dtype, y.dtype) == (torch.float32, norm_dtype or torch.float32)
-        assert (total.shape, total.requires_grad) == ((2, arguments[1]), False)
+@pytest.mark.usefixtures("stand_ins")
+def test_random_match_draws_what_the_reference_draws() -> None:
+    ours, theirs = (m.random_match(KEYS, 3, 1, torch.Generator().manual_seed(5)) for m in (tome_cuda, tome_reference))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_gradients_of_gradients() -> None:
+    x = torch.randn(1, 5, 2, requires_grad=True)
+    slot = torch.tensor([[0, 1, 1, 2, 0]], dtype=torch.int32)
+
+    def second(module: Any) -> Tensor:
+        merged, _ = module.merge(x, slot, 3)
+        (grad,) = torch.autograd.grad(module.unmerge(merged.pow(3), slot).sum(), x, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(tome_cuda), second(tome_reference))
+    out = tome_cuda.merge_add_norm(x, x, None, 5, None, None, None, 1e-5)[1].square().sum()
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@given(op=st.sampled_from(["merge", "merge_add_norm"]), sized=st.booleans())
+def test_sizes_want_no_gradient(op: str, sized: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in.use(patch)
+        x, size = X.clone().requires_grad_(), SIZE.clone().requires_grad_() if sized else None
+        args = (x, SLOT, 6, size) if op == "merge" else (x, X, SLOT, 6, size, W, V, 1e-5)
+        out, *_, total = getattr(tome_cuda, op)(*args)
         assert out.requires_grad
-        assert y.requires_grad
+        assert not total.requires_grad
 
 
-def test_gradients_of_merge_add_norm_have_the_dtypes_of_their_inputs() -> None:
-    if library.missing() is not None:
-        pytest.skip(str(library.missing()))
-    x, branch, weight, gamma = meta(2, 9, 5), meta(2, 9, 5).half(), meta(5).bfloat16(), meta(5)
-    leaves = [value.requires_grad_() for value in (x, branch, weight, gamma)]
-    for slot, tokens in ((meta_slot(2, 9), 6), (None, 9)):
-        out, y, _ = tome_cuda.merge_add_norm(x, branch, slot, tokens, meta(2, 9), weight, None, 1e-5, gamma)
-        for outputs in ((out,), (y,), (out, y)):
-            grads = torch.autograd.grad(sum(o.sum() for o in outputs), leaves, retain_graph=True, allow_unused=True)
-            for grad, leaf in zip(grads, leaves, strict=True):
-                assert (grad is None) == (leaf is weight and outputs[-1] is out)
-                assert grad is None or (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
-
-
-def test_operators_are_registered_for_cuda_and_autograd(fake: FakeTensorMode) -> None:
-    for name in ("merge", "merge_backward", "unmerge", "unmerge_backward", "merge_add_norm",
-                 "merge_add_norm_backward", "column_sums"):  # fmt: skip
-        for key in ("CUDA", "Autograd", "Meta"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cuda::{name}", key), (name, key)
-    for name in ("bipartite_match", "kth_match", "listed_match", "attention"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tome_cuda::{name}", "CUDA"), name
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "reason"),
-    [
-        ("attention", (torch.zeros(1, 1, 4, 2),) * 3, "cpu"),
-        ("match", (torch.zeros(1, 4, 2), 1), "cpu"),
-        ("merge", (torch.zeros(1, 4, 2),), "cpu"),
-        ("unmerge", (torch.zeros(1, 4, 2),), "cpu"),
-        ("merge_add_norm", (torch.zeros(1, 4, 2),) * 2, "cpu"),
-    ],
-)
-def test_why_not(name: str, arguments: tuple[object, ...], reason: str) -> None:
-    told = tome_cuda.why_not(name, *arguments)
-    assert told is not None
-    assert reason in told
-
-
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="torch fakes no second GPU where there is just one")
-def test_why_not_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "missing", lambda: None)
-    monkeypatch.setattr(library, "unsupported_device", lambda index: "the wrong GPU" if index == 1 else None)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        wide = torch.empty(1, 4, 300, device="cuda:0")
-        double = torch.empty(1, 4, 30, device="cuda:0", dtype=torch.float64)
-        other = torch.empty(1, 4, 30, device="cuda:1")
-        fine = torch.empty(1, 4, 256, device="cuda:0")
-    assert "256" in str(tome_cuda.why_not("match", wide, 1))
-    assert tome_cuda.why_not("merge", wide) is None
-    assert "float64" in str(tome_cuda.why_not("merge", x=double))
-    assert "float64" in str(tome_cuda.why_not("merge_add_norm", fine, fine, None, 4, None, double, None, 1e-5))
-    assert "float64" in str(tome_cuda.why_not("merge_add_norm", fine, fine, norm_dtype=torch.float64))
-    assert tome_cuda.why_not("merge_add_norm", wide, wide, None, 4, None, None, None, 1e-5) is None
-    assert tome_cuda.why_not("match", other, 1) == "the wrong GPU"
-    assert tome_cuda.why_not("match", keys=fine, r=1) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({}, None),
-        ({"dtype": torch.float32}, "torch.float32"),
-        ({"d": 40}, "40"),
-        ({"dropout_p": 0.1}, "drop"),
-        ({"scale": -1.0}, "-1.0"),
-        ({"scale": 0.0}, "0.0"),
-        ({"step": 2}, "gaps"),
-        ({"n": 0}, "no keys"),
-        ({"training": True}, "no gradient"),
-    ],
-)
-def test_what_attention_leaves_to_torch(change: dict[str, object], reason: str | None) -> None:
-    """Under every choice of a backend a float32 model runs, and a model in training with dropout."""
-    case = {"dtype": torch.float16, "d": 64, "dropout_p": 0.0, "scale": None, "step": 1, "n": 5, "training": False}
-    case |= change
-    q = torch.zeros(1, 2, case["n"], case["d"] * case["step"], dtype=case["dtype"], device="meta")
-    q = q[..., :: case["step"]].requires_grad_(case["training"])
-    told = predicates.without_kernel(q, q, q, case["scale"], case["dropout_p"])
-    assert told is reason or reason in str(told)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert tome_cuda.why_not("attention", torch.empty(q.shape, device="cuda", dtype=torch.float64)) is not None
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with the library, a GPU of compute capability 9.0 and a driver for it, to take things away from."""
-    told = library.BuildInfo("here.so", "2.11", "13.2", "4.2.0", ("90a-real", "80-virtual"))
-    monkeypatch.setattr(library, "_load", lambda: library._Loaded(told, None))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
-    monkeypatch.setattr(library, "_driver_version", lambda: (13, 0))
-    library._unsupported_device.cache_clear()
-    yield monkeypatch
-    library._unsupported_device.cache_clear()
-
-
-def test_nothing_stands_in_the_way_of_a_whole_machine(machine: pytest.MonkeyPatch) -> None:
-    assert tome_cuda.unavailable() is None
-
-
-def test_one_gpu_of_several_is_enough(machine: pytest.MonkeyPatch) -> None:
-    machine.setattr(torch.cuda, "device_count", lambda: 2)
-    machine.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (9, 0))[index])
-    assert tome_cuda.unavailable() is None
-    assert "not for Some GPU (7.5)" in str(library.unsupported_device(0))
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "value", "reason", "fix"),
-    [
-        (torch.version, "cuda", None, "built without CUDA", "pytorch.org"),
-        (torch.cuda, "is_available", lambda: False, "can use no GPU", "CUDA_VISIBLE_DEVICES"),
-        (torch.cuda, "device_count", lambda: 0, "can use no GPU", "CUDA_VISIBLE_DEVICES"),
-        (library, "_driver_version", lambda: (12, 8), "the driver supports CUDA 12.8", "update the driver"),
-        (
-            torch.cuda,
-            "get_device_capability",
-            lambda index: (7, 5),
-            "not for Some GPU (7.5)",
-            "TOME_CUDA_ARCHS=75-real",
-        ),
-    ],
-)
-def test_what_a_machine_lacks_is_told(
-    machine: pytest.MonkeyPatch, owner: object, name: str, value: object, reason: str, fix: str
+@pytest.mark.parametrize(("op", "args", "error", "message"), CASES)
+def test_what_an_operator_refuses_is_said_by_the_reference(
+    op: str, args: tuple[Any, ...], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine.setattr(owner, name, value)
-    told = str(tome_cuda.unavailable())
-    assert reason in told
-    assert ". Fix: " in told
-    assert fix in told.split(". Fix: ")[1]
+    stand_in.choose(monkeypatch)
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("terse")
+
+    monkeypatch.setattr(tome_cuda.ops, "launch", refuse)
+    with pytest.raises(error, match=message):
+        getattr(tome.ops, op)(*args)
+    with pytest.raises(RuntimeError, match="terse"):
+        tome.ops.merge(X, SLOT, 6)
 
 
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """The library is looked for once more, and again after the test."""
-    library._load.cache_clear()
-    yield
-    library._load.cache_clear()
-
-
-@pytest.mark.usefixtures("fresh")
-def test_a_missing_library_gives_the_reason_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "find", lambda: None)
-    told = "not built. Fix: TOME_BUILD_CUDA=1 pip install"
-    assert told in str(tome_cuda.unavailable())
-    assert tome_cuda.build_info() == {}
-    with pytest.raises(tome_cuda.LibraryError, match=told):
-        library.info()
-
-
-@pytest.mark.usefixtures("fresh")
-def test_a_broken_library_gives_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "_kernels.abi3.so"
-    broken.write_bytes(b"not a library")
-    monkeypatch.setattr(library, "find", lambda: broken)
-    assert "cannot be loaded" in str(tome_cuda.unavailable())
-    assert tome_cuda.build_info() == {}
-
-
-@pytest.mark.usefixtures("fresh")
-def test_an_old_torch_gives_a_reason_and_loads_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library, "find", lambda: tmp_path / "never opened")
-    monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
-    assert "need torch >= 2.11, this is 2.10.0+cu128" in str(tome_cuda.unavailable())
+def test_a_fake_stays_on_its_gpu() -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 9, 5, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        slot = torch.empty(2, 9, device="cuda", dtype=torch.int32)
+        merged, total = fakes.FAKES["merge"].make(x, slot, 6, None)
+        assert (merged.shape, merged.dtype, merged.device.type) == ((2, 6, 5), torch.bfloat16, "cuda")
+        assert (total.shape, total.dtype) == ((2, 6), torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.usefixtures("stand_ins")
 def test_compiles_without_breaks_or_recompiles(backend: str) -> None:
-    if library.missing() is not None:
-        pytest.skip(str(library.missing()))
     torch._dynamo.reset()
 
     def block(x: Tensor, keys: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         assert tome_cuda.why_not("match", keys, 3) is not None
         slot = tome_cuda.match(keys, 3)
         merged, total = tome_cuda.merge(x * 2, slot, 6, size)
-        return tome_cuda.unmerge(merged, slot).relu(), total
+        merged, y, _ = tome_cuda.merge_add_norm(merged, merged, None, 6, total, W, V, 1e-5)
+        return tome_cuda.restore(merged, y, [slot]).relu(), total
 
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(3):
-            x = torch.empty(2, 9, 8, device="meta", requires_grad=True)
-            out, total = compiled(x, meta(2, 3, 9, 4), meta(2, 9))
+            x = torch.randn(2, 9, 8, requires_grad=True)
+            out, total = compiled(x, KEYS, SIZE)
             assert (out.shape, total.shape, total.requires_grad) == (x.shape, (2, 6), False)
+            torch.testing.assert_close(out, block(x, KEYS, SIZE)[0])
             out.sum().backward()
             assert x.grad is not None
 
 
 def test_the_choice_of_a_backend_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one graph under an explicit choice, attention on the reference between operations that have kernels."""
-    if library.missing() is not None:
-        pytest.skip(str(library.missing()))
-    monkeypatch.setattr(backend, "_extension_problem", lambda: None)
-    monkeypatch.setattr(tome_cuda, "why_not", lambda op, *args: None)
+    """In one graph under an explicit choice: attention by torch between operations that have kernels."""
+    stand_in.choose(monkeypatch)
     torch._dynamo.reset()
 
     def block(x: Tensor, keys: Tensor) -> Tensor:
@@ -338,6 +308,6 @@ def test_the_choice_of_a_backend_compiles(monkeypatch: pytest.MonkeyPatch) -> No
         keys = keys[:, :, :6]
         return x + tome.ops.attention(keys, keys, keys, size).transpose(1, 2).reshape(x.shape)
 
-    with tome.use_backend("cuda"):
-        out = torch.compile(block, fullgraph=True, backend="aot_eager")(meta(2, 9, 12), meta(2, 3, 9, 4))
-    assert out.shape == (2, 6, 12)
+    compiled: Callable[..., Tensor] = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 9, 12)
+    torch.testing.assert_close(compiled(x, KEYS), block(x, KEYS))

@@ -49,7 +49,68 @@ ADD_NORM = [
     ((X, X, None, 8, None, W, W.int(), 1e-5), TypeError, "bias must be float16"),
     ((X, X, None, 8, None, W, W, 0.0), ValueError, "eps must be positive, got 0.0"),
     ((X, X, SLOT.long(), 8, None, W, W, 1e-5), TypeError, "slot must be int32"),
+    ((X, None, None, 8, None, W, W, 1e-5, W), ValueError, "gamma must be None where there is no branch"),
+    ((X, None, SLOT, 8, None, W, W, 1e-5), ValueError, "slot must be None where there is no branch"),
     ((X, X, None, 8, None, W, W, 1e-5, None, torch.int8), TypeError, "norm_dtype must be float16.*, got torch.int8"),
+]
+RESTORE = [
+    ((X[0], None, [SLOT]), ValueError, r"x must be \[B, M, C\]"),
+    ((X, None, SLOT), TypeError, "steps must be a tuple or list of tensors, got Tensor"),
+    ((X, None, [SLOT.long()]), TypeError, r"steps\[0\] must be int32, got torch.int64"),
+    ((X, None, [SLOT, SLOT[:1]]), ValueError, r"steps\[1\] must be \[2, N\], got shape \(1, 8\)"),
+    ((X, None, [SLOT, SLOT[:, 1:]]), ValueError, r"must lead to the 8 tokens of x, got shape \(2, 7\)"),
+    ((X, X[:, 1:], [SLOT]), ValueError, "branch must have the shape of x"),
+    ((X, None, [SLOT], W), ValueError, "gamma must be None where there is no branch"),
+    ((X, X, [SLOT], W[1:]), ValueError, r"gamma must be \[4\], got shape \(3,\)"),
+]
+FOLLOW = [
+    (([],), ValueError, "steps must hold at least one slot map, got none"),
+    ((SLOT,), TypeError, "steps must be a tuple or list of tensors, got Tensor"),
+    (([None],), TypeError, r"steps\[0\] must be a tensor int32 \[B, N\], got NoneType"),
+    (([SLOT[:, 1:], SLOT],), ValueError, r"from first to last: steps\[1\] has 8 tokens, the one before it 7"),
+]
+PROJ, NORM, LINEAR = (torch.randn(4, 8), None), (W, W, 1e-5), (torch.randn(24, 4), torch.randn(24))
+PACKED = torch.randn(2, 8, 24)
+NORMED = {"gamma": None, "norm": NORM, "norm_dtype": None}
+ATTEND = {"x": X, "qkv": (Q, Q, Q), "heads": 2, "size": None, "slot": None, "tokens": 6, "prefix": 1}
+ATTEND |= {"is_weighted": True, "scale": None, "qkv_linear": None, "proj": PROJ, **NORMED}
+MLP = {"x": X, "y": X, "fc1": LINEAR, "is_tanh": False, "fc2": (torch.randn(4, 24), None), **NORMED}
+HALF = [
+    ({"norm": (W, W)}, TypeError, r"norm must be \(weight, bias, eps\)"),
+    ({"norm": (W, W, 0.0)}, ValueError, "eps must be positive, got 0.0"),
+    ({"norm": (W[1:], W, 1e-5)}, ValueError, r"weight must be \[4\], got shape \(3,\)"),
+    ({"gamma": W.int()}, TypeError, "gamma must be float16"),
+    ({"norm_dtype": torch.int8}, TypeError, "norm_dtype must be float16.*, got torch.int8"),
+    ({"x": X[0]}, ValueError, r"x must be \[B, N, C\]"),
+]
+ATTEND_HALF = [
+    *HALF,
+    ({"qkv": Q}, TypeError, "qkv must be a tuple or list of tensors, got Tensor"),
+    ({"qkv": (Q, Q)}, ValueError, r"qkv must be \(q, k, v\) or one tensor alone, got 2 tensors"),
+    ({"qkv": (Q, Q, Q.half())}, TypeError, "q, k and v must share dtype and device, got v torch.float16"),
+    ({"qkv": (Q[:, :, 1:],) * 3}, ValueError, r"q, k and v must be \[2, 2, 8, D\], got shape \(2, 2, 7, 4\)"),
+    ({"qkv_linear": LINEAR}, ValueError, "qkv_linear must be None where q, k and v are given apart"),
+    ({"qkv": (PACKED[..., 1:],)}, ValueError, r"23 channels of qkv cannot be split into 3 \* 2 heads"),
+    ({"qkv": (PACKED[:, 1:],)}, ValueError, r"qkv must have the tokens of x \(2, 8, 4\), got shape \(2, 7, 24\)"),
+    ({"qkv": (X,), "qkv_linear": (LINEAR[0].T, None)}, ValueError, r"qkv_linear's weight must be \[4, 4\]"),
+    ({"qkv": (X,), "qkv_linear": LINEAR[0]}, TypeError, r"qkv_linear must be a pair \(weight, bias or None\)"),
+    ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
+    ({"heads": 3}, ValueError, r"q, k and v must be \[2, 3, 8, D\]"),
+    ({"tokens": 4}, ValueError, r"tokens must be in \[5, 8\], got 4"),
+    ({"tokens": 9}, ValueError, r"tokens must be in \[5, 8\], got 9"),
+    ({"slot": SLOT, "tokens": 0}, ValueError, r"tokens must be in \[1, 8\], got 0"),
+    ({"slot": SLOT.long()}, TypeError, "slot must be int32"),
+    ({"prefix": 9}, ValueError, r"prefix must be in \[0, 8\], got 9"),
+    ({"size": SIZE.half()}, TypeError, "size must be float32"),
+    ({"proj": (PROJ[0].T, None)}, ValueError, r"proj's weight must be \[4, 8\], got shape \(8, 4\)"),
+    ({"proj": (PROJ[0], W[1:])}, ValueError, r"proj's bias must be \[4\], got shape \(3,\)"),
+]
+MLP_HALF = [
+    *HALF,
+    ({"y": X[:, 1:]}, ValueError, r"y must have the tokens of x \(2, 8, 4\), got shape \(2, 7, 4\)"),
+    ({"fc1": (LINEAR[0].T, None)}, ValueError, r"fc1's weight must be \[4, 4\], got shape \(4, 24\)"),
+    ({"fc2": LINEAR}, ValueError, r"fc2's weight must be \[4, 24\], got shape \(24, 4\)"),
+    ({"fc2": (LINEAR[0].T.int(), None)}, TypeError, "fc2's weight must be float16"),
 ]
 CASES = [
     *(("match", *case) for case in MATCH),
@@ -61,14 +122,23 @@ CASES = [
     ("unmerge", (X, SLOT.long()), TypeError, "slot must be int32"),
     *(("attention", *case) for case in ATTENTION),
     *(("merge_add_norm", *case) for case in ADD_NORM),
+    *(("restore", *case) for case in RESTORE),
+    *(("follow", *case) for case in FOLLOW),
+    *(("attend_half", tuple((ATTEND | change).values()), *expected) for change, *expected in ATTEND_HALF),
+    *(("mlp_half", tuple((MLP | change).values()), *expected) for change, *expected in MLP_HALF),
 ]
+
+
+def on(device, value):
+    if isinstance(value, (tuple, list)):
+        return type(value)(on(device, v) for v in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize(("op", "args", "error", "message"), CASES)
 def test_bad_arguments(device, op, args, error, message):
-    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
     with pytest.raises(error, match=message):
-        getattr(ops, op)(*args)
+        getattr(ops, op)(*on(device, args))
 
 
 @pytest.mark.parametrize("values", [[0, 1, 1, 1], [0, 2, 3, 4], [1, 2, 3, 3], [-1, 0, 1, 2], [0, 1, 2, 9]])

@@ -21,6 +21,7 @@ import torch
 
 import tome_reference
 from tome.recording import is_recording, record
+from tome_reference.attention import rounding
 
 CHOICES = ("auto", "reference", "cuda")
 INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
@@ -93,34 +94,47 @@ def implementation(op: str, *args: Any, **kwargs: Any) -> ModuleType:
         BackendError: "cuda" was chosen and cannot run.
 
     """
-    name = get_backend()
-    if name == "reference":
-        reason: str | None = "the reference was chosen"
-    elif name == "auto" and not is_on_gpu(args[0] if args else next(iter(kwargs.values()), None)):
-        reason = "the tokens are not on a GPU"
-    else:
-        reason = extension_problem()
+    kernels, reason = extension(args[0] if args else next(iter(kwargs.values()), None))
+    if kernels is not None:
+        reason = kernels.why_not(op, *args, **kwargs)
         if reason is None:
-            import tome_cuda  # here, so that torch.compile can trace it and importing tome loads no kernels
-
-            reason = tome_cuda.why_not(op, *args, **kwargs)
-            if reason is None:
-                if is_recording():
-                    record(op, "cuda", tome_cuda.remark(op, *args, **kwargs))
-                return tome_cuda
-        elif name == "auto":
-            _warn_once(reason)
-        if name == "cuda":
-            raise BackendError(f"the CUDA backend cannot run {op}: {reason}")
-    record(op, "reference", reason)
+            if is_recording():
+                record(op, "cuda", _with_rounding(kernels.remark(op, *args, **kwargs), op, args, kwargs))
+            return kernels
+    if get_backend() == "cuda":
+        raise BackendError(f"the CUDA backend cannot run {op}: {reason}")
+    if is_recording():
+        record(op, "reference", _with_rounding(reason, op, args, kwargs))
     return tome_reference
 
 
-def is_on_gpu(value: object) -> bool:
-    """Whether this is a CUDA tensor, or a list of such."""
-    if isinstance(value, (tuple, list)) and value:
-        value = value[0]
-    return isinstance(value, torch.Tensor) and value.is_cuda
+def extension(tokens: object) -> tuple[ModuleType | None, str | None]:
+    """``tome_cuda`` where it is chosen for these tokens and usable, else None and the reason.
+
+    Where the choice is "auto" and finds no extension for tokens on a GPU, it warns, once.
+    """
+    name = get_backend()
+    if name == "reference":
+        return None, "the reference was chosen"
+    if name == "auto":
+        if isinstance(tokens, (tuple, list)) and tokens:
+            tokens = tokens[0]
+        if not isinstance(tokens, torch.Tensor) or not tokens.is_cuda:
+            return None, "the tokens are not on a GPU"
+    problem: str | None = extension_problem()
+    if problem is not None:
+        if name == "auto":
+            _warn_once(problem)
+        return None, problem
+    import tome_cuda  # here, so that torch.compile can trace it and importing tome loads no kernels
+
+    return tome_cuda, None
+
+
+def _with_rounding(reason: str | None, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The reason why torch computes attention, and what that does to sizes."""
+    rounded = rounding(*args, **kwargs) if op == "attention" and reason is not None else None
+    return reason if rounded is None else f"{reason}, {rounded}"
 
 
 def one_call(op: str, *args: Any) -> ModuleType | None:

@@ -6,23 +6,39 @@ Importing this package loads no library and asks for no GPU. The first call of a
 """
 
 from tome_cuda.library import LibraryError, build_info, unavailable
-from tome_cuda.ops import attention, kth_match, match, max_r, merge, merge_add_norm, random_match, unmerge
-from tome_cuda.predicates import remark, takes_block, why_not
+from tome_cuda.ops import (
+    attend_half,
+    attention,
+    follow,
+    kth_match,
+    match,
+    max_r,
+    merge,
+    merge_add_norm,
+    mlp_half,
+    random_match,
+    restore,
+    unmerge,
+)
+from tome_cuda.predicates import remark, why_not
 from tome_cuda.registration import operators
 
 __all__ = [
     "LibraryError",
+    "attend_half",
     "attention",
     "build_info",
+    "follow",
     "kth_match",
     "match",
     "max_r",
     "merge",
     "merge_add_norm",
+    "mlp_half",
     "operators",
     "random_match",
     "remark",
-    "takes_block",
+    "restore",
     "unavailable",
     "unmerge",
     "why_not",

@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,10 @@ class BuildInfo(NamedTuple):
     cuda: str  # of the compiler
     cutlass: str
     archs: tuple[str, ...]  # as in TOME_CUDA_ARCHS: "90a-real", "80-virtual"
+    head_dims: tuple[int, ...]  # that attention takes
+    max_channels: int  # of a metric
+    least_scale: float  # of attention
+    max_steps: int  # merges that are followed in one launch
 
 
 class _Loaded(NamedTuple):
@@ -63,20 +67,29 @@ def _load() -> _Loaded:
         # Lazy binding: on a machine without a GPU the CUDA half of torch is missing, and is never called.
         library = ctypes.CDLL(os.fspath(path), mode=os.RTLD_LAZY | os.RTLD_LOCAL)
         describe = library.tome_cuda_build_info
+        describe.restype = ctypes.c_char_p
+        info = _read(path, json.loads(describe()))
     except (OSError, AttributeError) as error:
         return _Loaded(None, f"the kernels at {path} cannot be loaded ({error}). Fix: {INSTALL}")
-    describe.restype = ctypes.c_char_p
-    told = json.loads(describe())
-    info = BuildInfo(
+    except KeyError as error:
+        return _Loaded(None, f"the kernels at {path} are of another version (they tell no {error}). Fix: {INSTALL}")
+    if _version(torch.__version__) < _version(info.torch):
+        return _Loaded(None, _newer_torch(info.torch))
+    return _Loaded(info, None)
+
+
+def _read(path: Path, told: dict[str, Any]) -> BuildInfo:
+    return BuildInfo(
         path=os.fspath(path),
         torch=told["torch"],
         cuda=told["cuda"],
         cutlass=told["cutlass"],
         archs=tuple(told["archs"].split(",")),
+        head_dims=tuple(told["head_dims"]),
+        max_channels=told["max_channels"],
+        least_scale=told["least_scale"],
+        max_steps=told["max_steps"],
     )
-    if _version(torch.__version__) < _version(info.torch):
-        return _Loaded(None, _newer_torch(info.torch))
-    return _Loaded(info, None)
 
 
 def _newer_torch(needed: str) -> str:
@@ -94,6 +107,7 @@ def missing() -> str | None:
     return _load().reason
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def info() -> BuildInfo:
     """What the library was built with and for.
 
@@ -172,20 +186,20 @@ def _driver_version() -> tuple[int, int] | None:
 def runs_on(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether code for ``archs`` runs on a GPU of this compute capability.
 
-    Machine code runs on its own generation from its own revision on, or on exactly its GPU where the name ends
-    in "a"; PTX runs on every GPU that is not older.
+    A name that ends in "a" is for exactly its GPU, machine code and PTX alike. Else machine code runs on its own
+    generation from its own revision on, as does PTX whose name ends in "f"; other PTX on every GPU that is not older.
     """
     major, minor = capability
     for arch in archs:
         name, _, kind = arch.partition("-")
         number = int(name.rstrip("af"))
-        if kind == "virtual":
-            if number <= 10 * major + minor:
-                return True
-        elif name.endswith("a"):
-            if number == 10 * major + minor:
-                return True
-        elif number // 10 == major and number % 10 <= minor:
+        if name.endswith("a"):
+            runs = number == 10 * major + minor
+        elif kind == "virtual" and not name.endswith("f"):
+            runs = number <= 10 * major + minor
+        else:
+            runs = number // 10 == major and number % 10 <= minor
+        if runs:
             return True
     return False
 

@@ -1,30 +1,30 @@
-"""Why an operation can't run on given arguments: the question every choice of a backend asks first."""
+"""Why an operation can't run on given arguments: the question every choice of a backend asks first.
+
+Only what the kernels lack counts. Arguments that no backend accepts (a wrong rank, a negative r) are for the
+operation's own check to refuse. What the kernels are built for is told by the library.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 
-from tome_cuda import checks, library
+from tome_cuda import library
 
-OPERATIONS = ("match", "kth_match", "random_match", "merge", "unmerge", "attention", "merge_add_norm")
-# The name of the first argument; elsewhere "keys".
-FIRST = {"merge": "x", "unmerge": "x", "merge_add_norm": "x", "attention": "q"}
-MATCHING = ("match", "kth_match", "random_match")
-HEAD_DIMS = (32, 64, 72, 80, 96, 128)
-LEAST_SCALE = 1e-30  # of csrc/attention/attention.h
+Linear = tuple[Tensor, Tensor | None]
+Norm = tuple[Tensor | None, Tensor | None, float]
 
 
-def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
-    """The reason why ``op_name`` can't run on these arguments, or None.
-
-    Only what the kernels lack counts. Arguments that no backend accepts (a wrong rank, a negative r) are the
-    operation's own to refuse.
+def why_not(op: str, *args: Any, **kwargs: Any) -> str | None:
+    """The reason why ``op`` can't run on these arguments, or None.
 
     Args:
-        op_name: a name of ``tome_cuda``'s operations.
+        op: a name of ``tome_cuda``'s operations.
         *args: the operation's arguments.
         **kwargs: likewise.
 
@@ -32,33 +32,115 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
         None, or one sentence.
 
     """
-    if op_name not in OPERATIONS:
-        return f"the extension has no kernel for {op_name}"
-    tensor = args[0] if args else kwargs.get(FIRST.get(op_name, "keys"))
-    if not isinstance(tensor, Tensor):
-        return None
-    if tensor.device.type != "cuda":
-        return f"the tokens are on {tensor.device.type}, and the kernels run on CUDA devices only"
-    if tensor.layout is not torch.strided:
-        return f"the tokens are {tensor.layout}, and the kernels read strided tensors only"
-    if tensor.dtype is torch.float64:
-        return "the tokens are torch.float64, and the kernels know float32, float16 and bfloat16"
-    if op_name == "merge_add_norm":  # parameters and the dtype of the norm count too
-        values = (*args, *kwargs.values())
-        if torch.float64 in [value.dtype if isinstance(value, Tensor) else value for value in values]:
-            return "an argument is torch.float64, and the kernels know float32, float16 and bfloat16"
-    if op_name in MATCHING and tensor.dim() > 0 and tensor.shape[-1] > checks.MAX_CHANNELS:
-        return f"the metric has {tensor.shape[-1]} channels, and the kernels take at most {checks.MAX_CHANNELS}"
-    reason: str | None = library.missing() or library.unsupported_device(_index(tensor))
-    return reason
+    predicate = PREDICATES.get(op)
+    return f"the extension has no kernel for {op}" if predicate is None else predicate(*args, **kwargs)
 
 
-def remark(op_name: str, *args: Any, **kwargs: Any) -> str | None:
+def _match(keys: Tensor, *_: object, **__: object) -> str | None:
+    return _lacks(keys) or _lacks_width(keys)
+
+
+def _tokens(x: Tensor, *_: object, **__: object) -> str | None:
+    return _lacks(x)
+
+
+def _follow(steps: Sequence[Tensor]) -> str | None:
+    return (_lacks(steps[0]) or _lacks_steps(steps)) if steps else None
+
+
+def _restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None = None) -> str | None:
+    return _lacks(x) or _lacks_double(branch, gamma) or _lacks_steps(steps)
+
+
+def _attention(q: Tensor, *_: object, **__: object) -> str | None:
+    return _lacks(q)
+
+
+def _merge_add_norm(x: Tensor, *others: object, **named: object) -> str | None:
+    return _lacks(x) or _lacks_double(*others, *named.values())  # parameters and the dtype of the norm count too
+
+
+# The halves are for few images, where the host sets the pace: what all calls ask is written out here.
+
+
+def _attend_half(
+    x: Tensor,
+    qkv: Sequence[Tensor],
+    heads: int,
+    size: Tensor | None,
+    slot: Tensor | None,
+    tokens: int,
+    prefix: int,
+    is_weighted: bool,
+    scale: float | None,
+    qkv_linear: Linear | None,
+    proj: Linear,
+    gamma: Tensor | None,
+    norm: Norm,
+    norm_dtype: torch.dtype | None,
+) -> str | None:
+    reason = _lacks(x) or _is_watched(x) or _lacks_affine(gamma, norm, norm_dtype)
+    if reason is not None:
+        return reason
+    if torch.is_grad_enabled() and _requires_grad(x, *qkv, *(qkv_linear or ()), *proj, gamma, *norm[:2]):
+        return NO_GRADIENT
+    dtype, head_dim = qkv[0].dtype, qkv[0].shape[-1]
+    written = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else dtype
+    if qkv_linear is not None:
+        dtype, head_dim = written, qkv_linear[0].shape[0] // (3 * heads)
+    elif len(qkv) == 1:
+        head_dim //= 3 * heads
+    reason = _lacks_heads(dtype, head_dim, scale)
+    if reason is not None:
+        return reason
+    if x.dtype is not written and x.dtype is not torch.float32:
+        return _lacks_addition(written, x.dtype)
+    if qkv_linear is None and any(t.stride(-1) != 1 for t in qkv):
+        return GAPS
+    return None if tokens > 0 else NO_KEYS
+
+
+def _mlp_half(
+    x: Tensor,
+    y: Tensor,
+    fc1: Linear,
+    is_tanh: bool,
+    fc2: Linear,
+    gamma: Tensor | None,
+    norm: Norm,
+    norm_dtype: torch.dtype | None,
+) -> str | None:
+    reason = _lacks(x) or _is_watched(x) or _lacks_affine(gamma, norm, norm_dtype)
+    if reason is not None:
+        return reason
+    if torch.is_grad_enabled() and _requires_grad(x, y, *fc1, *fc2, gamma, *norm[:2]):
+        return NO_GRADIENT
+    written = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else y.dtype
+    return None if x.dtype is written or x.dtype is torch.float32 else _lacks_addition(written, x.dtype)
+
+
+PREDICATES: dict[str, Callable[..., str | None]] = {
+    "match": _match,
+    "kth_match": _match,
+    "random_match": _match,
+    "merge": _tokens,
+    "unmerge": _tokens,
+    "follow": _follow,
+    "restore": _restore,
+    "attention": _attention,
+    "merge_add_norm": _merge_add_norm,
+    "attend_half": _attend_half,
+    "mlp_half": _mlp_half,
+}
+
+
+def remark(op: str, *args: Any, **kwargs: Any) -> str | None:
     """What else to know of an operation that can run on these arguments: attention may be left to torch."""
-    return _remark_on_attention(*args, **kwargs) if op_name == "attention" else None
+    reason = without_kernel(*args, **kwargs) if op == "attention" else None
+    return None if reason is None else f"by torch: {reason}"
 
 
-def _remark_on_attention(
+def without_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -66,36 +148,99 @@ def _remark_on_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> str | None:
-    reason = without_kernel(q, k, v, scale, dropout_p)
-    return None if reason is None else f"by torch: {reason}"
-
-
-def without_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float) -> str | None:
     """Why attention on these arguments is left to torch's own function, or None where the kernels compute it.
 
     ``tome_cuda.attention`` runs either way, so :func:`why_not` doesn't ask: a float32 model has merging to gain.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "the kernels of attention have no gradient, and one is wanted"
-    if q.dtype is not torch.float16 and q.dtype is not torch.bfloat16:
-        return f"the kernels of attention know float16 and bfloat16, not {q.dtype}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"the kernels of attention know head dimensions {HEAD_DIMS}, not {q.shape[3]}"
-    if dropout_p > 0.0:
+        return NO_GRADIENT
+    if dropout_p != 0.0:
         return "the kernels of attention drop no weights"
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        return "the kernels of attention read channels without gaps"
-    if scale is not None and not LEAST_SCALE <= scale < float("inf"):
+        return GAPS
+    return _lacks_attention(q.dtype, q.shape[3], scale) or (None if k.shape[2] > 0 else NO_KEYS)
+
+
+KNOWN = "and the kernels know float32, float16 and bfloat16"
+GAPS = "the kernels of attention read channels without gaps"
+NO_GRADIENT = "the kernels of attention have no gradient, and one is wanted"
+NO_KEYS = "there are no keys"
+
+
+def _lacks(tensor: object) -> str | None:
+    """The reasons that tokens of any operation can give."""
+    if not isinstance(tensor, Tensor):
+        return None
+    if not tensor.is_cuda:
+        return f"the tokens are on {tensor.device.type}, and the kernels run on CUDA devices only"
+    if tensor.layout is not torch.strided:
+        return f"the tokens are {tensor.layout}, and the kernels read strided tensors only"
+    if tensor.dtype is torch.float64:
+        return f"the tokens are torch.float64, {KNOWN}"
+    reason: str | None = library.unsupported_device(tensor.get_device())
+    return reason
+
+
+def _lacks_double(*values: object) -> str | None:
+    for value in values:
+        if (value.dtype if isinstance(value, Tensor) else value) is torch.float64:
+            return f"an argument is torch.float64, {KNOWN}"
+    return None
+
+
+def _lacks_affine(gamma: Tensor | None, norm: Norm, norm_dtype: torch.dtype | None) -> str | None:
+    weight, bias, _ = norm
+    double = torch.float64
+    if (
+        (gamma is not None and gamma.dtype is double)
+        or (weight is not None and weight.dtype is double)
+        or (bias is not None and bias.dtype is double)
+        or norm_dtype is double
+    ):
+        return f"an argument is torch.float64, {KNOWN}"
+    return None
+
+
+def _lacks_width(keys: object) -> str | None:
+    if not isinstance(keys, Tensor) or keys.dim() == 0:
+        return None
+    width, most = keys.shape[-1], library.info().max_channels
+    return f"the metric has {width} channels, and the kernels take at most {most}" if width > most else None
+
+
+def _lacks_steps(steps: Sequence[Tensor]) -> str | None:
+    most = library.info().max_steps
+    return f"there are {len(steps)} merges, and the kernels follow at most {most}" if len(steps) > most else None
+
+
+def _lacks_attention(dtype: torch.dtype, head_dim: int, scale: float | None) -> str | None:
+    if dtype is not torch.float16 and dtype is not torch.bfloat16:
+        return f"the kernels of attention know float16 and bfloat16, not {dtype}"
+    kernels = library.info()
+    if head_dim not in kernels.head_dims:
+        return f"the kernels of attention know head dimensions {kernels.head_dims}, not {head_dim}"
+    if scale is not None and not kernels.least_scale <= scale < float("inf"):
         return f"the kernels of attention take positive scales, not {scale}"
-    return None if k.shape[2] > 0 else "there are no keys"
+    return None
 
 
-def takes_block(dtype: torch.dtype, head_dim: int, scale: float) -> bool:
-    """Whether the operator of a whole block computes attention of this kind."""
-    is_half = dtype is torch.float16 or dtype is torch.bfloat16
-    return is_half and head_dim in HEAD_DIMS and LEAST_SCALE <= scale < float("inf")
+_lacks_heads = functools.cache(_lacks_attention)  # torch.compile asks for none of the halves, and reads no cache
 
 
-def _index(tensor: Tensor) -> int:
-    index = tensor.device.index
-    return torch.cuda.current_device() if index is None else index
+def _lacks_addition(branch: torch.dtype, x: torch.dtype) -> str:
+    return f"the kernels add no {branch} to {x}"
+
+
+def _is_watched(x: Tensor) -> str | None:
+    """Whether someone wants to see each operation by itself."""
+    if torch.compiler.is_compiling():
+        return "torch.compile arranges the parts itself"
+    if x.__class__ is not Tensor:
+        return f"the tokens are a {type(x).__name__}, which sees each operation"
+    if _len_torch_dispatch_stack() or _len_torch_function_stack():
+        return "a mode of torch wants to see each operation"
+    return None
+
+
+def _requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)

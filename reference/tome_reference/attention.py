@@ -28,7 +28,9 @@ def attention(
         dropout_p: the probability of dropping an attention weight, in [0, 1).
 
     Returns:
-        [B, H, Nq, D] in the dtype of q. Gradients flow to q, k and v.
+        [B, H, Nq, D] in the dtype of q. Gradients flow to q, k and v. Where torch's own function computes it, as here
+        and wherever gradients are wanted, it takes log sizes in the dtype of q: rounding them changes the weight of a
+        key by up to 1.6 % in bfloat16 and 0.2 % in float16.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape, device or probability.
@@ -40,6 +42,20 @@ def attention(
     bias = None if size is None else size_bias(size).to(q.dtype)
     q, k, v = aligned(q), aligned(k), aligned(v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def rounding(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> str | None:
+    """What torch's own function does to sizes beside these queries, or None where it takes them as they are."""
+    if size is None or q.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return f"log sizes rounded to {str(q.dtype).removeprefix('torch.')}"
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Linear: TypeAlias = "tuple[Tensor, Tensor | None]"  # weight [outputs, inputs] and bias [outputs]
+Norm: TypeAlias = "tuple[Tensor | None, Tensor | None, float]"  # weight [C], bias [C] and eps
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (int, torch.SymInt)
@@ -115,10 +119,10 @@ def attend_half(
     prefix: int,
     is_weighted: bool,
     scale: float | None,
-    qkv_linear: tuple[Tensor, Tensor | None] | None,
-    proj: tuple[Tensor, Tensor | None],
+    qkv_linear: Linear | None,
+    proj: Linear,
     gamma: Tensor | None,
-    norm: tuple[Tensor | None, Tensor | None, float],
+    norm: Norm,
     norm_dtype: torch.dtype | None,
 ) -> None:
     _floating("x", x, (3,), "[B, N, C]")
@@ -139,11 +143,11 @@ def attend_half(
 def mlp_half(
     x: Tensor,
     y: Tensor,
-    fc1: tuple[Tensor, Tensor | None],
+    fc1: Linear,
     is_tanh: bool,
-    fc2: tuple[Tensor, Tensor | None],
+    fc2: Linear,
     gamma: Tensor | None,
-    norm: tuple[Tensor | None, Tensor | None, float],
+    norm: Norm,
     norm_dtype: torch.dtype | None,
 ) -> None:
     _floating("x", x, (3,), "[B, N, C]")
@@ -255,7 +259,7 @@ def _per_channel(name: str, value: Tensor | None, x: Tensor) -> None:
     _on(name, value, x.device)
 
 
-def _norm(x: Tensor, norm: tuple[Tensor | None, Tensor | None, float], norm_dtype: torch.dtype | None) -> None:
+def _norm(x: Tensor, norm: Norm, norm_dtype: torch.dtype | None) -> None:
     """A LayerNorm of tokens x: (weight, bias, eps), and the dtype of its output."""
     if not isinstance(norm, tuple) or len(norm) != 3:
         raise TypeError(f"norm must be (weight, bias, eps), got {norm!r}")
@@ -268,7 +272,7 @@ def _norm(x: Tensor, norm: tuple[Tensor | None, Tensor | None, float], norm_dtyp
         raise TypeError(f"norm_dtype must be float16, bfloat16, float32 or float64, got {norm_dtype}")
 
 
-def _linear(name: str, layer: tuple[Tensor, Tensor | None], outputs: int | None, inputs: int, x: Tensor) -> int:
+def _linear(name: str, layer: Linear, outputs: int | None, inputs: int, x: Tensor) -> int:
     """A linear layer (weight, bias or None) on the device of x; how many channels it gives."""
     if not isinstance(layer, tuple) or len(layer) != 2:
         raise TypeError(f"{name} must be a pair (weight, bias or None), got {type(layer).__name__}")
@@ -285,7 +289,7 @@ def _linear(name: str, layer: tuple[Tensor, Tensor | None], outputs: int | None,
     return weight.shape[0]
 
 
-def _qkv(qkv: Sequence[Tensor], heads: int, linear: tuple[Tensor, Tensor | None] | None, x: Tensor) -> int:
+def _qkv(qkv: Sequence[Tensor], heads: int, linear: Linear | None, x: Tensor) -> int:
     """Queries, keys and values in one of their three forms; H * D."""
     _sequence("qkv", qkv)
     batch, n, _ = x.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +10,9 @@ from torch import Tensor
 
 from tome_reference import checks
 from tome_reference.attention import attention
+from tome_reference.checks import Linear, Norm
 from tome_reference.matching import match
 from tome_reference.norm import merge_add_norm
-
-Linear: TypeAlias = "tuple[Tensor, Tensor | None]"  # weight [outputs, inputs] and bias [outputs]
-Norm: TypeAlias = "tuple[Tensor | None, Tensor | None, float]"  # weight [C], bias [C] and eps
 
 
 def attend_half(

@@ -1,0 +1,194 @@
+"""What the operators return, and what large tensors they make on the way: shapes and dtypes, without any value.
+
+torch traces with these. On a GPU they also allocate what an operator is about to, so they make and free tensors in its
+order (:func:`tome_cuda.registration.launch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _bipartite_match(keys: Tensor, r: int, prefix: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+
+
+def _kth_match(keys: Tensor, k: int, prefix: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+
+
+def _listed_match(keys: Tensor, sources: Tensor, targets: Tensor, prefix: int) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[-2]), dtype=torch.int32)
+
+
+def _merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    total = x.new_empty((x.shape[0], tokens), dtype=torch.float32)
+    return x.new_empty((x.shape[0], tokens, x.shape[2])), total
+
+
+def _merge_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[0], slot.shape[1], grad.shape[2]))
+
+
+def _unmerge(x: Tensor, slot: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], slot.shape[1], x.shape[2]))
+
+
+def _unmerge_backward(grad: Tensor, slot: Tensor, tokens: int) -> Tensor:
+    return grad.new_empty((grad.shape[0], tokens, grad.shape[2]))
+
+
+def _follow(steps: Sequence[Tensor]) -> Tensor:
+    return steps[0].new_empty(steps[0].shape)
+
+
+def _restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], steps[0].shape[1], x.shape[2]))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> Tensor:
+    batch, heads, queries, head_dim = q.shape
+    return q.new_empty((batch, queries, heads, head_dim))
+
+
+def _merge_add_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    slot: Tensor | None,
+    tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None,
+    norm_dtype: torch.dtype,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, channels = x.shape
+    merged = x.new_empty((0 if branch is None else batch, tokens, channels))
+    y = x.new_empty((batch, tokens, channels), dtype=norm_dtype)
+    total = x.new_empty((0 if slot is None else batch, tokens), dtype=torch.float32)
+    return merged, y, total, x.new_empty((batch if training else 0, tokens, 2), dtype=torch.float32)
+
+
+def _merge_add_norm_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    merged: Tensor,
+    stats: Tensor,
+    slot: Tensor | None,
+    size: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor | None,
+    gamma: Tensor | None,
+    length: int,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    batch, _, channels = merged.shape
+    is_same = gamma is None and branch_dtype == merged.dtype
+    x = merged.new_empty((batch, length, channels))
+    return x, merged.new_empty((0 if is_same else batch, length, channels), dtype=branch_dtype)
+
+
+def _column_sums(a: Tensor, b: Tensor, stats: Tensor | None) -> Tensor:
+    batch, rows, channels = a.shape
+    return a.new_empty((slabs(batch * rows, channels), 2, channels), dtype=torch.float32)
+
+
+def slabs(rows: int, channels: int) -> int:
+    """How many partial sums each column has; csrc/norm/norm.h says the same."""
+    return max(1, min(-(-rows // 64), max(1, 768 // (channels // 256 + 1))))
+
+
+def _attend_half(
+    x: Tensor,
+    qkv: Sequence[Tensor],
+    heads: int,
+    size: Tensor | None,
+    slot: Tensor | None,
+    tokens: int,
+    prefix: int,
+    is_weighted: bool,
+    scale: float,
+    qkv_weight: Tensor | None,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    gamma: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    norm_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, n, _ = x.shape
+    has_new_map = slot is None and n != tokens
+    made = x.new_empty((batch if has_new_map else 0, n), dtype=torch.int32)
+    q = qkv[0] if qkv_weight is None else _linear(qkv[0], qkv_weight)
+    branch = _linear(q.new_empty((batch, n, proj_weight.shape[1])), proj_weight)
+    del q
+    map_ = made if has_new_map else slot
+    x, y, total, _ = _merge_add_norm(x, branch, map_, tokens, size, None, None, eps, gamma, norm_dtype, False)
+    return x, y, total, made
+
+
+def _mlp_half(
+    x: Tensor,
+    y: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    is_tanh: bool,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    gamma: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    norm_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    hidden = _linear(y, fc1_weight)
+    branch = _linear(torch.empty_like(hidden), fc2_weight)  # what GELU makes stands beside what it reads
+    del hidden
+    x, y, _, _ = _merge_add_norm(x, branch, None, x.shape[1], None, None, None, eps, gamma, norm_dtype, False)
+    return x, y
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    kind = x.device.type
+    is_cast = kind == "cuda" and torch.is_autocast_enabled(kind)
+    return x.new_empty((*x.shape[:2], weight.shape[0]), dtype=torch.get_autocast_dtype(kind) if is_cast else x.dtype)
+
+
+class Fake(NamedTuple):
+    """The fake of an operator, and from its arguments about how many elements the largest tensor has that it makes."""
+
+    make: Callable[..., Any]
+    elements: Callable[[tuple[Any, ...]], int]
+
+
+def _first(args: tuple[Any, ...]) -> int:
+    return args[0].numel()  # type: ignore[no-any-return]
+
+
+FAKES = {
+    "bipartite_match": Fake(_bipartite_match, _first),
+    "kth_match": Fake(_kth_match, _first),
+    "listed_match": Fake(_listed_match, _first),
+    "merge": Fake(_merge, _first),
+    "merge_backward": Fake(_merge_backward, lambda args: args[1].numel() * args[0].shape[2]),
+    "unmerge": Fake(_unmerge, lambda args: args[1].numel() * args[0].shape[2]),
+    "unmerge_backward": Fake(_unmerge_backward, _first),
+    "follow": Fake(_follow, lambda args: args[0][0].numel()),
+    "restore": Fake(_restore, lambda args: args[2][0].numel() * args[0].shape[2]),
+    "attention": Fake(_attention, _first),
+    "merge_add_norm": Fake(_merge_add_norm, _first),
+    "merge_add_norm_backward": Fake(
+        _merge_add_norm_backward, lambda args: args[2].shape[0] * args[9] * args[2].shape[2]
+    ),
+    "column_sums": Fake(_column_sums, lambda args: 0),
+    "attend_half": Fake(_attend_half, lambda args: 3 * args[0].numel()),
+    "mlp_half": Fake(_mlp_half, lambda args: 4 * args[0].numel()),
+}
