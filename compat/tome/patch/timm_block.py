@@ -106,7 +106,8 @@ def check_block(name: str, block: nn.Module) -> None:
 
 def _norm(module: nn.Module, device: str, linear_reader: bool) -> Norm | None:
     plain = plain_norm(module, PLAIN_NORMS)
-    if plain is None or not torch.is_autocast_enabled(device) or not linear_reader:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if plain is None or not autocast or not linear_reader:
         return None if plain is None else Norm(plain)
     # Autocast would round for the linear layer anyway; writing that dtype at once saves a pass over the tokens.
     return Norm(plain, torch.get_autocast_dtype(device))
