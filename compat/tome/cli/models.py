@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import logging
 import textwrap
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,9 @@ from tome.measure import checked_device
 
 # Where timm keeps the models that are worth suggesting; whether one can be patched is found by trying.
 FAMILIES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
+
+for library in ("huggingface_hub", "timm"):  # what matters of their warnings is in the one line that a failure ends in
+    logging.getLogger(library).setLevel(logging.CRITICAL)
 
 
 class Shape(NamedTuple):
@@ -161,7 +165,8 @@ def _is_host(name: str) -> bool:
 
 def _in_short(error: Exception) -> str:
     """The first line; of weights that do not fit, the first line of each kind: missing, unexpected, of another size."""
-    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    first, *more = str(error).strip().splitlines() or [""]
+    first = first if " " in first else f"{type(error).__name__}: {first}"  # of KeyError it is but the key
     kinds: dict[str, str] = {}
     for line in more:
         kinds.setdefault(line.split()[0], line)
