@@ -1,6 +1,5 @@
 """The command line, through its entry point."""
 
-import functools
 import json
 import os
 import shutil
@@ -140,12 +139,12 @@ def test_help_comes_at_once():
     assert min(seconds() for _ in range(3)) < 1.0  # 0.1 on an idle machine; importing torch takes several
 
 
-@pytest.mark.parametrize("swallows", [False, True])
-def test_stopped_while_torch_is_imported(tmp_path, swallows):
+@pytest.mark.parametrize(("module", "swallows"), [("click", False), ("torch", False), ("torch", True)])
+def test_stopped_while_modules_are_imported(tmp_path, module, swallows):
     interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\n"
     if swallows:  # as some modules do
         interrupted = "try:\n    " + interrupted.replace("\n", "\n    ") + "pass\nexcept BaseException:\n    pass\n"
-    (tmp_path / "torch.py").write_text(interrupted)
+    (tmp_path / f"{module}.py").write_text(interrupted)
     path = os.pathsep.join([str(tmp_path), *sys.path])
     result = subprocess.run(
         [sys.executable, "-m", "tome", "info"], capture_output=True, text=True, check=False,
@@ -183,13 +182,15 @@ def test_version_and_bare_call(capsys):
 
 
 def test_bench(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # others test the compiler
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # others test the compiler
     figures, plot = tmp_path / "figures.json", tmp_path / "plot.png"
     options = ["--r", "4", "--r", "6,-1.0", "--r", "0.1", "--batch-size", 2, "--runs", 3, "--warm-up", 1]
     code, out, err = run(
         capsys, "bench", TINY, *options, "--device", "cpu", "--json", figures, "--plot", plot, "--compile"
     )
     assert code == 0, err
+    assert [getattr(model, "r", "none") for model in compiled] == ["none", 4, (6, -1.0), 0.1]
     data = json.loads(figures.read_text())
     assert data["conditions"]["model"] == TINY
     assert data["conditions"]["torch"] == torch.__version__

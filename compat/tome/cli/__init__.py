@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-
-import click
-
-from tome.cli.arguments import STOPPED
-from tome.cli.commands import cli
+from typing import TYPE_CHECKING
 
 __all__ = ["cli", "main"]
+
+STOPPED = "tome: stopped\n"
+
+if TYPE_CHECKING:
+    from tome.cli.commands import cli
+else:
+
+    def __getattr__(name):
+        if name != "cli":
+            raise AttributeError(f"module 'tome.cli' has no attribute {name!r}")
+        from tome.cli.commands import cli
+
+        return cli
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     try:
-        result = cli.main(args=args, prog_name="tome", standalone_mode=False)
-        sys.exit(result if isinstance(result, int) else 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.Abort:
-        click.echo(STOPPED, err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        click.echo("tome: error: " + " ".join(error.format_message().split()), err=True)
-        sys.exit(2)
+        from tome.cli.commands import run  # within reach of Ctrl-C, like all that takes time
+
+        code = run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write(STOPPED)
+        code = 130
+    sys.exit(code)

@@ -15,11 +15,11 @@ from typing import Any, cast
 import click
 
 from tome import schedule
+from tome.cli import STOPPED
 
 BACKENDS = ("auto", "reference", "cuda")  # as in tome.backend, which loads PyTorch
 DTYPES = ("float32", "float16", "bfloat16")
 RANDOM_WEIGHTS = "--random-weights"
-STOPPED = "tome: stopped"
 
 
 class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in older versions of click
@@ -88,7 +88,7 @@ def loading() -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        os.write(2, f"{STOPPED}\n".encode())
+        os.write(2, STOPPED.encode())
         os._exit(130)
 
     outer = signal.signal(signal.SIGINT, stop)

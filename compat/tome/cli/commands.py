@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -164,6 +165,26 @@ def visualize(
     with arguments.loading():
         from tome.cli import visualize as work
     work.run(images, targets, model, r, checkpoint, random_weights)
+
+
+def run(args: Sequence[str] | None) -> int:
+    """Run the command line, and return its exit code.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+
+    """
+    try:
+        result = cli.main(args=args, prog_name="tome", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.Abort as error:
+        raise KeyboardInterrupt from error
+    except click.ClickException as error:
+        click.echo("tome: error: " + " ".join(error.format_message().split()), err=True)
+        return 2
+    return result if isinstance(result, int) else 0
 
 
 def _targets(images: tuple[Path, ...], out: Path) -> list[Path]:

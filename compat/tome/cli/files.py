@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ def check(file: Path, option: str) -> None:
     try:
         if not folder.is_dir():
             raise click.BadParameter(f"there is no folder {folder}", param_hint=option)
+        with suppress(FileNotFoundError):
+            file.stat()  # a name that is too long, in whatever version of Python
         if file.is_dir():
             raise click.BadParameter(f"{file} is a folder", param_hint=option)
         if file.exists() and not os.access(file, os.W_OK):
