@@ -68,7 +68,7 @@ def test_r_gives_the_planned_tokens_and_the_full_grid(host, r):
     grid = model.forward_features(images()).shape
     model.r = r
     assert model.r == r
-    n, _ = cost.cost(model)
+    n = cost.tokens(model)
     plan = schedule.plan(r, 4, n, model.num_prefix_tokens)
     assert counts(model) == list(plan.tokens[1:])
     assert model.forward_features(images()).shape == grid

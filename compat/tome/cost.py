@@ -1,40 +1,80 @@
-"""What a Vision Transformer of timm computes for one image."""
+"""What one image costs a model, in tokens and FLOPs, counted by PyTorch itself in a pass that computes nothing.
+
+The pass is one of a copy on the meta device, so it takes no time or memory to speak of, whatever the size of the model.
+"""
 
 from __future__ import annotations
 
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+import copy
+from typing import Any
 
-from tome import schedule
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tome import patch, schedule
+from tome.backend import use_backend
 
 
-def cost(model: VisionTransformer, image_size: tuple[int, int] | None = None) -> tuple[int, schedule.Cost]:
-    """Tokens that enter the first block, and the FLOPs of a timm Vision Transformer, patched or not.
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a Vision Transformer of timm was made for."""
+    embed: Any = model.patch_embed  # knows better than the configuration, which may be that of other weights
+    stem = next(module for module in embed.modules() if isinstance(module, nn.Conv2d))
+    return (stem.in_channels, *embed.img_size)
+
+
+def tokens(model: nn.Module, size: tuple[int, int, int] | None = None) -> int:
+    """How many tokens enter the first block, prefix included.
 
     Args:
-        model: the model.
-        image_size: height and width in pixels; None for the model's own.
+        model: of timm, patched or not.
+        size: channels, height and width of the image; None for the model's own.
 
     """
-    grid = model.patch_embed.grid_size if image_size is None else model.patch_embed.dynamic_feat_size(image_size)
-    patches = grid[0] * grid[1]
-    block = model.blocks[0]
-    heads = [m for name, m in model.named_children() if name in ("head", "head_dist")]
-    fixed = patches * _per_token(model.patch_embed) + sum(_per_token(m) for m in heads)
-    pool, per_token = model.attn_pool, 0
-    if pool is not None:
-        per_token = _per_token(pool.kv) + 4 * pool.latent_len * pool.num_heads * pool.head_dim
-        fixed += pool.latent_len * (_per_token(pool) - _per_token(pool.kv))
-    dims = schedule.Cost(
-        attention=_per_token(block.attn),
-        mixing=4 * block.attn.num_heads * block.attn.head_dim,
-        mlp=_per_token(block.mlp),
-        fixed=fixed,
-        pool=per_token,
-    )
-    return patches + model.num_prefix_tokens, dims
+    twin: Any = _unpatched_twin(model)
+    counts: list[int] = []
+    twin.blocks[0].register_forward_pre_hook(lambda block, args: counts.append(args[0].shape[1]))
+    _count(twin, size)
+    return counts[0]
 
 
-def _per_token(module: nn.Module) -> int:
-    weights = [m.weight for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return sum(2 * w.numel() for w in weights)
+def flops(model: nn.Module, r: schedule.Schedule = 0, size: tuple[int, int, int] | None = None) -> int:
+    """FLOPs (two per multiply-add) of the convolutions and matrix products that one image takes.
+
+    Those of matching are left out: they are the price of merging, and this tells what merging can save.
+
+    Args:
+        model: of timm, patched or not.
+        r: the schedule to count for.
+        size: channels, height and width of the image; None for the model's own.
+
+    Raises:
+        TypeError, ValueError: not a schedule.
+        UnsupportedModelError: r is not 0 and the model cannot be patched.
+
+    """
+    twin: Any = _unpatched_twin(model)
+    if r != 0:
+        patch.timm(twin, matching=_some_slot)
+        twin.r = r
+    return _count(twin, size)
+
+
+def _unpatched_twin(model: nn.Module) -> nn.Module:
+    on_meta: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in model.buffers()}
+    for parameter in model.parameters():
+        on_meta[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    return patch.unpatch(copy.deepcopy(model, on_meta)).eval()
+
+
+def _count(twin: nn.Module, size: tuple[int, int, int] | None) -> int:
+    images = torch.empty(1, *(size or input_size(twin)), dtype=next(twin.parameters()).dtype, device="meta")
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter knows its products in every version
+    with torch.no_grad(), plain, use_backend("reference"), FlopCounterMode(display=False) as counter:
+        twin(images)
+    return int(counter.get_total_flops())
+
+
+def _some_slot(keys: Tensor, r: int, prefix: int) -> Tensor:
+    return torch.empty(keys.shape[0], keys.shape[-2], dtype=torch.int32, device=keys.device)
