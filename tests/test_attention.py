@@ -152,6 +152,32 @@ def test_an_identity_map_gives_the_bits_of_none(device, gamma):
     assert all(map(torch.equal, *calls))
 
 
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
+def test_merge_add_norm_without_a_branch_is_the_norm(device, dtype):
+    x, zeros = torch.randn(2, 9, 24, device=device).to(dtype), torch.zeros(2, 9, 24, device=device, dtype=dtype)
+    weight, bias = torch.randn(2, 24, device=device).to(dtype)
+    size = torch.randint(1, 9, (2, 9), device=device).float()
+    for norm_dtype in (None, torch.float16):
+        out, y, sizes = ops.merge_add_norm(x, None, None, 9, size, weight, bias, 1e-5, norm_dtype=norm_dtype)
+        assert out is x
+        assert sizes is size
+        expected = ops.merge_add_norm(x, zeros, None, 9, size, weight, bias, 1e-5, norm_dtype=norm_dtype)[1]
+        assert torch.equal(y, expected)
+
+
+def test_gradients_of_the_norm_alone_are_those_of_torch(device):
+    found = []
+    for norm in (
+        lambda x, weight, bias: ops.merge_add_norm(x, None, None, 7, None, weight, bias, 1e-5)[1],
+        lambda x, weight, bias: F.layer_norm(x, (4,), weight, bias, 1e-5),
+    ):
+        torch.manual_seed(0)
+        leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 7, 4), (4,), (4,))]
+        found.append(torch.autograd.grad(norm(*leaves).square().sum(), leaves))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def add_norm_leaves(dtype, device):
     leaves = [torch.randn(1, 7, 4, dtype=torch.float64) for _ in range(2)]
     params = [torch.randn(4, dtype=torch.float64) for _ in range(3)]

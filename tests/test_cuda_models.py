@@ -15,7 +15,7 @@ from models import WIDE, images, make
 from torch import Tensor, nn
 
 import tome
-from tome import backend, report, schedule
+from tome import recording, report, schedule
 from tome.patch import timm_cost
 
 pytestmark = [NO_EXTENSION, pytest.mark.usefixtures("no_grad")]
@@ -78,7 +78,7 @@ def compare(
     model.r = r
     truth_model = copy.deepcopy(model).double()
     model = model.to(dtype)
-    with tome.use_backend("cuda"), backend.recorded() as calls:
+    with tome.use_backend("cuda"), recording.recorded() as calls:
         logits(model, x.to(dtype), "cuda", autocast)
     assert {call.backend for call in calls} <= {None, "torch", "cuda"}
     truth = logits(truth_model, x.double(), "reference", None)
@@ -177,7 +177,7 @@ def test_the_report_of_a_model_names_the_kernels():
     assert [part.name for part in parts] == ["patch_embed", "blocks.0-3"]
     assert [call.op for call in parts[0].calls] == ["matrix product"]
     assert parts[1].calls == tuple(
-        backend.Call(op, "cuda", None) for op in ("match", "attention", "merge_add_norm", "merge_add_norm")
+        recording.Call(op, "cuda", None) for op in ("match", "attention", "merge_add_norm", "merge_add_norm")
     )
     with tome.use_backend("auto"):
         (wide,) = report.ranges(report.parts(model.float(), images().cuda()))[1:]

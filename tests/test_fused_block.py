@@ -11,7 +11,7 @@ from models import HOSTS, images, make
 from torch import nn
 
 import tome
-from tome import backend, report
+from tome import recording, report
 from tome.patch import embed
 
 NOTHING = 0.001  # a share of the free tokens that comes to none: all of the merging path, without a merge
@@ -112,7 +112,7 @@ def test_a_norm_that_is_not_plain_is_called_and_reported():
     with torch.no_grad():
         assert torch.equal(twin(images()), model(images()))
     found = calls(twin)
-    assert backend.Call("merge_add_norm", None, "OtherNorm is not a plain LayerNorm") in found["blocks.1"]
+    assert recording.Call("merge_add_norm", None, "OtherNorm is not a plain LayerNorm") in found["blocks.1"]
     assert ops_of(found["blocks.2"]) == [("attention", "reference")] + 2 * [("merge_add_norm", "reference")]
 
 

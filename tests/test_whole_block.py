@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tome
 import tome_cuda
-from tome import backend, ops
+from tome import backend, ops, recording
 from tome.patch import timm_whole
 
 # Which hosts have other parts than the one call knows, and the rest.
@@ -208,7 +208,7 @@ def test_nobody_who_looks_at_operations_misses_one(stand_in):
         model(x)
         handle.remove()
         assert nn.GELU in seen
-        with backend.recorded() as calls, tome.use_backend("reference"):
+        with recording.recorded() as calls, tome.use_backend("reference"):
             model(x)
         assert [call.op for call in calls].count("merge_add_norm") == 8
         model.forward_tokens(x, trace=True)

@@ -11,7 +11,7 @@ See ``tome.ops`` for the operations, ``tome.schedule`` for what ``r`` may be, ``
 from tome import merge, ops, patch, schedule, utils, vis
 from tome.backend import BackendError, get_backend, set_backend, use_backend
 from tome.ops import unmerge
-from tome.patch import Tokens, UnsupportedModelError, unpatch
+from tome.patch import Tokens, UnsupportedModelError, merged, unpatch
 
 __all__ = [
     "BackendError",
@@ -19,6 +19,7 @@ __all__ = [
     "UnsupportedModelError",
     "get_backend",
     "merge",
+    "merged",
     "ops",
     "patch",
     "schedule",

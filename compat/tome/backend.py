@@ -14,32 +14,21 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType, TracebackType
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
 import tome_reference
+from tome.recording import is_recording, record
 
 CHOICES = ("auto", "reference", "cuda")
-PART = "part"  # a record of :func:`recorded` that is no operation: what follows is of the part its reason names
 INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
-
-
-class Call(NamedTuple):
-    """An operation, the backend that ran it ("reference" or "cuda"; None: it could not be used), and why."""
-
-    op: str
-    backend: str | None
-    reason: str | None
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.name: str | None = None  # of the instance: torch.compile watches no class attribute
-        self.calls: list[Call] | None = None
 
 
 _thread = _Thread()
@@ -97,8 +86,8 @@ class use_backend:  # noqa: N801  # used like a function
         _thread.name = self.outer.pop()
 
 
-def implementation(op: str, *args: object) -> ModuleType:
-    """The package that computes ``op`` on these arguments, the first of which is the tokens or keys.
+def implementation(op: str, *args: Any, **kwargs: Any) -> ModuleType:
+    """The package that computes ``op`` on these arguments, the first of which is the tokens, or a list of maps.
 
     Raises:
         BackendError: "cuda" was chosen and cannot run.
@@ -107,48 +96,39 @@ def implementation(op: str, *args: object) -> ModuleType:
     name = get_backend()
     if name == "reference":
         reason: str | None = "the reference was chosen"
-    elif name == "auto" and not (args and isinstance(args[0], torch.Tensor) and args[0].is_cuda):
+    elif name == "auto" and not is_on_gpu(args[0] if args else next(iter(kwargs.values()), None)):
         reason = "the tokens are not on a GPU"
     else:
         reason = extension_problem()
         if reason is None:
             import tome_cuda  # here, so that torch.compile can trace it and importing tome loads no kernels
 
-            reason = tome_cuda.why_not(op, *args)
+            reason = tome_cuda.why_not(op, *args, **kwargs)
             if reason is None:
-                if _thread.calls is not None:
-                    report(op, "cuda", tome_cuda.remark(op, *args))
+                if is_recording():
+                    record(op, "cuda", tome_cuda.remark(op, *args, **kwargs))
                 return tome_cuda
         elif name == "auto":
             _warn_once(reason)
         if name == "cuda":
             raise BackendError(f"the CUDA backend cannot run {op}: {reason}")
-    report(op, "reference", reason)
+    record(op, "reference", reason)
     return tome_reference
+
+
+def is_on_gpu(value: object) -> bool:
+    """Whether this is a CUDA tensor, or a list of such."""
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return isinstance(value, torch.Tensor) and value.is_cuda
 
 
 def unrecorded_extension(x: torch.Tensor) -> ModuleType | None:
     """``tome_cuda`` where it computes on these tokens and nobody records the operations one by one."""
-    if _thread.calls is not None or get_backend() == "reference":
+    if is_recording() or get_backend() == "reference":
         return None
     module = implementation("attention", x)
     return None if module is tome_reference else module
-
-
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Collect what the operations of this thread run on, and why (:mod:`tome.report`)."""
-    outer, _thread.calls = _thread.calls, []
-    try:
-        yield _thread.calls
-    finally:
-        _thread.calls = outer
-
-
-def report(op: str, backend: str | None, reason: str | None = None) -> None:
-    """Tell :func:`recorded` of an operation."""
-    if _thread.calls is not None:
-        _thread.calls.append(Call(op, backend, reason))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tome import backend
+from tome.recording import PART, Call, recorded
 
 
 class Part(NamedTuple):
     """A stretch of the model: its name ("patch_embed", "blocks.3"), and the operations it asked for, in their order."""
 
     name: str
-    calls: tuple[backend.Call, ...]
+    calls: tuple[Call, ...]
 
 
 def parts(model: nn.Module, images: Tensor) -> list[Part]:
@@ -29,11 +29,11 @@ def parts(model: nn.Module, images: Tensor) -> list[Part]:
         host's library: nothing is merged in it or before it.
 
     """
-    with torch.inference_mode(), backend.recorded() as calls:
+    with torch.inference_mode(), recorded() as calls:
         model(images)
     found: list[Part] = []
     for call in calls:
-        if call.op == backend.PART:
+        if call.op == PART:
             found.append(Part(call.reason or "", ()))
         elif found:
             found[-1] = found[-1]._replace(calls=(*found[-1].calls, call))

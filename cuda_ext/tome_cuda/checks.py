@@ -82,11 +82,12 @@ def merging(x: Tensor, slot_: object, tokens: int, size_: object) -> None:
 
 
 def add_norm(
-    x: Tensor, branch: Tensor, params: dict[str, Tensor | None], eps: float, norm_dtype: torch.dtype | None
+    x: Tensor, branch: Tensor | None, params: dict[str, Tensor | None], eps: float, norm_dtype: torch.dtype | None
 ) -> None:
     """The residual stream x [B, N, C], its branch [B, N, C] and per-channel parameters [C] or None."""
     floating("x", x, (3,), "[B, N, C]")
     floating("branch", branch, (3,), "[B, N, C]")
+    assert branch is not None
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
     if branch.dtype != x.dtype and x.dtype != torch.float32:

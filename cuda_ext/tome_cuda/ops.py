@@ -151,7 +151,7 @@ def unmerge(x: Tensor, slot: Tensor) -> Tensor:
 
 def merge_add_norm(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     slot: Tensor | None,
     tokens: int,
     size: Tensor | None,
@@ -161,11 +161,12 @@ def merge_add_norm(
     gamma: Tensor | None = None,
     norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """X := merge(x + gamma * branch); y = layer_norm(x).
+    """X := merge(x + gamma * branch); y = layer_norm(x). Without a branch the norm alone.
 
     Args:
         x: [B, N, C], the residual stream.
-        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast).
+        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast); None adds nothing, and then x is
+            returned as it is, and ``slot`` and ``gamma`` must be None.
         slot: int32 [B, N], onto [0, tokens); None merges nothing, and ``tokens`` is then N.
         tokens: M, the number of tokens that remain.
         size: float32 [B, N] or None for one each; returned as it is where nothing is merged.

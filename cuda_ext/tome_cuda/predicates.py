@@ -53,11 +53,19 @@ def why_not(op_name: str, *args: object, **kwargs: object) -> str | None:
     return reason
 
 
-def remark(op_name: str, *args: Any) -> str | None:
+def remark(op_name: str, *args: Any, **kwargs: Any) -> str | None:
     """What else to know of an operation that can run on these arguments: attention may be left to torch."""
-    if op_name != "attention":
-        return None
-    q, k, v, _, scale, dropout_p = args
+    return _remark_on_attention(*args, **kwargs) if op_name == "attention" else None
+
+
+def _remark_on_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> str | None:
     reason = without_kernel(q, k, v, scale, dropout_p)
     return None if reason is None else f"by torch: {reason}"
 

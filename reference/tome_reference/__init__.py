@@ -6,17 +6,22 @@ it agrees with this package.
 """
 
 from tome_reference.attention import attention
+from tome_reference.halves import attend_half, mlp_half
 from tome_reference.matching import kth_match, match, max_r, random_match
-from tome_reference.merging import merge, unmerge
+from tome_reference.merging import follow, merge, restore, unmerge
 from tome_reference.norm import merge_add_norm
 
 __all__ = [
+    "attend_half",
     "attention",
+    "follow",
     "kth_match",
     "match",
     "max_r",
     "merge",
     "merge_add_norm",
+    "mlp_half",
     "random_match",
+    "restore",
     "unmerge",
 ]

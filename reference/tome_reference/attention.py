@@ -34,7 +34,7 @@ def attention(
         TypeError, ValueError: a wrong dtype, rank, shape, device or probability.
 
     """
-    checks.attention(q, k, v, size, dropout_p)
+    checks.attention(q, k, v, size, scale, dropout_p)
     if q.numel() == 0:
         return q.clone()  # on a GPU torch's own function fails on an empty batch
     bias = None if size is None else size_bias(size).to(q.dtype)

@@ -1,6 +1,8 @@
-"""Argument checks of every operation. Each error names the value and what was expected."""
+"""Argument checks, each under the name and with the signature of its operation. Errors name the value and what fits."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,75 +11,61 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (int, torch.SymInt)
 
 
-def _tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
-    if value.dim() not in dims:
-        raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
-    return value
+def match(keys: Tensor, r: int, prefix: int = 1) -> None:
+    _keys(keys, prefix)
+    _integer("r", r, 0)
 
 
-def floating(name: str, value: object, dims: tuple[int, ...], layout: str) -> None:
-    """A floating-point tensor with one of the ranks ``dims``."""
-    tensor = _tensor(name, value, dims, layout)
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+def kth_match(keys: Tensor, k: int, prefix: int = 1) -> None:
+    _keys(keys, prefix)
+    _integer("k", k, 1)
 
 
-def integer(name: str, value: object, low: int, high: int | torch.SymInt | None = None) -> None:
-    """A Python integer in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, INTEGERS):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generator | None = None) -> None:
+    match(keys, r, prefix)
 
 
-def keys(value: Tensor, prefix: int) -> None:
-    """Keys [B, N, D] or [B, H, N, D] and the number of protected tokens."""
-    floating("keys", value, (3, 4), "[B, N, D] or [B, H, N, D]")
-    if value.shape[-1] == 0 or (value.dim() == 4 and value.shape[1] == 0):
-        raise ValueError(f"keys need at least one channel and one head, got shape {tuple(value.shape)}")
-    integer("prefix", prefix, 0, value.shape[-2])
+def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> None:
+    _floating("x", x, (3,), "[B, N, C]")
+    _slot("slot", slot, x, x.shape[1])
+    _integer("tokens", tokens, min(x.shape[1], 1), x.shape[1])
+    _size(size, x.shape[0], x.shape[1], x.device)
 
 
-def slot(value: object, batch: int, device: torch.device, length: int | None = None) -> None:
-    """A slot map, int32 [B, N]."""
-    tensor = _tensor("slot", value, (2,), "int32 [B, N]")
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"slot must be int32, got {tensor.dtype}")
-    if tensor.shape[0] != batch or (length is not None and tensor.shape[1] != length):
-        expected = f"[{batch}, {'N' if length is None else length}]"
-        raise ValueError(f"slot must be {expected}, got shape {tuple(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"slot must be on {device} like the tokens, got {tensor.device}")
+def unmerge(x: Tensor, slot: Tensor) -> None:
+    _floating("x", x, (3,), "[B, M, C]")
+    _slot("slot", slot, x)
 
 
-def size(value: object, batch: int, tokens: int, device: torch.device) -> None:
-    """Token sizes, float32 [B, N], or None for all ones."""
-    if value is None:
-        return
-    tensor = _tensor("size", value, (2,), "float32 [B, N]")
-    if tensor.dtype != torch.float32:
-        raise TypeError(f"size must be float32 whatever the dtype of the tokens, got {tensor.dtype}")
-    if tuple(tensor.shape) != (batch, tokens):
-        raise ValueError(f"size must be [{batch}, {tokens}], got shape {tuple(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"size must be on {device} like the tokens, got {tensor.device}")
+def follow(steps: Sequence[Tensor]) -> None:
+    _sequence("steps", steps)
+    if not steps:
+        raise ValueError("steps must hold at least one slot map, got none")
+    first = _tensor("steps[0]", steps[0], (2,), "int32 [B, N]")
+    _steps(steps, first)
 
 
-def merging(x: Tensor, slot_: object, tokens: int, size_: object) -> None:
-    """Arguments of merge: x [B, N, C], slot [B, N], tokens in [min(N, 1), N], size [B, N]."""
-    floating("x", x, (3,), "[B, N, C]")
-    slot(slot_, x.shape[0], x.device, x.shape[1])
-    integer("tokens", tokens, min(x.shape[1], 1), x.shape[1])
-    size(size_, x.shape[0], x.shape[1], x.device)
+def restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None = None) -> None:
+    _floating("x", x, (3,), "[B, M, C]")
+    _addition(x, branch, gamma)
+    _sequence("steps", steps)
+    _steps(steps, x)
+    if steps and steps[-1].shape[1] < x.shape[1]:
+        raise ValueError(
+            f"the last of steps must lead to the {x.shape[1]} tokens of x, got shape {tuple(steps[-1].shape)}"
+        )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, size_: object, dropout_p: float) -> None:
-    """Arguments of attention: q [B, H, Nq, D], k and v [B, H, N, D] of one dtype and device, size [B, N]."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
-        floating(name, value, (4,), "[B, H, N, D]")
+        _floating(name, value, (4,), "[B, H, N, D]")
         if value.dtype != q.dtype or value.device != q.device:
             raise TypeError(
                 f"q, k and v must share dtype and device, got {name} {value.dtype} on {value.device} "
@@ -90,30 +78,232 @@ def attention(q: Tensor, k: Tensor, v: Tensor, size_: object, dropout_p: float) 
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    size(size_, k.shape[0], k.shape[2], k.device)
+    _size(size, k.shape[0], k.shape[2], k.device)
 
 
-def add_norm(
-    x: Tensor, branch: Tensor, params: dict[str, Tensor | None], eps: float, norm_dtype: torch.dtype | None
+def merge_add_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    slot: Tensor | None,
+    tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    gamma: Tensor | None = None,
+    norm_dtype: torch.dtype | None = None,
 ) -> None:
-    """The residual stream x [B, N, C], its branch [B, N, C] and per-channel parameters [C] or None."""
-    floating("x", x, (3,), "[B, N, C]")
-    floating("branch", branch, (3,), "[B, N, C]")
+    _floating("x", x, (3,), "[B, N, C]")
+    _addition(x, branch, gamma)
+    _norm(x, (weight, bias, eps), norm_dtype)
+    if slot is not None and branch is None:
+        raise ValueError("slot must be None where there is no branch: merge x by itself")
+    if slot is None:
+        _integer("tokens", tokens, x.shape[1], x.shape[1])
+        _size(size, x.shape[0], x.shape[1], x.device)
+    else:
+        merge(x, slot, tokens, size)
+
+
+def attend_half(
+    x: Tensor,
+    qkv: Sequence[Tensor],
+    heads: int,
+    size: Tensor | None,
+    slot: Tensor | None,
+    tokens: int,
+    prefix: int,
+    is_weighted: bool,
+    scale: float | None,
+    qkv_linear: tuple[Tensor, Tensor | None] | None,
+    proj: tuple[Tensor, Tensor | None],
+    gamma: Tensor | None,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    norm_dtype: torch.dtype | None,
+) -> None:
+    _floating("x", x, (3,), "[B, N, C]")
+    batch, n, channels = x.shape
+    _integer("heads", heads, 1)
+    _integer("prefix", prefix, 0, n)
+    width = _qkv(qkv, heads, qkv_linear, x)
+    _size(size, batch, n, x.device)
+    if slot is None:
+        _integer("tokens", tokens, n - (n - prefix) // 2, n)
+    else:
+        merge(x, slot, tokens, size)
+    _linear("proj", proj, channels, width, x)
+    _per_channel("gamma", gamma, x)
+    _norm(x, norm, norm_dtype)
+
+
+def mlp_half(
+    x: Tensor,
+    y: Tensor,
+    fc1: tuple[Tensor, Tensor | None],
+    is_tanh: bool,
+    fc2: tuple[Tensor, Tensor | None],
+    gamma: Tensor | None,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    norm_dtype: torch.dtype | None,
+) -> None:
+    _floating("x", x, (3,), "[B, N, C]")
+    _floating("y", y, (3,), "[B, N, C]")
+    if y.shape[:2] != x.shape[:2]:
+        raise ValueError(f"y must have the tokens of x {tuple(x.shape)}, got shape {tuple(y.shape)}")
+    hidden = _linear("fc1", fc1, None, y.shape[2], x)
+    _linear("fc2", fc2, x.shape[2], hidden, x)
+    _per_channel("gamma", gamma, x)
+    _norm(x, norm, norm_dtype)
+
+
+def _tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
+    if value.dim() not in dims:
+        raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
+    return value
+
+
+def _floating(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:
+    tensor = _tensor(name, value, dims, layout)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    return tensor
+
+
+def _sequence(name: str, value: object) -> None:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tuple or list of tensors, got {type(value).__name__}")
+
+
+def _integer(name: str, value: object, low: int, high: int | torch.SymInt | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, INTEGERS):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def _on(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the tokens, got {tensor.device}")
+
+
+def _keys(keys: Tensor, prefix: int) -> None:
+    _floating("keys", keys, (3, 4), "[B, N, D] or [B, H, N, D]")
+    if keys.shape[-1] == 0 or (keys.dim() == 4 and keys.shape[1] == 0):
+        raise ValueError(f"keys need at least one channel and one head, got shape {tuple(keys.shape)}")
+    _integer("prefix", prefix, 0, keys.shape[-2])
+
+
+def _slot(name: str, slot: object, x: Tensor, length: int | None = None) -> None:
+    """A slot map of tokens x, int32 [B, N]."""
+    tensor = _tensor(name, slot, (2,), "int32 [B, N]")
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+    if tensor.shape[0] != x.shape[0] or (length is not None and tensor.shape[1] != length):
+        expected = f"[{x.shape[0]}, {'N' if length is None else length}]"
+        raise ValueError(f"{name} must be {expected}, got shape {tuple(tensor.shape)}")
+    _on(name, tensor, x.device)
+
+
+def _steps(steps: Sequence[Tensor], x: Tensor) -> None:
+    """Slot maps of one batch; each has at most the tokens of the one before it."""
+    for i, step in enumerate(steps):
+        _slot(f"steps[{i}]", step, x)
+        if i > 0 and step.shape[1] > steps[i - 1].shape[1]:
+            raise ValueError(
+                f"steps must go from first to last: steps[{i}] has {step.shape[1]} tokens, the one before it "
+                f"{steps[i - 1].shape[1]}"
+            )
+
+
+def _size(size: object, batch: int, tokens: int, device: torch.device) -> None:
+    """Token sizes, float32 [B, N], or None for all ones."""
+    if size is None:
+        return
+    tensor = _tensor("size", size, (2,), "float32 [B, N]")
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"size must be float32 whatever the dtype of the tokens, got {tensor.dtype}")
+    if tuple(tensor.shape) != (batch, tokens):
+        raise ValueError(f"size must be [{batch}, {tokens}], got shape {tuple(tensor.shape)}")
+    _on("size", tensor, device)
+
+
+def _addition(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> None:
+    """What is added to x [B, N, C]: a branch of its shape, times gamma [C]."""
+    _per_channel("gamma", gamma, x)
+    if branch is None:
+        if gamma is not None:
+            raise ValueError("gamma must be None where there is no branch")
+        return
+    _floating("branch", branch, (3,), "[B, N, C]")
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
     if branch.dtype != x.dtype and x.dtype != torch.float32:
         raise TypeError(f"branch must be {x.dtype} like x (or x float32), got {branch.dtype}")
-    if branch.device != x.device:
-        raise ValueError(f"branch must be on {x.device} like x, got {branch.device}")
-    for name, value in params.items():
-        if value is None:
-            continue
-        floating(name, value, (1,), f"[{x.shape[2]}]")
-        if value.shape[0] != x.shape[2]:
-            raise ValueError(f"{name} must be [{x.shape[2]}], got shape {tuple(value.shape)}")
-        if value.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} like x, got {value.device}")
+    _on("branch", branch, x.device)
+
+
+def _per_channel(name: str, value: Tensor | None, x: Tensor) -> None:
+    """A parameter [C] of tokens x, or None."""
+    if value is None:
+        return
+    _floating(name, value, (1,), f"[{x.shape[2]}]")
+    if value.shape[0] != x.shape[2]:
+        raise ValueError(f"{name} must be [{x.shape[2]}], got shape {tuple(value.shape)}")
+    _on(name, value, x.device)
+
+
+def _norm(x: Tensor, norm: tuple[Tensor | None, Tensor | None, float], norm_dtype: torch.dtype | None) -> None:
+    """A LayerNorm of tokens x: (weight, bias, eps), and the dtype of its output."""
+    if not isinstance(norm, tuple) or len(norm) != 3:
+        raise TypeError(f"norm must be (weight, bias, eps), got {norm!r}")
+    weight, bias, eps = norm
+    _per_channel("weight", weight, x)
+    _per_channel("bias", bias, x)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     if norm_dtype is not None and norm_dtype not in FLOATING:
         raise TypeError(f"norm_dtype must be float16, bfloat16, float32 or float64, got {norm_dtype}")
+
+
+def _linear(name: str, layer: tuple[Tensor, Tensor | None], outputs: int | None, inputs: int, x: Tensor) -> int:
+    """A linear layer (weight, bias or None) on the device of x; how many channels it gives."""
+    if not isinstance(layer, tuple) or len(layer) != 2:
+        raise TypeError(f"{name} must be a pair (weight, bias or None), got {type(layer).__name__}")
+    weight = _floating(f"{name}'s weight", layer[0], (2,), "[outputs, inputs]")
+    expected = (weight.shape[0] if outputs is None else outputs, inputs)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"{name}'s weight must be {list(expected)}, got shape {tuple(weight.shape)}")
+    _on(f"{name}'s weight", weight, x.device)
+    if layer[1] is not None:
+        bias = _floating(f"{name}'s bias", layer[1], (1,), f"[{expected[0]}]")
+        if bias.shape[0] != expected[0]:
+            raise ValueError(f"{name}'s bias must be [{expected[0]}], got shape {tuple(bias.shape)}")
+        _on(f"{name}'s bias", bias, x.device)
+    return weight.shape[0]
+
+
+def _qkv(qkv: Sequence[Tensor], heads: int, linear: tuple[Tensor, Tensor | None] | None, x: Tensor) -> int:
+    """Queries, keys and values in one of their three forms; H * D."""
+    _sequence("qkv", qkv)
+    batch, n, _ = x.shape
+    if len(qkv) == 3:
+        if linear is not None:
+            raise ValueError("qkv_linear must be None where q, k and v are given apart")
+        attention(qkv[0], qkv[1], qkv[2])
+        if tuple(qkv[0].shape[:3]) != (batch, heads, n):
+            raise ValueError(f"q, k and v must be [{batch}, {heads}, {n}, D], got shape {tuple(qkv[0].shape)}")
+        _on("q", qkv[0], x.device)
+        return heads * qkv[0].shape[3]
+    if len(qkv) != 1:
+        raise ValueError(f"qkv must be (q, k, v) or one tensor alone, got {len(qkv)} tensors")
+    packed = _floating("qkv", qkv[0], (3,), "[B, N, 3 * H * D], or [B, N, C] with qkv_linear")
+    if packed.shape[:2] != x.shape[:2]:
+        raise ValueError(f"qkv must have the tokens of x {tuple(x.shape)}, got shape {tuple(packed.shape)}")
+    _on("qkv", packed, x.device)
+    width = packed.shape[2] if linear is None else _linear("qkv_linear", linear, None, packed.shape[2], x)
+    if width == 0 or width % (3 * heads) != 0:
+        raise ValueError(f"{width} channels of qkv cannot be split into 3 * {heads} heads")
+    return width // 3

@@ -38,8 +38,7 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
 
     """
-    checks.keys(keys, prefix)
-    checks.integer("r", r, 0)
+    checks.match(keys, r, prefix)
     n = keys.shape[-2]
     r = min(r, max_r(n, prefix))
     if r == 0:
@@ -75,8 +74,7 @@ def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
         TypeError, ValueError: a wrong dtype, rank, k or prefix.
 
     """
-    checks.keys(keys, prefix)
-    checks.integer("k", k, 1)
+    checks.kth_match(keys, k, prefix)
     n = keys.shape[-2]
     k = min(k, n - prefix)
     if k <= 1:
@@ -108,14 +106,15 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
         TypeError, ValueError: a wrong dtype, rank, r or prefix.
 
     """
-    checks.keys(keys, prefix)
-    checks.integer("r", r, 0)
+    checks.random_match(keys, r, prefix, generator)
     n = keys.shape[-2]
     r = min(r, max_r(n, prefix))
     if r == 0:
         return _identity(keys)
     metric = _metric(keys)
-    drawn = torch.rand(metric.shape[0], n - prefix, device=keys.device, generator=generator).argsort(dim=1)
+    drawn = torch.rand(
+        metric.shape[0], n - prefix, dtype=torch.float32, device=keys.device, generator=generator
+    ).argsort(dim=1)
     sources = prefix + drawn[:, :r]
     targets = prefix + drawn[:, r:].sort(dim=1).values
     _, target = _best_target(_rows(metric, sources), _rows(metric, targets))

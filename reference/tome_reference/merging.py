@@ -6,6 +6,7 @@ addition, so the same input gives the same bits on every device, and a bad numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,9 +43,9 @@ def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> t
         [0, tokens).
 
     """
-    checks.merging(x, slot, tokens, size)
+    checks.merge(x, slot, tokens, size)
     groups = _groups(slot, tokens)
-    size = torch.ones(slot.shape, device=x.device) if size is None else size.detach()
+    size = torch.ones(slot.shape, dtype=torch.float32, device=x.device) if size is None else size.detach()
     total = _group_sum(size[:, :, None], groups)[:, :, 0]
     return _group_sum(x, groups, size / total.gather(1, slot.long())), total
 
@@ -63,10 +64,59 @@ def unmerge(x: Tensor, slot: Tensor) -> Tensor:
         TypeError, ValueError: a wrong dtype, rank, shape or device.
 
     """
-    checks.floating("x", x, (3,), "[B, M, C]")
-    checks.slot(slot, x.shape[0], x.device)
+    checks.unmerge(x, slot)
     restored: Tensor = _Unmerge.apply(x, slot)
     return restored
+
+
+def follow(steps: Sequence[Tensor]) -> Tensor:
+    """Compose consecutive merges: where each token of the first is behind the last.
+
+    Args:
+        steps: the slot maps, first to last: int32 [B, N_0], [B, N_1], ..., of which each has the tokens that the
+            one before it left.
+
+    Returns:
+        slot, int32 [B, N_0]; that of a single step is the step itself.
+
+    Raises:
+        TypeError, ValueError: no step, a wrong dtype, rank, shape or device.
+
+    """
+    checks.follow(steps)
+    slot = steps[0]
+    for step in steps[1:]:
+        slot = step.gather(1, slot.long())
+    return slot
+
+
+def restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None = None) -> Tensor:
+    """Add what waits to be added, and undo consecutive merges: x + gamma * branch, behind ``follow(steps)``.
+
+    Args:
+        x: [B, M, C], the residual stream behind the last merge.
+        branch: [B, M, C], the dtype of x, or any where x is float32 (autocast); None adds nothing.
+        steps: the slot maps as for :func:`follow`, the last onto [0, M); none leaves the tokens where they are.
+        gamma: [C], LayerScale's factor, or None for 1.
+
+    Returns:
+        [B, N_0, C] in the dtype of x; the addition rounds as in :func:`merge_add_norm`. Gradients flow to x, branch
+        and gamma.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device.
+
+    """
+    checks.restore(x, branch, steps, gamma)
+    x = add(x, branch, gamma)
+    return unmerge(x, follow(steps)) if steps else x
+
+
+def add(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """X + gamma * branch in the dtype of x; without a branch x itself."""
+    if branch is None:
+        return x
+    return x + (branch if gamma is None else branch * gamma).to(x.dtype)
 
 
 class _Unmerge(torch.autograd.Function):

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tome_reference import checks
-from tome_reference.merging import merge
+from tome_reference.merging import add, merge
 
 
 def merge_add_norm(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     slot: Tensor | None,
     tokens: int,
     size: Tensor | None,
@@ -22,11 +22,12 @@ def merge_add_norm(
     gamma: Tensor | None = None,
     norm_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """X := merge(x + gamma * branch); y = layer_norm(x).
+    """X := merge(x + gamma * branch); y = layer_norm(x). Without a branch the norm alone.
 
     Args:
         x: [B, N, C], the residual stream.
-        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast).
+        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast); None adds nothing, and then x is
+            returned as it is, and ``slot`` and ``gamma`` must be None.
         slot: int32 [B, N], onto [0, tokens); None merges nothing, and ``tokens`` is then N.
         tokens: M, the number of tokens that remain.
         size: float32 [B, N] or None for one each; returned as it is where nothing is merged.
@@ -44,13 +45,8 @@ def merge_add_norm(
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
 
     """
-    checks.add_norm(x, branch, {"weight": weight, "bias": bias, "gamma": gamma}, eps, norm_dtype)
-    if slot is None:
-        checks.integer("tokens", tokens, x.shape[1], x.shape[1])
-        checks.size(size, x.shape[0], x.shape[1], x.device)
-    else:
-        checks.merging(x, slot, tokens, size)
-    x = x + (branch if gamma is None else branch * gamma).to(x.dtype)
+    checks.merge_add_norm(x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype)
+    x = add(x, branch, gamma)
     if slot is not None:
         x, size = merge(x, slot, tokens, size)
     norm_dtype = x.dtype if norm_dtype is None else norm_dtype

@@ -1,0 +1,140 @@
+"""The halves of a block are their parts, bit for bit, on every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import HALF_AND_SINGLE
+from torch import Tensor
+
+import tome_reference
+from tome import ops
+
+FORMS = ("views", "packed", "projected")
+
+
+@dataclass(frozen=True)
+class Half:
+    """Arguments of both halves. ``repr`` reproduces them."""
+
+    batch: int
+    n: int
+    heads: int
+    head_dim: int
+    merged: int
+    prefix: int
+    form: str
+    mapped: bool  # whether the slot map is given
+    sized: bool
+    is_weighted: bool
+    is_tanh: bool
+    scale: float | None
+    dtype: torch.dtype
+    norm_dtype: torch.dtype | None
+    biased: bool
+    seed: int
+
+    def draw(self, *shape: int, optional: bool = False) -> Tensor | None:
+        if optional and not self.biased:
+            return None
+        return (torch.randn(shape, generator=self.generator) / shape[-1] ** 0.5).to(self.dtype).to(self.device)
+
+    def build(self, device: torch.device | str) -> tuple[tuple, tuple]:
+        object.__setattr__(self, "generator", torch.Generator().manual_seed(self.seed))
+        object.__setattr__(self, "device", device)
+        batch, n, width, channels = self.batch, self.n, self.heads * self.head_dim, 16
+        x, y = self.draw(batch, n, channels), self.draw(batch, n, channels)
+        linear = None
+        if self.form == "views":
+            qkv = tuple(self.draw(batch, self.heads, n, self.head_dim) for _ in range(3))
+        elif self.form == "packed":
+            qkv = (self.draw(batch, n, 3 * width),)
+        else:
+            qkv = (y,)
+            linear = (self.draw(3 * width, channels), self.draw(3 * width, optional=True))
+        size = torch.randint(1, 9, (batch, n), generator=self.generator).float().to(device) if self.sized else None
+        keys = torch.randn(batch, n, 4, generator=self.generator).to(device)
+        slot = tome_reference.match(keys, self.merged, self.prefix) if self.mapped else None
+        norm = (self.draw(channels, optional=True), self.draw(channels, optional=True), 1e-5)
+        proj = (self.draw(channels, width), self.draw(channels, optional=True))
+        gamma = self.draw(channels, optional=True)
+        attend = (
+            *(x, qkv, self.heads, size, slot, n - self.merged, self.prefix, self.is_weighted, self.scale),
+            *(linear, proj, gamma, norm, self.norm_dtype),
+        )
+        fc1 = (self.draw(24, channels), self.draw(24, optional=True))
+        fc2 = (self.draw(channels, 24), self.draw(channels, optional=True))
+        return attend, (x, y, fc1, self.is_tanh, fc2, gamma, norm, self.norm_dtype)
+
+
+@st.composite
+def halves(draw: st.DrawFn) -> Half:
+    n = draw(st.sampled_from([1, 2, 9, 33]))
+    prefix = draw(st.integers(0, min(2, n)))
+    booleans = st.booleans()
+    return Half(
+        *(draw(st.integers(0, 2)), n, draw(st.sampled_from([1, 3])), draw(st.sampled_from([8, 32, 64]))),
+        *(draw(st.integers(0, (n - prefix) // 2)), prefix, draw(st.sampled_from(FORMS)), draw(booleans)),
+        *(draw(booleans), draw(booleans), draw(booleans), draw(st.sampled_from([None, 0.3]))),
+        *(draw(st.sampled_from(HALF_AND_SINGLE)), draw(st.sampled_from([None, torch.float32, torch.float16]))),
+        *(draw(booleans), draw(st.integers(0, 2**31))),
+    )
+
+
+def same(ours: tuple, theirs: tuple) -> bool:
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@given(case=halves())
+def test_attend_half_is_its_parts(device, case):
+    attend, _ = case.build(device)
+    x, qkv, heads, size, slot, tokens, prefix, is_weighted, scale, linear, proj, gamma, norm, norm_dtype = attend
+    with torch.no_grad():
+        ours = ops.attend_half(*attend)
+        if len(qkv) == 1:
+            packed = qkv[0] if linear is None else F.linear(qkv[0], *linear)
+            qkv = packed.reshape(case.batch, case.n, 3, heads, case.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if slot is None and case.merged > 0:
+            slot = ops.match(qkv[1], case.merged, prefix)
+        seen = ops.attention(*qkv, size if is_weighted else None, scale)
+        seen = seen.transpose(1, 2).reshape(case.batch, case.n, heads * case.head_dim)
+        branch = F.linear(seen, *proj)
+        expected = ops.merge_add_norm(x, branch, slot, tokens, size, *norm, gamma, norm_dtype)
+    assert same(ours, (*expected, slot))
+    assert ours[1].dtype == (norm_dtype or x.dtype)
+
+
+@given(case=halves())
+def test_mlp_half_is_its_parts(device, case):
+    _, mlp = case.build(device)
+    x, y, fc1, is_tanh, fc2, gamma, norm, norm_dtype = mlp
+    with torch.no_grad():
+        hidden = F.gelu(F.linear(y, *fc1), approximate="tanh" if is_tanh else "none")
+        expected = ops.merge_add_norm(x, F.linear(hidden, *fc2), None, case.n, None, *norm, gamma, norm_dtype)
+        assert same(ops.mlp_half(*mlp), expected[:2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_flow_through_both_halves(device, form):
+    case = Half(2, 9, 2, 8, 3, 1, form, False, True, True, True, None, torch.float32, None, True, 0)
+    attend, mlp = case.build(device)
+    leaves = []
+
+    def leaf(value):
+        if isinstance(value, tuple):
+            return tuple(map(leaf, value))
+        if isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape != (2, 9):
+            leaves.append(value.requires_grad_())
+        return value
+
+    x, y, size, _ = ops.attend_half(*map(leaf, attend))
+    x, y = ops.mlp_half(x, y, *map(leaf, mlp[2:]))
+    torch.autograd.backward([x, y], [torch.ones_like(x), torch.ones_like(y)])
+    assert len(leaves) >= 10
+    assert all(value.grad is not None for value in leaves)
+    assert not size.requires_grad
