@@ -10,7 +10,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 
 import tome
 from tome import UnsupportedModelError, schedule
-from tome.patch import Tokens, timm_cost
+from tome.patch import Tokens, cost
 
 SCHEDULES = [3, (3, -1.0), [5, 0, 2], 0.2, 100]
 every_host = pytest.mark.parametrize("host", HOSTS)
@@ -55,7 +55,7 @@ def test_r_gives_the_planned_tokens(host, r):
     model = tome.patch.timm(make(host))
     model.r = r
     assert model.r == r
-    n, _ = timm_cost.cost(model)
+    n, _ = cost.cost(model)
     plan = schedule.plan(r, 4, n, model.num_prefix_tokens)
     counts = [x.shape[1] + model.num_prefix_tokens for x in intermediate_tokens(model)]
     assert counts == list(plan.tokens[1:])
@@ -90,7 +90,7 @@ def test_pooling_of_merged_tokens_is_pooling_of_restored_ones(host):
     model.r = (5, -1.0)
     logits = model(images())
     restored = model.forward_features(images(), restore=True)
-    assert restored.shape[1] == timm_cost.cost(model)[0]
+    assert restored.shape[1] == cost.cost(model)[0]
     torch.testing.assert_close(model.forward_head(restored), logits, **CLOSE)
     torch.testing.assert_close(model.forward_head(model.forward_features(images())), logits, **CLOSE)
     base = tome.unpatch(copy.deepcopy(model))

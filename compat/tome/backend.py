@@ -123,12 +123,29 @@ def is_on_gpu(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_cuda
 
 
-def unrecorded_extension(x: torch.Tensor) -> ModuleType | None:
-    """``tome_cuda`` where it computes on these tokens and nobody records the operations one by one."""
-    if is_recording() or get_backend() == "reference":
-        return None
-    module = implementation("attention", x)
-    return None if module is tome_reference else module
+def one_call(op: str, *args: Any) -> ModuleType | None:
+    """The extension, where it computes ``op`` on these arguments; None where it is to be done step by step.
+
+    Recorded either way, with the reason.
+    """
+    reason = "the reference was chosen" if get_backend() == "reference" else None
+    if reason is None and not is_on_gpu(args[0]):
+        reason = "the tokens are not on a GPU"
+    reason = reason or extension_problem()
+    if reason is None:
+        import tome_cuda
+
+        reason = tome_cuda.why_not(op, *args)
+        if reason is None:
+            record(op, "cuda", "one call")
+            return tome_cuda
+    record(op, None, reason)
+    return None
+
+
+def takes_kernels(x: torch.Tensor) -> bool:
+    """Whether the extension, rather than the reference, computes on these tokens."""
+    return x.is_cuda and get_backend() != "reference" and extension_problem() is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped

@@ -146,3 +146,7 @@ def _count(name: str, value: object) -> int:
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return int(value)
+
+
+def warn_if_clipped(r: Schedule, depth: int, tokens: int, prefix: int = 1) -> None:
+    pass

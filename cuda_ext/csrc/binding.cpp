@@ -1,5 +1,11 @@
 // Every schema, and the kernels that implement it. Fakes and autograd: tome_cuda/registration.py.
+#include <sstream>
+#include <string>
+
+#include "attention/attention.h"
+#include "match/match.h"
 #include "ops.h"
+#include "restore/restore.h"
 
 #ifndef TOME_ARCHS
 #error "TOME_ARCHS names the architectures of this build"
@@ -13,18 +19,23 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("merge_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor");
   m.def("unmerge(Tensor x, Tensor slot) -> Tensor");
   m.def("unmerge_backward(Tensor grad, Tensor slot, SymInt tokens) -> Tensor");
+  m.def("follow(Tensor[] steps) -> Tensor");
+  m.def("restore(Tensor x, Tensor? branch, Tensor[] steps, Tensor? gamma) -> Tensor");
   m.def(
-      "merge_add_norm(Tensor x, Tensor branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
+      "merge_add_norm(Tensor x, Tensor? branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale) -> Tensor");
   m.def(
-      "block(Tensor x, Tensor normed, Tensor? size, SymInt r, SymInt prefix, bool is_weighted, int heads, "
-      "float scale, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, Tensor? proj_bias, "
-      "Tensor? gamma1, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, ScalarType norm_dtype, "
-      "Tensor fc1_weight, Tensor? fc1_bias, bool is_tanh, Tensor fc2_weight, Tensor? fc2_bias, "
-      "Tensor? gamma2, Tensor? next_weight, Tensor? next_bias, float next_eps, ScalarType next_dtype)"
-      " -> (Tensor, Tensor, Tensor)");
+      "attend_half(Tensor x, Tensor[] qkv, int heads, Tensor? size, Tensor? slot, SymInt tokens, SymInt "
+      "prefix, "
+      "bool is_weighted, float scale, Tensor? qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
+      "Tensor? proj_bias, Tensor? gamma, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+      "ScalarType norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mlp_half(Tensor x, Tensor y, Tensor fc1_weight, Tensor? fc1_bias, bool is_tanh, Tensor fc2_weight, "
+      "Tensor? fc2_bias, Tensor? gamma, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+      "ScalarType norm_dtype) -> (Tensor, Tensor)");
   m.def(
       "merge_add_norm_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? slot, "
       "Tensor? size, Tensor? total, Tensor? weight, Tensor? gamma, SymInt length, ScalarType branch_dtype)"
@@ -40,15 +51,37 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("merge_backward", TORCH_BOX(&tome::merge_backward));
   m.impl("unmerge", TORCH_BOX(&tome::unmerge));
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
+  m.impl("follow", TORCH_BOX(&tome::follow));
+  m.impl("restore", TORCH_BOX(&tome::restore));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
-  m.impl("block", TORCH_BOX(&tome::block));
+  m.impl("attend_half", TORCH_BOX(&tome::attend_half));
+  m.impl("mlp_half", TORCH_BOX(&tome::mlp_half));
   m.impl("merge_add_norm_backward", TORCH_BOX(&tome::merge_add_norm_backward));
   m.impl("column_sums", TORCH_BOX(&tome::column_sums));
 }
 
+namespace {
+
+// What the Python side must know of the kernels too: here is where both have it from.
+std::string build_info() {
+  std::ostringstream json;
+  json << "{\"torch\": \"2.11\", \"cuda\": \"" TOME_EXPAND(TOME_CUDA_VERSION) "\", \"cutlass\": \""
+       << TOME_EXPAND(TOME_CUTLASS_VERSION) "\", \"archs\": \"" TOME_EXPAND(
+              TOME_ARCHS) "\", \"head_dims\": [";
+  for (const int head_dim : tome::attention_ops::kHeadDims) {
+    json << (head_dim == tome::attention_ops::kHeadDims[0] ? "" : ", ") << head_dim;
+  }
+  json << "], \"max_channels\": " << tome::match::kMaxChannels
+       << ", \"least_scale\": " << tome::attention_ops::kLeastScale
+       << ", \"max_steps\": " << tome::restoring::kMaxSteps << "}";
+  return json.str();
+}
+
+}  // namespace
+
 // Read through ctypes before any operator runs, on machines with and without a GPU.
 extern "C" __attribute__((visibility("default"))) const char* tome_cuda_build_info() {
-  return "{\"torch\": \"2.11\", \"cuda\": \"" TOME_EXPAND(TOME_CUDA_VERSION) "\", \"cutlass\": \""
-         TOME_EXPAND(TOME_CUTLASS_VERSION) "\", \"archs\": \"" TOME_EXPAND(TOME_ARCHS) "\"}";
+  static const std::string info = build_info();
+  return info.c_str();
 }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "stable.h"
 
@@ -28,36 +29,46 @@ Tensor merge_backward(const Tensor& grad, const Tensor& slot, const std::optiona
                       const Tensor& total);
 Tensor unmerge(const Tensor& x, const Tensor& slot);
 Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
+// Where several merges, first to last, take the tokens before them; and these tokens from x + gamma * branch.
+Tensor follow(const std::vector<Tensor>& steps);
+Tensor restore(const Tensor& x, const std::optional<Tensor>& branch, const std::vector<Tensor>& steps,
+               const std::optional<Tensor>& gamma);
 
 // x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of
-// every row.
+// every row. Without a branch only the norm of x, and merged is empty.
 struct Normed {
   Tensor merged, y;
   std::optional<Tensor> total, stats;
 };
-Normed merged_norm(const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
-                   const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
+Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const std::optional<Tensor>& slot,
+                   int64_t tokens, const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, double eps, const std::optional<Tensor>& gamma,
                    ScalarType norm_dtype, bool training);
 // The same as an operator returns it: empty tensors for what there is none of.
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
-    const Tensor& x, const Tensor& branch, const std::optional<Tensor>& slot, int64_t tokens,
+    const Tensor& x, const std::optional<Tensor>& branch, const std::optional<Tensor>& slot, int64_t tokens,
     const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training);
 // [B, Nq, H, D] for q [B, H, Nq, D].
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
                  double scale);
-// A whole block: tokens after its merge and MLP, their norm, sizes (empty where r = 0). Inference only.
-std::tuple<Tensor, Tensor, Tensor> block(
-    const Tensor& x, const Tensor& normed, const std::optional<Tensor>& size, int64_t r, int64_t prefix,
-    bool is_weighted, int64_t heads, double scale, const Tensor& qkv_weight,
-    const std::optional<Tensor>& qkv_bias, const Tensor& proj_weight, const std::optional<Tensor>& proj_bias,
-    const std::optional<Tensor>& gamma1, const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias, double norm_eps, ScalarType norm_dtype, const Tensor& fc1_weight,
-    const std::optional<Tensor>& fc1_bias, bool is_tanh, const Tensor& fc2_weight,
-    const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma2,
-    const std::optional<Tensor>& next_weight, const std::optional<Tensor>& next_bias, double next_eps,
-    ScalarType next_dtype);
+// The halves of a block, inference only. x merged, its norm, and what there is of new sizes and a new slot
+// map: empty where nothing merged, the map also where it was given.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
+    const Tensor& x, const std::vector<Tensor>& qkv, int64_t heads, const std::optional<Tensor>& size,
+    const std::optional<Tensor>& slot, int64_t tokens, int64_t prefix, bool is_weighted, double scale,
+    const std::optional<Tensor>& qkv_weight, const std::optional<Tensor>& qkv_bias, const Tensor& proj_weight,
+    const std::optional<Tensor>& proj_bias, const std::optional<Tensor>& gamma,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
+    ScalarType norm_dtype);
+// x with the MLP's output added, and its norm.
+std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tensor& fc1_weight,
+                                    const std::optional<Tensor>& fc1_bias, bool is_tanh,
+                                    const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
+                                    const std::optional<Tensor>& gamma,
+                                    const std::optional<Tensor>& norm_weight,
+                                    const std::optional<Tensor>& norm_bias, double eps,
+                                    ScalarType norm_dtype);
 // The gradients of x and branch; the second is empty where it equals the first.
 std::tuple<Tensor, Tensor> merge_add_norm_backward(
     const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,

@@ -11,6 +11,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ KERNELS = HERE.parents[1] / "cuda_ext" / "csrc"
 SOURCES = (
     *("match/fused.cu", "match/metric.cu", "match/tiled.cu", "merge/gather.cu", "merge/spread.cu"),
     *("norm/forward.cu", "norm/backward.cu", "attention/resident.cu", "attention/streamed.cu"),
+    "restore/restore.cu",
 )
 FLAGS = ("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-Wno-unknown-pragmas")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -41,7 +43,7 @@ def library() -> ctypes.CDLL:
     """Build the emulated kernels, once."""
     with tempfile.TemporaryDirectory(prefix="cuda-emulator-") as folder:
         objects = []
-        for source in (*(KERNELS / name for name in SOURCES), HERE / "emulated.cpp"):
+        for source in (*(KERNELS / name for name in SOURCES), HERE / "emulated.cpp", HERE / "restore.cpp"):
             objects.append(f"{folder}/{len(objects)}.o")
             command = ["g++", *FLAGS, f"-I{HERE / 'include'}", f"-I{KERNELS}", "-x", "c++", "-c", str(source)]
             subprocess.run([*command, "-o", objects[-1]], check=True)
@@ -83,6 +85,10 @@ def _is_aligned(tensor: Tensor, boundary: int = 16) -> bool:
         and row % boundary == 0
         and all(stride * size % boundary == 0 for stride in tensor.stride()[:-1])
     )
+
+
+def _is_aligned_like(branch: Tensor | None, x: Tensor) -> bool:
+    return branch is None or _is_aligned(branch, 16 * branch.element_size() // x.element_size())
 
 
 def match(
@@ -183,7 +189,7 @@ def spread(x: Tensor, slot: Tensor, size: Tensor | None, total: Tensor | None, s
 
 def merge_add_norm(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     slot: Tensor | None,
     tokens: int,
     size: Tensor | None,
@@ -195,18 +201,26 @@ def merge_add_norm(
     block_outputs: int = 32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The merged x, y, the sizes and the statistics (mean, 1 / standard deviation) of every row."""
+    """The merged x, y, the sizes and the statistics (mean, 1 / standard deviation) of every row.
+
+    Without a branch nothing is merged, and the merged x is empty.
+    """
     batch, length, channels = x.shape
-    out = Guarded((batch, tokens, channels), x.dtype)
+    out = Guarded((0 if branch is None else batch, tokens, channels), x.dtype)
     y = Guarded((batch, tokens, channels), norm_dtype or x.dtype)
     total, stats = Guarded((batch, tokens), torch.float32), Guarded((batch, tokens, 2), torch.float32)
     parameters = (gamma, weight, bias)
-    strides = [*x.stride(), *branch.stride()]
+    strides = [*x.stride(), *((0,) * 3 if branch is None else branch.stride())]
     for table in (slot, size):
         strides += (0, 0) if table is None else table.stride()
     strides += [0 if value is None else value.stride(0) for value in parameters]
-    dtypes = [x.dtype, branch.dtype, y.tensor.dtype, *(x.dtype if v is None else v.dtype for v in parameters)]
-    aligned = _is_aligned(x) and _is_aligned(branch, 16 * branch.element_size() // x.element_size())
+    dtypes = [
+        x.dtype,
+        x.dtype if branch is None else branch.dtype,
+        y.tensor.dtype,
+        *(x.dtype if v is None else v.dtype for v in parameters),
+    ]
+    aligned = _is_aligned(x) and _is_aligned_like(branch, x)
     aligned &= all(v is None or (v.stride(0) == 1 and v.data_ptr() % 16 == 0) for v in parameters)
     library().emulated_norm(
         *(_address(t) for t in (x, branch, out.tensor, y.tensor, None if slot is None else total.tensor)),
@@ -286,4 +300,37 @@ def column_sums(a: Tensor, b: Tensor, stats: Tensor | None, seed: int = 0) -> Te
     slabs = library().emulated_columns(_address(a), _address(b), _address(stats), _address(None), *numbers)
     out = Guarded((slabs, 2, channels), torch.float32)
     library().emulated_columns(_address(a), _address(b), _address(stats), _address(out.tensor), *numbers)
+    return out.check()
+
+
+def _chain(steps: Sequence[Tensor]) -> tuple[object, ...]:
+    strides = [stride for step in steps for stride in step.stride()]
+    lengths = (ctypes.c_int * len(steps))(*(step.shape[1] for step in steps))
+    return (ctypes.c_void_p * len(steps))(*(step.data_ptr() for step in steps)), _longs(*strides), lengths, len(steps)
+
+
+def follow(steps: Sequence[Tensor], seed: int = 0) -> Tensor:
+    """Where a chain of slot maps takes each token of the first."""
+    out = Guarded(tuple(steps[0].shape), torch.int32)
+    library().emulated_follow(*_chain(steps), _address(out.tensor), steps[0].shape[0], seed)
+    return out.check()
+
+
+def restore(
+    x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None, block_rows: int = 32, seed: int = 0
+) -> Tensor:
+    """X + gamma * branch, unmerged along a chain of slot maps."""
+    batch, tokens, channels = x.shape
+    length = steps[0].shape[1] if steps else tokens
+    out = Guarded((batch, length, channels), x.dtype)
+    strides = [*x.stride(), *((0,) * 3 if branch is None else branch.stride())]
+    strides += [0 if gamma is None else gamma.stride(0)]
+    dtypes = [x.dtype, *(x.dtype if value is None else value.dtype for value in (branch, gamma))]
+    aligned = _is_aligned(x) and _is_aligned(out.tensor) and _is_aligned_like(branch, x)
+    aligned &= gamma is None or (gamma.stride(0) == 1 and gamma.data_ptr() % 16 == 0)
+    library().emulated_restore(
+        *(*_chain(steps), _address(x), _address(branch), _address(gamma), _longs(*strides)),
+        *((ctypes.c_int * 3)(*(DTYPES[dtype] for dtype in dtypes)), _address(out.tensor)),
+        *(batch, length, tokens, channels, block_rows, int(aligned), seed),
+    )
     return out.check()

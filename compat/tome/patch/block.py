@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class MergingBlock(Patched):
     _tome_chosen: str | None = None  # the backend of the pass that a checkpoint computes again
     _tome_transient = ("_tome_last", "_tome_chosen", "_tome_readings")
 
-    def mlp_parts(self, reading: Reading) -> MlpParts:
+    def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
         """What the MLP computes with; raises NotPlain where it is not Linear, GELU, Linear."""
         raise NotImplementedError
 
@@ -85,7 +85,8 @@ class MergingBlock(Patched):
 
     def _merged(self, tokens: Tokens) -> Tokens:
         s, row = self._tome, self._tome_row
-        attn = getattr(self, row.attn)
+        parts: Any = self._modules  # as attributes they take several times as long
+        attn = parts[row.attn]
         norm1, norm2 = self._norms(attn, tokens.device_type())
         watched = plain.why_watched(tokens.unadded)
         x, y = tokens.enter(norm1)
@@ -105,11 +106,13 @@ class MergingBlock(Patched):
         row = self._tome_row
         if row.is_post:
             return None, None
+        first, second, to = self._modules[row.norm1], self._modules[row.norm2], plain.autocast_dtype(device)
+        if to is None:
+            return plain.norm(row.norm1, first, None), plain.norm(row.norm2, second, None)
         # Autocast would round for a linear layer anyway; writing that dtype at once saves a pass over the tokens.
-        to = plain.autocast_dtype(device)
         return (
-            plain.norm(row.norm1, getattr(self, row.norm1), to if row.attention.reads_linearly(attn) else None),
-            plain.norm(row.norm2, getattr(self, row.norm2), to if self.mlp_reads_linearly() else None),
+            plain.norm(row.norm1, first, to if row.attention.reads_linearly(attn) else None),
+            plain.norm(row.norm2, second, to if self.mlp_reads_linearly() else None),
         )
 
     def _normed(self, x: Tensor, norm: Norm | None, watched: str | None) -> Tensor:
@@ -126,11 +129,8 @@ class MergingBlock(Patched):
         s, kind = self._tome, self._tome_row.attention
         parts = self._read("attention", watched)
         is_own = left < x.shape[1] and s.model.matching.name != "bipartite"
-        if not isinstance(parts, str):
-            if kind.is_watched(attn):
-                parts = f"{self._tome_row.attn} is watched"
-            elif left < x.shape[1] and not is_own and side_stream(x) is not None:
-                parts = "a CUDA graph is captured, in which matching runs beside attention"
+        if not isinstance(parts, str) and left < x.shape[1] and not is_own and side_stream(x) is not None:
+            parts = "a CUDA graph is captured, in which matching runs beside attention"
         if isinstance(parts, str) or norm is None:
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
             return None
@@ -166,7 +166,7 @@ class MergingBlock(Patched):
             q, k, v = kind.project(attn, y, through)
             if left < y.shape[1]:
                 side = side_stream(y) if matching.name == "bipartite" else None
-                with torch.cuda.stream(side):
+                with nullcontext() if side is None else torch.cuda.stream(side):
                     slot = matching.rule(k, amount, s.prefix)
             seen = ops.attention(q, k, v, weights, *kind.numbers(attn)[1:])
             value = kind.output(attn, seen, y)
@@ -207,10 +207,10 @@ class MergingBlock(Patched):
             reading, row = Reading(self), self._tome_row
             try:
                 if half == "mlp":
-                    parts: Any = self.mlp_parts(reading)
+                    parts: Any = self.mlp_parts(reading, reading.unwatched(self, row.mlp))
                     gamma = reading.gamma(self, row.scale2, row.drop2)
                 else:
-                    parts = row.attention.read(reading, getattr(self, row.attn))
+                    parts = row.attention.read(reading, reading.unwatched(self, row.attn))
                     gamma = reading.gamma(self, row.scale1, row.drop1)
             except NotPlain as error:
                 return str(error)

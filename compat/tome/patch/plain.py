@@ -22,7 +22,7 @@ NORMS: Kinds = {nn.LayerNorm: None}
 INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: None}
 GELUS: dict[type[nn.Module], Callable[[Any], bool]] = {nn.GELU: lambda gelu: gelu.approximate == "tanh"}  # is it tanh?
 SCALES: dict[type[nn.Module], str | None] = {nn.Identity: None}  # LayerScale: the name of its factor
-PLAIN_TENSORS = (nn.Parameter, Tensor)  # of a quantised or distributed layer the weight is a subclass
+PLAIN_VALUES = (nn.Parameter, Tensor, type(None))  # of a quantised or distributed layer the weight is a subclass
 
 
 class NotPlain(Exception):  # noqa: N818  # no error
@@ -54,20 +54,29 @@ class Reading:
 
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: Any) -> None:
         self._root = root._modules
         self._modules: list[tuple[nn.Module, type]] = []
         self._entries: list[tuple[dict[str, Any], str, object]] = []
 
-    def holds(self, root: nn.Module) -> bool:
+    def holds(self, root: Any) -> bool:
         """Whether everything that was read of ``root`` is still as it was (and root no replica of it)."""
-        return root._modules is self._root and all(
-            owner.get(name) is value for owner, name, value in self._entries
-        ) and all(
-            type(module) is kind and not module.training and not has_hooks(module) for module, kind in self._modules
-        )
+        if root._modules is not self._root:
+            return False
+        for owner, name, value in self._entries:
+            if owner.get(name) is not value:
+                return False
+        for module, kind in self._modules:
+            if type(module) is not kind or module.training or has_hooks(module):
+                return False
+        return True
 
-    def part(self, owner: nn.Module, name: str, kinds: Kinds) -> Any:
+    def unwatched(self, owner: Any, name: str) -> Any:
+        """The child of that name, of whatever type, which nobody watches and which is not training."""
+        child = owner._modules[name]
+        return self.part(owner, name, {type(child): None})
+
+    def part(self, owner: Any, name: str, kinds: Kinds) -> Any:
         """The child of that name, which must be of one of these types and unwatched."""
         child = owner._modules.get(name)
         self._entries.append((owner._modules, name, child))
@@ -80,7 +89,7 @@ class Reading:
         self._modules.append((child, type(child)))
         return child
 
-    def inert(self, owner: nn.Module, *names: str) -> None:
+    def inert(self, owner: Any, *names: str) -> None:
         """Children that return what they are given, or are not there."""
         for name in names:
             if owner._modules.get(name) is None:
@@ -88,12 +97,12 @@ class Reading:
             else:
                 self.part(owner, name, INERT_IN_EVAL)
 
-    def linear(self, owner: nn.Module, name: str) -> Linear:
+    def linear(self, owner: Any, name: str) -> Linear:
         """Weight and bias of a child."""
         child = self.part(owner, name, {nn.Linear: None})
         return self.parameter(child, "weight"), child._parameters["bias"]
 
-    def gamma(self, owner: nn.Module, scale: str | None, drop: str | None) -> Tensor | None:
+    def gamma(self, owner: Any, scale: str | None, drop: str | None) -> Tensor | None:
         """The factor of a LayerScale, or None where there is none; and a drop path that drops nothing."""
         if drop is not None:
             self.inert(owner, drop)
@@ -103,7 +112,7 @@ class Reading:
         factor = SCALES[type(child)]
         return None if factor is None else self.parameter(child, factor)
 
-    def is_tanh(self, owner: nn.Module, name: str) -> bool:
+    def is_tanh(self, owner: Any, name: str) -> bool:
         """Which GELU a child is."""
         child = self.part(owner, name, GELUS)
         return GELUS[type(child)](child)
@@ -117,7 +126,7 @@ class Reading:
         return value
 
 
-def norm(name: str, module: nn.Module, dtype: torch.dtype | None) -> Norm | None:
+def norm(name: str, module: Any, dtype: torch.dtype | None) -> Norm | None:
     """A LayerNorm over the last dimension that may be computed outside of its module; None, and recorded, if not."""
     if type(module) not in NORMS:
         reason = f"{name} is a {type(module).__name__} and no plain LayerNorm"
@@ -125,10 +134,13 @@ def norm(name: str, module: nn.Module, dtype: torch.dtype | None) -> Norm | None
         reason = f"{name} is over {len(module.normalized_shape)} dimensions"
     elif has_hooks(module):
         reason = f"{name} has hooks or a forward of its own"
-    elif any(value is not None and type(value) not in PLAIN_TENSORS for value in (module.weight, module.bias)):
-        reason = f"the weight of {name} is a {type(module.weight).__name__}"
     else:
-        return Norm(module.weight, module.bias, module.eps, dtype)
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None or bias is None:  # not in a replica of DataParallel, and where there are none
+            weight, bias = module.weight, module.bias
+        if type(weight) in PLAIN_VALUES and type(bias) in PLAIN_VALUES:
+            return Norm(weight, bias, module.eps, dtype)
+        reason = f"the weight of {name} is a {type(weight).__name__}"
     record("merge_add_norm", None, reason)
     return None
 

@@ -84,8 +84,9 @@ class TimmBlock(MergingBlock):
     def mlp_reads_linearly(self) -> bool:
         return type(self.mlp) in (Mlp, GluMlp, SwiGLU)
 
-    def mlp_parts(self, reading: Reading) -> MlpParts:
-        mlp = reading.part(cast(nn.Module, self), "mlp", {Mlp: None})
+    def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
+        if type(mlp) is not Mlp:
+            raise NotPlain(f"mlp is a {type(mlp).__name__}")
         reading.inert(mlp, "drop1", "norm", "drop2")
         return MlpParts(reading.linear(mlp, "fc1"), reading.is_tanh(mlp, "act"), reading.linear(mlp, "fc2"))
 

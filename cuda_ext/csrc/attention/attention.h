@@ -37,9 +37,13 @@ bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, int mul
 // The bias enters a score before the scale does, so it is divided by it: this keeps the quotient finite.
 constexpr float kLeastScale = 1e-30f;
 
+constexpr int kHeadDims[] = {32, 64, 72, 80, 96, 128};
+
 constexpr bool is_head_dim(int64_t head_dim) {
-  return head_dim == 32 || head_dim == 64 || head_dim == 72 || head_dim == 80 || head_dim == 96 ||
-         head_dim == 128;
+  for (const int known : kHeadDims) {
+    if (head_dim == known) return true;
+  }
+  return false;
 }
 
 }  // namespace tome::attention_ops

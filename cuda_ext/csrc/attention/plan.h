@@ -1,7 +1,9 @@
 // Which of the two mma.sync kernels runs, and how a launch is divided.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
+#include <utility>
 
 #include "attention.h"
 
@@ -53,22 +55,13 @@ void dispatch_half(Dtype dtype, F&& f) {
   if (dtype == Dtype::kBFloat16) return f(TypeTag<__nv_bfloat16>{});
 }
 
+template <class F, size_t... kI>
+void dispatch_head_dim(int head_dim, F&& f, std::index_sequence<kI...>) {
+  ((head_dim == kHeadDims[kI] ? f(Count<kHeadDims[kI]>{}) : void()), ...);
+}
 template <class F>
 void dispatch_head_dim(int head_dim, F&& f) {
-  switch (head_dim) {
-    case 32:
-      return f(Count<32>{});
-    case 64:
-      return f(Count<64>{});
-    case 72:
-      return f(Count<72>{});
-    case 80:
-      return f(Count<80>{});
-    case 96:
-      return f(Count<96>{});
-    case 128:
-      return f(Count<128>{});
-  }
+  dispatch_head_dim(head_dim, f, std::make_index_sequence<sizeof(kHeadDims) / sizeof(kHeadDims[0])>{});
 }
 
 namespace hopper {

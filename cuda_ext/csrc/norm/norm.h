@@ -18,10 +18,10 @@ struct Vector {
 
 struct NormParams {
   GatherParams merge;  // x, and x merged; without a slot map every token is an output
-  View branch;         // [batch, length, channels]
+  View branch;         // [batch, length, channels]; data_ptr null: only the norm of x, and no slot map
   void* y_ptr;         // [batch, tokens, channels], contiguous
-  float2*
-      stats_ptr;  // [batch, tokens]: mean and 1 / standard deviation; null where no gradient will need them
+  // [batch, tokens]: mean and 1 / standard deviation; null where no gradient will need them.
+  float2* stats_ptr;
   Dtype y_dtype;
   Vector gamma, weight, bias;
   float eps;

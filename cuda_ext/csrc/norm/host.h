@@ -1,0 +1,22 @@
+// Host side of every operation that adds a branch: how its vectors lie.
+#pragma once
+
+#include <optional>
+
+#include "../merge/host.h"
+#include "norm.h"
+
+namespace tome {
+
+// A [C] tensor for x [B, N, C].
+norm::Vector vector(const std::optional<Tensor>& tensor, const char* name, const Tensor& x);
+
+// Whether 16 bytes of x, and as many channels of the others, can be read at a time: packs of as many channels
+// take 8, 16 or 32 bytes of them.
+bool is_aligned_vector(const norm::Vector& vector);
+bool is_aligned_like(const View& view, Dtype dtype, Dtype x_dtype, int64_t channels);
+
+// A branch of x [B, N, C]: of its shape and dtype, or of any where x is float32. The dtype.
+Dtype check_branch(const Tensor& branch, const Tensor& x);
+
+}  // namespace tome
