@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import assume, given
 from strategies import cases
@@ -67,6 +68,14 @@ def test_a_model_merges_by_the_function():
     tokens = tome.merged(names["model"], names["images"])
     assert tokens.x.shape == (2, 197 - 12 * 8, 192)
     assert joins_only_neighbours(tokens.slot)
+
+
+def test_a_map_that_is_not_onto_is_an_error_on_a_cpu():
+    names = run(*BLOCKS[:2])
+    tome.patch.timm(names["model"], matching=lambda keys, r, prefix: neighbours(keys, r, prefix) // 2)
+    names["model"].r = 8
+    with pytest.raises(ValueError, match="onto"):
+        names["model"](names["images"])
 
 
 def test_all_blocks_run_in_order():
