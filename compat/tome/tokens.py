@@ -1,8 +1,10 @@
-"""What travels between the blocks of a patched model: merged tokens that pass for the full grid wherever a tensor does."""
+"""What travels between the blocks of a patched model: merged tokens that pass for the full grid of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -36,25 +38,32 @@ class Branch(NamedTuple):
         return x, y
 
 
-class Mlp(NamedTuple):
-    """An MLP of Linear, GELU, Linear that is yet to run on y [B, N, C], and to be added to x."""
+class MlpParts(NamedTuple):
+    """What an MLP of Linear, GELU, Linear computes with, the LayerScale behind it included."""
 
-    y: Tensor
     fc1: Linear
     is_tanh: bool
     fc2: Linear
     gamma: Tensor | None = None
 
+
+class Mlp(NamedTuple):
+    """Such an MLP that is yet to run on y [B, N, C], and to be added to x."""
+
+    y: Tensor
+    parts: MlpParts
+
     def branch(self) -> Branch:
         """What the MLP adds."""
-        hidden = F.gelu(F.linear(self.y, *self.fc1), approximate="tanh" if self.is_tanh else "none")
-        return Branch(F.linear(hidden, *self.fc2), self.gamma)
+        fc1, is_tanh, fc2, gamma = self.parts
+        hidden = F.gelu(F.linear(self.y, *fc1), approximate="tanh" if is_tanh else "none")
+        return Branch(F.linear(hidden, *fc2), gamma)
 
     def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""
-        if norm is None:
-            return self.branch().add(x, None)
-        return ops.mlp_half(x, self.y, self.fc1, self.is_tanh, self.fc2, self.gamma, norm[:3], norm.dtype)
+        return (
+            self.branch().add(x, None) if norm is None else ops.mlp_half(x, self.y, *self.parts, norm[:3], norm.dtype)
+        )
 
 
 class Tokens:
@@ -154,7 +163,8 @@ def _as_tensor(name: str) -> Callable[..., Any]:
     return operator
 
 
-for _name in "getitem len iter add radd sub rsub mul rmul truediv rtruediv neg abs pow matmul rmatmul".split():
+OPERATORS = "getitem len iter add radd sub rsub mul rmul truediv rtruediv neg abs pow matmul rmatmul"
+for _name in OPERATORS.split():
     setattr(Tokens, f"__{_name}__", _as_tensor(f"__{_name}__"))
 
 
@@ -165,6 +175,30 @@ def restored(tree: Any) -> Any:
         tree,
         is_leaf=lambda node: isinstance(node, Tokens),
     )
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.kept: list[Tokens] | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def kept() -> Iterator[list[Tokens]]:
+    """Collect the tokens of this thread's passes before their last block restores the grid."""
+    outer, _thread.kept = _thread.kept, []
+    try:
+        yield _thread.kept
+    finally:
+        _thread.kept = outer
+
+
+def keep(tokens: Tokens) -> None:
+    """Give the tokens to :func:`kept`, if anyone collects them."""
+    if _thread.kept is not None:
+        _thread.kept.append(tokens)
 
 
 def add(

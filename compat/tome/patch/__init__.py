@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from tome.matching import Rule
+from tome.matching import Rule, chosen
 from tome.patch.model import merged
+from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, unpatch
 from tome.tokens import Tokens
 
@@ -43,4 +44,5 @@ def timm(
     """
     from tome.patch import timm_vit  # timm, and torchvision behind it, load only when a model is patched
 
-    return timm_vit.apply_patch(model, trace_source, prop_attn, use_cuda_ext, matching)
+    backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
+    return timm_vit.apply_patch(model, ModelSettings(trace_source, prop_attn, backend, chosen(matching)))

@@ -7,9 +7,7 @@ MLP. Where nobody watches, each half of it is one call.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,13 +15,14 @@ from torch import Tensor
 
 from tome import backend, ops
 from tome.patch import plain
-from tome.patch.beside import side_stream
-from tome.patch.plain import AttentionParts, MlpParts, NotPlain, Reading, has_hooks, through
+from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import BlockSettings, Row
 from tome.patch.swap import Patched, UnsupportedModelError
 from tome.recording import PART, record
-from tome.tokens import Branch, Mlp, Norm, Tokens, add
+from tome.streams import side_stream
+from tome.tokens import Branch, Mlp, MlpParts, Norm, Tokens, add, keep
 from tome_reference.attention import size_bias
+
 
 class MergingBlock(Patched):
     """Mixed into a host's block: takes a tensor or :class:`Tokens`, returns tokens, and the last one the full grid."""
@@ -181,9 +180,11 @@ class MergingBlock(Patched):
         row = self._tome_row
         parts = self._read("mlp", watched)
         if isinstance(parts, str) or y is None or has_hooks(self) or row.is_post:
-            record("mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched")
+            record(
+                "mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched"
+            )
         elif backend.one_call("mlp_half", x, y, *parts) is not None:
-            return Mlp(y, *parts)  # type: ignore[arg-type]  # of an MLP
+            return Mlp(y, parts)  # type: ignore[arg-type]  # of an MLP
         norm2 = getattr(self, row.norm2)
         value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))
         return self._scaled(norm2(value) if row.is_post else value, row.scale2, row.drop2)
@@ -221,26 +222,7 @@ class MergingBlock(Patched):
         """Leave what the model, or :func:`kept`, is asked for behind the last block."""
         if not self._tome.is_last:
             return
-        if _thread.kept is not None:
-            _thread.kept.append(tokens)
+        keep(tokens)
         trace = self._tome.model.trace_source
         if trace or not torch.compiler.is_compiling():
             self._tome_last = (tokens.size, tokens.slot if trace else None)
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.kept: list[Tokens] | None = None
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def kept() -> Iterator[list[Tokens]]:
-    """Collect the tokens of this thread's passes before their last block restores the grid."""
-    outer, _thread.kept = _thread.kept, []
-    try:
-        yield _thread.kept
-    finally:
-        _thread.kept = outer

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tome import schedule
-from tome.patch.block import MergingBlock, kept
+from tome.patch.block import MergingBlock
 from tome.patch.row import BlockSettings, ModelSettings
 from tome.patch.swap import Patched, UnsupportedModelError
-from tome.tokens import Tokens
+from tome.tokens import Tokens, kept
 from tome.utils import adjacency
 
 
@@ -71,44 +71,36 @@ class PatchedModel(Patched):
 
 
 class PassedOn:
-    """An attribute of a wrapper that is the patched model's inside; what a plain attribute would hide without a word."""
+    """An attribute of a wrapper that is the patched model's inside, and would be lost without a word if set on it."""
 
-    def __init__(self, inner: str) -> None:
-        self.inner = inner
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def _owner(self, wrapper: Any) -> Any:
-        inner = getattr(wrapper, self.inner)
-        return inner if isinstance(inner, PatchedModel) else None
+    def __init__(self, inner: str, name: str) -> None:
+        self.inner, self.name = inner, name
 
     def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
-        if wrapper is None:
-            return self
-        inner = self._owner(wrapper)
-        if inner is None and self.name not in vars(wrapper):
-            raise AttributeError(self.name)
-        return vars(wrapper)[self.name] if inner is None else getattr(inner, self.name)
+        inner = getattr(wrapper, self.inner, None)
+        if isinstance(inner, PatchedModel):
+            return getattr(inner, self.name)
+        try:
+            return vars(wrapper)[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
 
     def __set__(self, wrapper: Any, value: Any) -> None:
-        inner = self._owner(wrapper)
-        if inner is None:
-            vars(wrapper)[self.name] = value
-        else:
+        inner = getattr(wrapper, self.inner)
+        if isinstance(inner, PatchedModel):
             setattr(inner, self.name, value)
+        else:
+            vars(wrapper)[self.name] = value
 
 
 def pass_on(wrapper: type[nn.Module], inner: str) -> None:
     """Let a class of wrappers pass ``r`` and ``_tome_info`` on to the patched model in its attribute ``inner``."""
     for name in ("r", "_tome_info"):
-        attribute = PassedOn(inner)
-        attribute.__set_name__(wrapper, name)
-        setattr(wrapper, name, attribute)
+        setattr(wrapper, name, PassedOn(inner, name))
 
 
-pass_on(nn.DataParallel, "module")
-pass_on(DistributedDataParallel, "module")
+for _wrapper in (nn.DataParallel, DistributedDataParallel):
+    pass_on(_wrapper, "module")
 
 
 def merged(model: nn.Module, *args: Any, **kwargs: Any) -> Tokens:

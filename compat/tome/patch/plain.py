@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from tome.tokens import Linear, Norm
 from tome.recording import record
+from tome.tokens import Linear, Norm
 
 Kinds = dict[type[nn.Module], Any]
 
@@ -34,15 +34,6 @@ class AttentionParts(NamedTuple):
 
     qkv: Linear | None  # None: q, k, v need more than one linear layer
     proj: Linear
-    gamma: Tensor | None = None  # of the LayerScale behind it
-
-
-class MlpParts(NamedTuple):
-    """What an MLP of Linear, GELU, Linear computes with."""
-
-    fc1: Linear
-    is_tanh: bool
-    fc2: Linear
     gamma: Tensor | None = None  # of the LayerScale behind it
 
 

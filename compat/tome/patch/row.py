@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -13,36 +13,29 @@ from tome.patch.plain import AttentionParts, Reading
 Call = Callable[[nn.Module, Tensor], Tensor]
 
 
-class Attention:
+class Attention(Protocol):
     """How one class of attention makes q, k, v, and what it does behind them; ``attn`` is the module."""
 
     def project(self, attn: Any, y: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """Normed tokens [B, N, C] -> q, k, v [B, H, N, D] as attention reads them; ``call`` calls a part."""
-        raise NotImplementedError
 
     def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:
         """What the heads have seen [B, H, N, D] -> what is added to the tokens [B, N, C]."""
-        raise NotImplementedError
 
     def whole(self, attn: Any, y: Tensor, bias: Tensor | None) -> Tensor:
         """The module itself, called with log sizes [B, 1, 1, N] as its mask."""
-        raise NotImplementedError
 
     def is_watched(self, attn: Any) -> bool:
         """Whether someone watches or replaces what only a call of the module computes."""
-        raise NotImplementedError
 
     def numbers(self, attn: Any) -> tuple[int, float | None, float]:
         """Heads, the factor of the scores (None: D ** -0.5), and the probability of dropping a weight now."""
-        raise NotImplementedError
 
     def reads_linearly(self, attn: Any) -> bool:
         """Whether y is read by linear layers only, which round to autocast's dtype anyway."""
-        raise NotImplementedError
 
     def read(self, reading: Reading, attn: Any) -> AttentionParts:
         """What it computes with; raises NotPlain where it doesn't end in a plain linear layer."""
-        raise NotImplementedError
 
 
 class Row(NamedTuple):

@@ -10,20 +10,19 @@ from typing import Any, cast
 
 from timm.layers import DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
 from timm.layers.activations import GELU, GELUTanh
-from timm.models._features import FeatureGetterNet
 from timm.models import vision_transformer as timm_vit
+from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Block, LayerScale, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from tome.matching import Rule, chosen
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
 from tome.patch.model import PatchedModel, pass_on
-from tome.patch.plain import AttentionParts, MlpParts, NotPlain, Reading, has_hooks, through
+from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import Attention, Call, ModelSettings, Row
 from tome.patch.swap import UnsupportedModelError, base_of, check_own, swap
-from tome.tokens import restored
+from tome.tokens import MlpParts, restored
 
 plain.NORMS[LayerNorm] = plain.INERT_IN_EVAL[DropPath] = None
 plain.SCALES[LayerScale] = "gamma"
@@ -132,23 +131,15 @@ class TimmViT(PatchedModel):
         _swap_parts(self)
 
 
-def apply_patch(
-    model: nn.Module,
-    trace_source: bool = False,
-    prop_attn: bool = True,
-    use_cuda_ext: bool | None = None,
-    matching: str | Rule = "bipartite",
-) -> nn.Module:
+def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     """See :func:`tome.patch.timm`."""
     inner: Any = model.model if isinstance(model, FeatureGetterNet) else model
-    rule = chosen(matching)
     _check_model(inner)
     for block in inner.blocks:
         swap(block, BLOCKS[base_of(block)])
     _swap_parts(inner)
     swap(inner, TimmViT)
-    backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
-    inner._tome = ModelSettings(trace_source, prop_attn, backend, rule)
+    inner._tome = settings
     inner.r = 0
     return model
 
@@ -178,14 +169,11 @@ def _check_model(model: Any) -> None:
                 f"{name}: its forward was replaced (as accelerate's hooks for offloading do), so that a patch would "
                 "not be called; patch before that"
             )
-        _check_parts(name, block, BLOCK_PARTS)
-        attn = block.attn
-        if type(attn) is not timm_vit.Attention:
-            raise UnsupportedModelError(f"{name}.attn: {type(attn).__name__} is not supported")
-        _check_parts(f"{name}.attn", attn, ATTENTION_PARTS)
-
-
-def _check_parts(name: str, module: nn.Module, known: set[str]) -> None:
-    unknown = sorted({child for child, _ in module.named_children()} - known)
-    if unknown:
-        raise UnsupportedModelError(f"{name}: {type(module).__name__} has parts that are not understood: {unknown}")
+        if type(block.attn) is not timm_vit.Attention:
+            raise UnsupportedModelError(f"{name}.attn: {type(block.attn).__name__} is not supported")
+        for part, module, known in ((name, block, BLOCK_PARTS), (f"{name}.attn", block.attn, ATTENTION_PARTS)):
+            unknown = sorted({child for child, _ in module.named_children()} - known)
+            if unknown:
+                raise UnsupportedModelError(
+                    f"{part}: {type(module).__name__} has parts that are not understood: {unknown}"
+                )
