@@ -305,8 +305,7 @@ def test_suggestions_can_be_patched(capsys):
     suggested = err.strip().partition("for instance, ")[2].split(", ")
     assert len(suggested) == 3
     for name in suggested:  # the nearest, vit_dwee_patch16_reg1_gap_256, has an attention that is not known
-        with torch.device("meta"):
-            tome.patch.timm(timm.create_model(name))
+        tome.patch.timm(timm.create_model(name, depth=1))
     _, _, err = run(capsys, "bench", "timm/vit_tiny_patch16_224.augreg_in21k")
     assert "write hf-hub:timm/vit_tiny_patch16_224.augreg_in21k for the model hub or local-dir:" in err
 
@@ -353,7 +352,7 @@ def test_a_checkpoint_is_loaded(weights, file):
         ("wide.pth", "size mismatch for cls_token: copying a param with shape torch.Size([1, 1, 192]) from checkpoint"),
         ("tensor.pth", "cannot read weights from "),
         ("empty.pth", "empty.pth: there are none in it"),
-        ("pickled.pth", "weights_only=True blocked loading"),
+        ("pickled.pth", "cannot read weights from "),
         ("text.pth", "cannot read weights from "),
         ("text.safetensors", "cannot read weights from "),
         ("missing.pth", "does not exist"),

@@ -15,8 +15,11 @@ from tome import cost, schedule
 
 
 def on_meta(name, **kwargs):
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs).eval()
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **kwargs).eval()
+    except RuntimeError:  # older versions of timm read tensors while they make a model
+        return timm.create_model(name, **kwargs).to("meta").eval()
 
 
 def by_hand(model, tokens):
