@@ -137,26 +137,6 @@ def _with_rounding(reason: str | None, op: str, args: tuple[Any, ...], kwargs: d
     return reason if rounded is None else f"{reason}, {rounded}"
 
 
-def one_call(op: str, *args: Any) -> ModuleType | None:
-    """The extension, where it computes ``op`` on these arguments; None where it is to be done step by step.
-
-    Recorded either way, with the reason.
-    """
-    reason = "the reference was chosen" if get_backend() == "reference" else None
-    if reason is None and not is_on_gpu(args[0]):
-        reason = "the tokens are not on a GPU"
-    reason = reason or extension_problem()
-    if reason is None:
-        import tome_cuda
-
-        reason = tome_cuda.why_not(op, *args)
-        if reason is None:
-            record(op, "cuda", "one call")
-            return tome_cuda
-    record(op, None, reason)
-    return None
-
-
 def takes_kernels(x: torch.Tensor) -> bool:
     """Whether the extension, rather than the reference, computes on these tokens."""
     return x.is_cuda and get_backend() != "reference" and extension_problem() is None

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from timm.data import create_transform, resolve_model_data_config
 
-from tome import backend, cost, schedule, vis
+from tome import backend, cost, patch, schedule, vis
 from tome.cli import files, models
 
 
@@ -48,7 +48,8 @@ def draw(model: Any, photo: Image.Image) -> Image.Image:
     config = {**resolve_model_data_config(model), "input_size": cost.input_size(model)}
     pixels = create_transform(**config, is_training=False)(photo)
     with torch.inference_mode():
-        slot = model.forward_tokens(pixels[None], trace=True).slot  # lead: tome.merged(model, pixels[None]).slot
+        slot = patch.merged(model, pixels[None]).slot
+    assert slot is not None
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     seen = (pixels * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     shown = Image.fromarray(seen.permute(1, 2, 0).contiguous().numpy())

@@ -8,7 +8,7 @@ MLP. Where nobody watches, each half of it is one call.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from tome.recording import PART, record
 from tome.streams import side_stream
 from tome.tokens import Branch, Mlp, MlpParts, Norm, Tokens, add, keep
 from tome_reference.attention import size_bias
+
+Half = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, what the MLP reads, size, slot
 
 
 class MergingBlock(Patched):
@@ -47,7 +49,7 @@ class MergingBlock(Patched):
         record(PART, None, s.name)
         if not isinstance(x, Tokens):
             if s.entry == 0:
-                out = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the host's block
+                out = super().forward(x, *args, **kwargs)  # of the host's block
                 self._tell(Tokens(out))
                 return out
             x = Tokens(x)
@@ -62,7 +64,7 @@ class MergingBlock(Patched):
 
     def _check_call(self, *others: Any) -> None:
         name = self._tome.name
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise UnsupportedModelError(
                 "torch.jit.trace and onnx.export(dynamo=False) cannot follow merged tokens: use torch.export or "
                 "onnx.export(dynamo=True)"
@@ -92,9 +94,9 @@ class MergingBlock(Patched):
         if y is None:
             y = x if row.is_post else self._normed(x, norm1, watched)
         amount, left = s.model.matching.plan(s.entry, x.shape[1], s.prefix)
-        qkv, done = self._attend_half(attn, x, y, tokens.size, amount, left, norm2, watched)
+        made, done = self._attend_half(attn, x, y, tokens.size, amount, left, norm2, watched)
         if done is None:
-            branch, slot = self._attention(attn, y, qkv, tokens.size, amount, left)
+            branch, slot = self._attention(attn, y, *made, tokens.size, amount, left)
             done = *add(x, branch, slot, left, tokens.size, norm2), slot
         x, mlp_input, size, slot = done
         steps = tokens.steps if slot is None else (*tokens.steps, slot)
@@ -123,44 +125,35 @@ class MergingBlock(Patched):
     def _attend_half(
         self, attn: Any, x: Tensor, y: Tensor, size: Tensor | None, amount: int, left: int, norm: Norm | None,
         watched: str | None,
-    ) -> tuple[Qkv | None, tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] | None]:  # fmt: skip
-        """From normed tokens to the MLP's input, size and slot map in one call, if it can be; q, k, v if it made them."""
-        s, kind = self._tome, self._tome_row.attention
+    ) -> tuple[tuple[Qkv | None, Tensor | None], Half | None]:  # fmt: skip
+        """What it made of q, k, v and slot before it could know, and in one call, if that can be, the half."""
+        s, kind, qkv, slot = self._tome, self._tome_row.attention, None, None
         parts = self._read("attention", watched)
         is_own = left < x.shape[1] and s.model.matching.name != "bipartite"
         if not isinstance(parts, str) and left < x.shape[1] and not is_own and side_stream(x) is not None:
             parts = "a CUDA graph is captured, in which matching runs beside attention"
         if isinstance(parts, str) or norm is None:
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
-            return None, None
+            return (None, None), None
         assert isinstance(parts, AttentionParts)
-        qkv = kind.project(attn, y, through) if is_own or parts.qkv is None else None
+        if is_own or parts.qkv is None:
+            qkv = kind.project(attn, y, through)
+            slot = s.model.matching.rule(qkv[1], amount, s.prefix) if is_own else None
         heads, scale, _ = kind.numbers(attn)
-        first = x, qkv or (y,), heads, size
-        rest = (
-            left,
-            s.prefix,
-            s.model.prop_attn,
-            scale,
-            parts.qkv if qkv is None else None,
-            *parts[1:],
-            norm[:3],
-            norm.dtype,
-        )
-        kernels = backend.one_call("attend_half", *first, None, *rest)
-        if kernels is None:
-            return qkv, None
-        slot = s.model.matching.rule(qkv[1], amount, s.prefix) if is_own and qkv is not None else None
-        return qkv, kernels.attend_half(*first, slot, *rest)
+        done = ops.in_one_call(
+            ops.attend_half, x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,
+            parts.qkv if qkv is None else None, *parts[1:], norm[:3], norm.dtype,
+        )  # fmt: skip
+        return (qkv, slot), done
 
     def _attention(
-        self, attn: Any, y: Tensor, qkv: Qkv | None, size: Tensor | None, amount: int, left: int
+        self, attn: Any, y: Tensor, qkv: Qkv | None, slot: Tensor | None, size: Tensor | None, amount: int, left: int
     ) -> tuple[Branch, Tensor | None]:
         """What attention adds to the tokens, part by part, and the slot map where some of them merge."""
         s, row = self._tome, self._tome_row
         kind, matching = row.attention, s.model.matching
         weights = size if s.model.prop_attn else None
-        slot, side = None, None
+        side = None
         if kind.is_watched(attn):
             # Called as it is, so that nothing of it is lost; the keys are projected once more, past its hooks.
             record("attention", "torch", f"{row.attn} is watched: it is called, and its keys are computed twice")
@@ -171,7 +164,7 @@ class MergingBlock(Patched):
             value = kind.whole(attn, y, None if weights is None else size_bias(weights).to(y.dtype))
         else:
             q, k, v = qkv or kind.project(attn, y, through)
-            if left < y.shape[1]:
+            if slot is None and left < y.shape[1]:
                 side = side_stream(y) if matching.name == "bipartite" else None
                 with nullcontext() if side is None else torch.cuda.stream(side):
                     slot = matching.rule(k, amount, s.prefix)
@@ -191,15 +184,16 @@ class MergingBlock(Patched):
             record(
                 "mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched"
             )
-        elif backend.one_call("mlp_half", x, y, *parts, norm[:3], norm.dtype) is not None:
-            return Mlp(y, parts)  # type: ignore[arg-type]  # of an MLP
+        elif ops.declined(ops.mlp_half, x, y, *cast(MlpParts, parts), norm[:3], norm.dtype) is None:
+            return Mlp(y, cast(MlpParts, parts))
         norm2 = getattr(self, row.norm2)
         value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))
         return self._scaled(norm2(value) if row.is_post else value, row.scale2, row.drop2)
 
     def _scaled(self, value: Tensor, scale: str | None, drop: str | None) -> Branch:
         """The branch behind LayerScale and drop path; a plain LayerScale is left to the addition."""
-        factor, path = (None if name is None else getattr(self, name) for name in (scale, drop))
+        factor: Any = None if scale is None else getattr(self, scale)
+        path: Any = None if drop is None else getattr(self, drop)
         name = plain.SCALES.get(type(factor))
         if name is not None and not has_hooks(factor) and (path is None or plain.is_inert(path)):
             return Branch(value, getattr(factor, name))
@@ -224,7 +218,7 @@ class MergingBlock(Patched):
             except NotPlain as error:
                 return str(error)
             readings[half] = reading, parts._replace(gamma=gamma)
-        return readings[half][1]  # type: ignore[no-any-return]
+        return readings[half][1]
 
     def _tell(self, tokens: Tokens) -> None:
         """Leave what the model, or :func:`kept`, is asked for behind the last block."""

@@ -48,7 +48,7 @@ class LastNorm(Patched):
     def forward(self, x: Tensor) -> Tensor:
         is_known = len(self.normalized_shape) == 1 and not getattr(self, "_fast_norm", False)
         if not is_known or plain.why_watched(x) is not None or x.dim() != 3 or not backend.takes_kernels(x):
-            normed: Tensor = super().forward(x)  # type: ignore[misc]  # of the host's norm
+            normed: Tensor = super().forward(x)
             return normed
         record(PART, None, "norm")
         # Autocast computes norms in float32, and leaves them so.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    _Module = nn.Module  # what the class is that a mixin goes into
+else:
+    _Module = object
 
 
 class UnsupportedModelError(ValueError):
     """The model, or a part of it, is not understood; the message names the part and the reason."""
 
 
-class Patched:
+class Patched(_Module):
     """Mixed into the class of a module. The new class has the old one's name, which wrappers and hubs go by."""
 
     _tome_base: type[nn.Module]
@@ -21,8 +25,8 @@ class Patched:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name a class that has no name of its own by what it is made of."""
         made_of = vars(type(self)).get("_tome_made_of")
-        how, arguments, *state = super().__reduce_ex__(protocol)
-        return (how, arguments, *state) if made_of is None else (_new, made_of, *state)
+        reduced: Any = super().__reduce_ex__(protocol)
+        return reduced if made_of is None else (_new, made_of, *reduced[2:])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in self._tome_transient}
@@ -66,10 +70,15 @@ def check_own(name: str, module: nn.Module) -> None:
         )
 
 
-@functools.cache
+_made: dict[tuple[type[Patched], type[nn.Module]], type[nn.Module]] = {}
+
+
 def _class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), {"_tome_base": base, "_tome_made_of": (mixin, base), **names})
+    if (mixin, base) not in _made:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        own = {"_tome_base": base, "_tome_made_of": (mixin, base)}
+        _made[mixin, base] = type(base.__name__, (mixin, base), {**names, **own})
+    return _made[mixin, base]
 
 
 def _new(mixin: type[Patched], base: type[nn.Module]) -> nn.Module:

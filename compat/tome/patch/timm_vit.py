@@ -105,6 +105,9 @@ pass_on(FeatureGetterNet, "model")
 class TimmViT(PatchedModel):
     """A patched VisionTransformer, or a subclass of it."""
 
+    blocks: Any
+    num_prefix_tokens: int
+
     def _tome_blocks(self) -> dict[str, MergingBlock]:
         return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
 
@@ -117,17 +120,17 @@ class TimmViT(PatchedModel):
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """As in timm: what it records of the blocks between is restored to the full grid."""
-        return restored(super().forward_intermediates(*args, **kwargs))
+        return restored(super().forward_intermediates(*args, **kwargs))  # type: ignore[misc]
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
         """As in timm; the schedule is spread over the blocks that are left."""
-        taken = super().prune_intermediate_layers(*args, **kwargs)
+        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
         self.r = self.r[: len(self.blocks)] if isinstance(self.r, list) else self.r
         return taken
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As in timm, which may make a new convolution."""
-        super().set_input_size(*args, **kwargs)
+        super().set_input_size(*args, **kwargs)  # type: ignore[misc]
         _swap_parts(self)
 
 
