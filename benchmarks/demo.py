@@ -27,10 +27,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tome
-from tome import measure, patch, schedule
-from tome.cli.common import create_model
+from tome import cost, measure, patch, schedule
+from tome.cli.models import create_model
 from tome.cli.visualize import draw
-from tome.patch import timm_cost
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -113,7 +112,7 @@ def evaluate(model: VisionTransformer, images: Tensor, labels: Tensor) -> list[d
     batch = images[:256]
     calls = {name: (lambda v=v: v(batch)) for name, v in variants.items()}
     seconds = measure.time_calls(calls, torch.device("cpu"), warm_up=3, runs=15)
-    tokens, cost = timm_cost.cost(model)
+    tokens = cost.tokens(model)
     rows = []
     with torch.inference_mode():
         for name, variant in variants.items():
@@ -124,7 +123,7 @@ def evaluate(model: VisionTransformer, images: Tensor, labels: Tensor) -> list[d
                 {
                     "schedule": name,
                     "tokens": " ".join(map(str, plan.tokens)),
-                    "gflops": schedule.flops(plan.tokens, cost) / 1e9,
+                    "gflops": cost.flops(model, getattr(variant, "r", 0)) / 1e9,
                     "throughput": len(batch) / median,
                     "speedup": statistics.median(seconds["unpatched"]) / median,
                     "accuracy": 100 * hits,

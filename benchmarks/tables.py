@@ -1,7 +1,10 @@
-"""Write the README's GPU tables, and the plot of throughput against r, from the stored figures.
+"""Write the tables of the README and of docs/measured.md, and the plot of throughput, from the stored figures.
 
 python benchmarks/tables.py          # write
-python benchmarks/tables.py --check  # exit 1 where the README does not say what the figures say
+python benchmarks/tables.py --check  # exit 1 where a document does not say what the figures say
+
+A table stands between ``<!-- NAME: benchmarks/tables.py -->`` and ``<!-- end of NAME -->``, and ends with what it was
+measured on and how. All else in the documents is written by hand.
 """
 
 from __future__ import annotations
@@ -12,15 +15,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headline import BASE, MODELS, RESULTS
+from headline import BASE, MODELS, RESULTS, RUNS
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 PLOT = ROOT / "docs" / "images" / "throughput_h200.png"
+BATCHES = (1, 8, 32, 64)
+COMMANDS = {  # of what headline.py does not run
+    "cpu-vit_small": "tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0 --runs 21",
+    "h200-operations": 'pytest benchmarks -k "cuda and not kth and not random"',
+    **{name: f"tome bench {arguments}" for name, arguments in RUNS.items()},
+}
+
+Data = dict[str, Any]
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def load(name: str) -> Data:
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        raise SystemExit(f"{file} is missing. It is written by: {COMMANDS[name]}")
+    data: Data = json.loads(file.read_text())
+    return data
 
 
 def row(*cells: object) -> str:
@@ -31,86 +46,201 @@ def table(*head: str) -> list[str]:
     return [row(*head), row(*("---" for _ in head))]
 
 
-def speed(result: dict[str, Any]) -> str:
-    return f"{result['speedup']:.2f}x"
+def speed(result: Data | None) -> str:
+    """The speed-up over the unpatched model; empty where it was not measured."""
+    return "" if result is None else f"{result['speedup']:.2f}x"
 
 
-def conditions(data: dict[str, Any]) -> str:
+def rate(result: Data | None) -> str:
+    return "" if result is None else f"{result['images_per_second']:,.0f}".replace(",", " ")
+
+
+def allowed(result: Data) -> str:
+    return f"{result['allowed']:.2f}x"
+
+
+def schedule(result: Data) -> str:
+    return "unpatched" if result["r"] == "none" else str(result["r"])
+
+
+def find(data: Data, **wanted: object) -> Data | None:
+    """The first result with these values."""
+    same = (each for each in data["results"] if all(each.get(key) == value for key, value in wanted.items()))
+    return next(same, None)
+
+
+def schedules(data: Data) -> list[str]:
+    """The values of r of merged models, each once, in their order."""
+    return list(dict.fromkeys(each["r"] for each in data["results"] if each["r"] != "none"))
+
+
+def machine(data: Data) -> str:
     said = data["conditions"]
-    return (
-        f"{said['gpu']}, driver {said['driver']}, Python {said['python']}, torch {said['torch']}, timm {said['timm']}"
+    where = f"{said['gpu']}, driver {said['driver']}" if "gpu" in said else said["cpu"]
+    return f"{where}, Python {said['python']}, torch {said['torch']}, timm {said['timm']}"
+
+
+def measured(what: str, runs: dict[str, Data]) -> list[str]:
+    """What a table was measured on, and by which command; of several runs, the first command and what runs them all."""
+    machines = "; ".join(dict.fromkeys(map(machine, runs.values())))
+    command = f"`{' '.join(COMMANDS[next(iter(runs))].split())}`"
+    if len(runs) > 1:
+        command += f" and {len(runs) - 1} more like it, all by `python benchmarks/headline.py`"
+    return ["", f"{what}; {machines}; {command}."]
+
+
+def cpu() -> list[str]:
+    """vit_small on a CPU."""
+    name = "cpu-vit_small"
+    data = load(name)
+    lines = table(
+        *("r", "tokens left", "GFLOPs", "images/s", "speed-up", "the saved arithmetic allows", "share of that")
     )
+    for each in data["results"]:
+        share = "" if each["r"] == "none" else f"{each['share']:.2f}"
+        gflops, images = f"{each['gflops']:.2f}", f"{each['images_per_second']:.1f}"
+        lines.append(row(schedule(each), each["tokens"][-1], gflops, images, speed(each), allowed(each), share))
+    said = data["conditions"]
+    return [*lines, *measured(f"{said['model']}, batch {said['batch size']}, {said['dtype']}", {name: data})]
 
 
 def headline() -> list[str]:
     """vit_base, batch 256: float16, autocast and compiled, each against its own unpatched model."""
-    half, autocast, compiled = (load(f"h200-base{part}") for part in ("", "-autocast", "-compiled"))
-    modes = [
-        (half["results"], "eager"),
-        (autocast["results"], "eager"),
-        (compiled["results"], "compiled"),
-    ]
+    runs = {name: load(name) for name in ("h200-base", "h200-base-autocast", "h200-base-compiled")}
+    half, autocast, compiled = runs.values()
     lines = table("r", "tokens left", "saved arithmetic allows", "float16", "images/s", "autocast", "both compiled")
-    for result in half["results"]:
-        same = [
-            next(each for each in results if (each["r"], each["mode"]) == (result["r"], mode))
-            for results, mode in modes
-        ]
+    for each in half["results"]:
+        others = find(autocast, r=each["r"]), find(compiled, r=each["r"], mode="compiled")
         lines.append(
-            row(
-                "unpatched" if result["r"] == "none" else result["r"],
-                result["tokens"][-1],
-                f"{result['allowed']:.2f}x",
-                speed(result),
-                f"{result['images_per_second']:,.0f}".replace(",", " "),
-                *(speed(each) for each in same[1:]),
-            )
+            row(schedule(each), each["tokens"][-1], allowed(each), speed(each), rate(each), *map(speed, others))
         )
     seconds = [each["first_call_s"] for each in compiled["results"] if each["mode"] == "compiled"]
-    return [
-        *lines,
-        "",
-        f"{BASE}, batch 256; {conditions(half)}. Compiling took {seconds[0]:.0f} s unpatched and "
-        f"{min(seconds[1:]):.0f} to {max(seconds[1:]):.0f} s patched.",
-    ]
+    lines += measured(f"{BASE}, batch {half['conditions']['batch size']}", runs)
+    if len(seconds) > 1:
+        patched = f"{min(seconds[1:]):.0f} to {max(seconds[1:]):.0f} s patched"
+        lines[-1] += f" Compiling took {seconds[0]:.0f} s unpatched and {patched}."
+    return lines
 
 
 def batches() -> list[str]:
     """vit_base in small batches."""
-    lines = table("batch", "eager, r = 8", "eager, r = 16", "CUDA graph, r = 8", "CUDA graph, r = 16")
-    for batch in (1, 8, 32, 64):
-        found = [load(f"h200-base-batch{batch}{suffix}")["results"] for suffix in ("", "-graph")]
-        lines.append(row(batch, *(speed(each) for results in found for each in results if each["r"] != "none")))
-    return lines
+    modes = {"eager": "", "CUDA graph": "-graph"}
+    runs = {name: load(name) for b in BATCHES for name in (f"h200-base-batch{b}{suffix}" for suffix in modes.values())}
+    values = schedules(next(iter(runs.values())))
+    lines = table("batch", *(f"{mode}, r = {r}" for mode in modes for r in values))
+    for batch in BATCHES:
+        found = (find(runs[f"h200-base-batch{batch}{suffix}"], r=r) for suffix in modes.values() for r in values)
+        lines.append(row(batch, *map(speed, found)))
+    return [*lines, *measured(f"{BASE}, float16", runs)]
 
 
 def models() -> list[str]:
     """Other models, float16, eager."""
+    runs = {f"h200-{model}": load(f"h200-{model}") for model in MODELS}
     lines = table("model", "batch", "unpatched, images/s", "r: speed-up (saved arithmetic allows)")
-    for model, (batch, _, _) in MODELS.items():
-        base, *merged = load(f"h200-{model}")["results"]
-        lines.append(
-            row(
-                *(model, batch, f"{base['images_per_second']:,.0f}".replace(",", " ")),
-                "; ".join(f"{each['r']}: {speed(each)} ({each['allowed']:.2f}x)" for each in merged),
-            )
-        )
+    for model, data in zip(MODELS, runs.values(), strict=True):
+        base, *merged = data["results"]
+        ratios = "; ".join(f"{each['r']}: {speed(each)} ({allowed(each)})" for each in merged)
+        lines.append(row(model, data["conditions"]["batch size"], rate(base), ratios))
+    return [*lines, *measured("float16, eager", runs)]
+
+
+def sweep() -> list[str]:
+    """vit_base at every r, by both backends."""
+    name = "h200-base-sweep"
+    data = load(name)
+    lines = table("r", "tokens left", "saved arithmetic allows", "cuda", "images/s", "reference", "images/s")
+    for r in schedules(data):
+        cuda, reference = (find(data, r=r, backend=backend) for backend in ("cuda", "reference"))
+        either = cuda or reference
+        if either is not None:
+            ran = speed(cuda), rate(cuda), speed(reference), rate(reference)
+            lines.append(row(r, either["tokens"][-1], allowed(either), *ran))
+    return [*lines, *measured(f"{BASE}, batch {data['conditions']['batch size']}, float16, eager", {name: data})]
+
+
+def _operations() -> tuple[dict[str, Data], dict[tuple[str, str], dict[str, Data]]]:
+    """The run, and its results by operation and shape, then backend."""
+    data = load("h200-operations")
+    found: dict[tuple[str, str], dict[str, Data]] = {}
+    for each in data["results"]:
+        found.setdefault((each["op"], each["shape"]), {})[each["backend"].partition("/")[0]] = each
+    return {"h200-operations": data}, found
+
+
+def _dtypes(results: list[Data]) -> str:
+    return ", ".join(dict.fromkeys(each["dtype"] for each in results))
+
+
+def _us(result: Data | None) -> str:
+    return "" if result is None else f"{result['median_us']:.1f}"
+
+
+def _ratio(a: Data | None, b: Data | None, digits: str = ".2f") -> str:
+    return "" if a is None or b is None else f"{a['median_us'] / b['median_us']:{digits}}"
+
+
+def operations() -> list[str]:
+    """Every operation but attention: the kernels and the reference."""
+    runs, found = _operations()
+    lines = table("operation", "shape", "us", "TB/s", "reference, us", "faster by")
+    shown = [(key, results) for key, results in found.items() if key[0] != "attention" and "torch" not in results]
+    for (op, shape), results in shown:
+        cuda, reference = results.get("cuda"), results.get("reference")
+        bandwidth = "" if cuda is None else f"{cuda['bytes'] / cuda['median_us'] / 1e6:.2f}"
+        faster = _ratio(reference, cuda, ".1f")
+        lines.append(row(op, shape, _us(cuda), bandwidth, _us(reference), faster and f"{faster}x"))
+    every = [each for _, results in shown for each in results.values()]
+    copied = every[0]["bytes"] / every[0]["floor_us"] / 1e6
+    lines += measured(_dtypes(every), runs)
+    lines[-1] += f" A kernel that copies reached {copied:.2f} TB/s in that run."
     return lines
 
 
-TABLES = {"headline": headline, "batches": batches, "models": models}
+def attention() -> list[str]:
+    """Attention with sizes, beside PyTorch's without and with them."""
+    runs, found = _operations()
+    lines = table("shape", "with sizes, us", "SDPA without sizes, us", "ratio", "SDPA with a mask, us", "ratio")
+    every = []
+    for (op, shape), results in found.items():
+        if op != "attention" or "cuda" not in results:
+            continue
+        every.append(results["cuda"])
+        plain, mask = (found.get((f"sdpa {kind}", shape), {}).get("torch") for kind in ("without sizes", "with a mask"))
+        ratios = _ratio(every[-1], plain), _ratio(every[-1], mask)
+        lines.append(row(shape, _us(every[-1]), _us(plain), ratios[0], _us(mask), ratios[1]))
+    return [*lines, *measured(_dtypes(every), runs)]
+
+
+TABLES = {
+    "cpu": cpu,
+    "headline": headline,
+    "batches": batches,
+    "models": models,
+    "sweep": sweep,
+    "operations": operations,
+    "attention": attention,
+}
 
 
 def rendered(text: str) -> str:
-    """The text with every table between its markers made anew."""
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name}: benchmarks/tables.py -->", f"<!-- end of {name} -->"
-        if begin not in text:
-            raise SystemExit(f"the README lacks the marker {begin}")
-        lines = "\n".join(make())
-        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, b=begin, e=end, t=lines: f"{b}\n{t}\n{e}",
-                      text, flags=re.DOTALL)  # fmt: skip
-    return text
+    """The text with every table between its markers made anew.
+
+    Raises:
+        SystemExit: a marker that names no table, or whose end is missing.
+
+    """
+
+    def made(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise SystemExit(f"there is no table {name!r}: known are {', '.join(TABLES)}")
+        if match["end"] is None:
+            raise SystemExit(f"the marker <!-- end of {name} --> is missing")
+        return f"{match['begin']}\n" + "\n".join(TABLES[name]()) + f"\n{match['end']}"
+
+    marker = r"(?P<begin><!-- (?P<name>\S+): benchmarks/tables\.py -->)(?:.*?(?P<end><!-- end of (?P=name) -->))?"
+    return re.sub(marker, made, text, flags=re.DOTALL)
 
 
 def draw() -> None:
@@ -126,7 +256,8 @@ def draw() -> None:
     axes.axhline(base["images_per_second"], color="0.5", linestyle="--", label="unpatched, fused attention")
     for name, colour in (("cuda", "tab:green"), ("reference", "tab:blue")):
         points = [(int(each["r"]), each["images_per_second"]) for each in merged if each["backend"] == name]
-        axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
     axes.plot(
         *zip(*{int(e["r"]): e["allowed"] * base["images_per_second"] for e in merged}.items(), strict=True),
         color="0.7", linestyle=":", label="what the saved arithmetic allows",
@@ -143,11 +274,13 @@ def draw() -> None:
 
 def main() -> int:
     """Write or check."""
-    text = README.read_text()
-    new = rendered(text)
+    stale = {file: new for file in DOCUMENTS if (new := rendered(file.read_text())) != file.read_text()}
     if "--check" in sys.argv:
-        return int(new != text)
-    README.write_text(new)
+        for file in stale:
+            print(f"{file.relative_to(ROOT)} does not say what the stored figures say", file=sys.stderr)
+        return int(bool(stale))
+    for file, text in stale.items():
+        file.write_text(text)
     draw()
     return 0
 

@@ -131,7 +131,6 @@ def test_a_patched_model_chooses_cuda_as_a_whole(fake_extension):
         setattr(kernels, op, getattr(tome_reference, op))
     kernels.why_not = lambda op, *args, **kwargs: None
     kernels.PREDICATES = dict.fromkeys(tome_reference.__all__, lambda *args, **kwargs: None)
-    kernels.takes_block = lambda *args: False
     model = tome.patch.timm(make("plain"))
     model.r = 3
     with torch.no_grad(), tome.use_backend("reference"):
@@ -161,7 +160,7 @@ def test_imports_run_one_way():
 
 
 def test_operations_are_those_of_the_reference_to_whoever_asks():
-    assert {*ops.__all__} == {*tome_reference.__all__, "in_one_call"}
+    assert {*ops.__all__} == {*tome_reference.__all__, "declined", "in_one_call"}
     for name in tome_reference.__all__:
         op, definition = getattr(ops, name), getattr(tome_reference, name)
         assert op.__doc__ == definition.__doc__

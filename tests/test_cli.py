@@ -5,15 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib.metadata import entry_points
+from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import tome
 import tome.cli
 import tome_cuda
+from tome.cli import arguments, files
+from tome.cli.models import create_model
 
 TINY = "test_vit"
 
@@ -61,9 +69,16 @@ def test_info_through_the_installed_command():
     for fact in tome_cuda.build_info().values():
         assert fact in result.stdout
     assert "backend: reference" in tome_command("info", TOME_BACKEND="reference").stdout
-    wrong = tome_command("info", TOME_BACKEND="abacus")
-    assert wrong.returncode == 2
-    assert "unknown backend 'abacus'; choose one of auto, reference, cuda" in wrong.stderr
+
+
+def test_without_a_gpu_a_forced_cuda_is_an_error_after_the_facts(monkeypatch, capsys):
+    monkeypatch.setattr(tome.backend, "extension_problem", lambda: "it is not built")
+    with tome.use_backend("cuda"):
+        code, out, err = run(capsys, "info")
+    assert code == 2
+    assert "backend: cuda" in out
+    assert "cuda: it is not built" in out
+    assert err == "tome: error: TOME_BACKEND chose cuda, which cannot run here: no operation can\n"
 
 
 @pytest.mark.parametrize("command", ["info", "bench", "visualize"])
@@ -74,6 +89,90 @@ def test_help_has_examples(command, capsys):
     assert f"tome {command}" in out.split("Examples:")[1]
 
 
+AT_ONCE = [
+    "--help",
+    "--version",
+    "bench --help",
+    "info --help",
+    "visualize --help",
+    "frobnicate",
+    "bench nosuchdir --r x",
+    "info test_vit --device mps",
+    "bench test_vit --dtype float16 --autocast bfloat16",
+    "bench test_vit --backend abacus",
+    "bench test_vit --json /no/such/folder/f.json",
+    "visualize missing.jpg",
+]
+
+
+@pytest.mark.parametrize("line", AT_ONCE)
+def test_help_and_mistakes_do_not_wait_for_torch(line):
+    assert not loaded_by(line)
+
+
+def test_completion_does_not_wait_for_torch():
+    assert not loaded_by("", _TOME_COMPLETE="bash_complete", COMP_WORDS="tome bench --de", COMP_CWORD="2")
+
+
+def loaded_by(line, **env):
+    """Which slow modules a command line loads."""
+    code = (
+        "import atexit, sys\n"
+        "slow = {'torch', 'timm', 'tome_reference', 'numpy', 'matplotlib', 'rich', 'PIL'}\n"
+        "atexit.register(lambda: print('loaded:', *slow & set(sys.modules)))\n"
+        "from tome.cli import main; main(sys.argv[1:])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=False,
+        env={**os.environ, **env},
+    )  # fmt: skip
+    assert "Traceback" not in result.stderr
+    return result.stdout.partition("loaded:")[2].split()
+
+
+def test_help_comes_at_once():
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "tome", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.0  # 0.1 on an idle machine; importing torch takes several
+
+
+@pytest.mark.parametrize(("module", "swallows"), [("click", False), ("torch", False), ("torch", True)])
+def test_stopped_while_modules_are_imported(tmp_path, module, swallows):
+    interrupted = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(1)\n"
+    if swallows:  # as some modules do
+        interrupted = "try:\n    " + interrupted.replace("\n", "\n    ") + "pass\nexcept BaseException:\n    pass\n"
+    (tmp_path / f"{module}.py").write_text(interrupted)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-m", "tome", "info"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (130, "tome: stopped\n")
+
+
+def test_stopped_while_it_runs(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tome.report, "parts", interrupt)
+    code, _, err = run(capsys, "info", TINY, "--r", "4")
+    assert (code, err.strip()) == (130, "tome: stopped")
+
+
+def test_choices_are_those_of_the_library(monkeypatch, capsys):
+    assert arguments.BACKENDS == tome.backend.CHOICES
+    assert [getattr(torch, name).is_floating_point for name in arguments.DTYPES] == [True] * 3
+    monkeypatch.setenv("TOME_BACKEND", "abacus")
+    for command in ("info", "bench", "visualize"):
+        code, _, err = run(capsys, command, __file__)
+        assert (code, err) == (
+            2, "tome: error: TOME_BACKEND: unknown backend 'abacus'; choose one of auto, reference, cuda\n"
+        )  # fmt: skip
+
+
 def test_version_and_bare_call(capsys):
     code, out, _ = run(capsys, "--version")
     assert (code, "0.1.0" in out) == (0, True)
@@ -82,13 +181,16 @@ def test_version_and_bare_call(capsys):
     assert "bench" in err
 
 
-def test_bench(tmp_path, capsys):
+def test_bench(tmp_path, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # others test the compiler
     figures, plot = tmp_path / "figures.json", tmp_path / "plot.png"
     options = ["--r", "4", "--r", "6,-1.0", "--r", "0.1", "--batch-size", 2, "--runs", 3, "--warm-up", 1]
     code, out, err = run(
         capsys, "bench", TINY, *options, "--device", "cpu", "--json", figures, "--plot", plot, "--compile"
     )
     assert code == 0, err
+    assert [getattr(model, "r", "none") for model in compiled] == ["none", 4, (6, -1.0), 0.1]
     data = json.loads(figures.read_text())
     assert data["conditions"]["model"] == TINY
     assert data["conditions"]["torch"] == torch.__version__
@@ -128,6 +230,27 @@ def test_visualize(photo, tmp_path, capsys):
     assert len(np.unique(right.reshape(-1, 3), axis=0)) < len(np.unique(left.reshape(-1, 3), axis=0))
 
 
+HYBRID = "vit_tiny_r_s16_p8_224"
+
+
+def test_models_whose_stem_is_a_network(photo, tmp_path, capsys):
+    code, out, err = run(capsys, "info", HYBRID, "--r", "4", "--device", "cpu")
+    assert code == 0, err
+    assert "blocks.0-11" in out
+    code, out, err = run(capsys, "bench", HYBRID, "--batch-size", 1, "--runs", 1, "--warm-up", 0, "--device", "cpu")
+    assert code == 0, err
+    assert "50-2 " in out
+    assert "2.13x" in out
+    assert "(16, -1.0)" not in out, "the default schedules are those that fit"
+    code, out, err = run(
+        capsys, "visualize", photo, "--model", HYBRID, "--random-weights", "--r", "9", "--out", tmp_path
+    )
+    assert code == 0, err
+    assert "50 -> 2 tokens" in out
+    with Image.open(tmp_path / "photo_merged.png") as picture:
+        assert picture.size == (2 * 224 + 8, 224)
+
+
 def bad(*args):
     return pytest.param(args[:-1], args[-1], id=" ".join(map(str, args[:-1]))[:60])
 
@@ -144,23 +267,178 @@ def bad(*args):
         bad("bench", TINY, "--r", "8,2.0", "inflection must be in [-1, 1], got 2.0"),
         bad("bench", TINY, "--r", "1.5", "ratio must be in (0, 1), got 1.5"),
         bad("bench", TINY, "--r", "[1,1,1,1,1,1,1,1]", "8 entries for a model of"),
-        bad("bench", TINY, "--r", "300", "300 is too large: test_vit has"),
+        bad("bench", TINY, "--r", "300", "300 is too large for test_vit: of 101 tokens, 1 of them protected, a layer"),
+        bad("bench", TINY, "--r", "0.7", "0.7 is too large for test_vit: of 101 tokens"),
         bad("bench", TINY, "--batch-size", "0", "0 is not in the range x>=1"),
         bad("bench", TINY, "--dtype", "int8", "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
-        bad("bench", TINY, "--device", "toaster", "unknown device 'toaster': use cpu or cuda"),
+        bad("bench", TINY, "--device", "toaster", "device 'toaster' is not supported: use cpu, cuda or"),
+        bad("info", TINY, "--device", "mps", "device 'mps' is not supported: use cpu, cuda or cuda:N"),
+        bad("bench", TINY, "--dtype", "float16", "--autocast", "bfloat16", "needs --dtype float32 or bfloat16, not"),
         bad("bench", TINY, "--device", "cpu", "--cuda-graph", "--cuda-graph: needs --device cuda, not cpu"),
         bad("bench", TINY, "--json", "/no/such/folder/f.json", "there is no folder /no/such/folder"),
+        bad("bench", TINY, "--json", "/proc/f.json", "cannot write /proc/f.json: No such file or directory"),
+        bad("bench", TINY, "--json", "/", "/ is a folder"),
+        bad("bench", TINY, "--plot", "/proc/f.png", "cannot write /proc/f.png: No such file or directory"),
+        bad("bench", TINY, "--plot", "x" * 300 + ".png", "File name too long"),
+        bad("bench", TINY, "--plot", "x.bogus", "x.bogus: Format 'bogus' is not supported (supported formats: "),
         bad("visualize", "Missing argument 'IMAGE...'"),
-        bad("visualize", "missing.jpg", "there is no file missing.jpg"),
+        bad("visualize", "missing.jpg", "File 'missing.jpg' does not exist"),
+        bad("visualize", __file__, "--random-weights", "--out", "/proc", "cannot write /proc/test_cli_merged.png: No"),
+        bad("visualize", __file__, "--random-weights", "--out", __file__, "cannot make the folder "),
+        bad("visualize", __file__, "--random-weights", "--checkpoint", __file__, "choose one of --checkpoint and "),
         bad("visualize", __file__, "--random-weights", "is not a readable image"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_exit_code_2(args, message, capsys):
+def test_a_wrong_argument_is_one_line_and_exit_code_2(args, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tome.measure, "time_calls", None)  # nothing is measured before
     code, _, err = run(capsys, *args)
     assert code == 2
     assert message in err
     assert err.startswith("tome: error: ")
     assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_suggestions_can_be_patched(capsys):
+    _, _, err = run(capsys, "bench", "vit_dwee_patch16_reg1_gap_2566")
+    suggested = err.strip().partition("for instance, ")[2].split(", ")
+    assert len(suggested) == 3
+    for name in suggested:  # the nearest, vit_dwee_patch16_reg1_gap_256, has an attention that is not known
+        tome.patch.timm(timm.create_model(name, depth=1))
+    _, _, err = run(capsys, "bench", "timm/vit_tiny_patch16_224.augreg_in21k")
+    assert "write hf-hub:timm/vit_tiny_patch16_224.augreg_in21k for the model hub or local-dir:" in err
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Files of weights, by what they hold; they are of ten classes."""
+    model = timm.create_model(TINY, num_classes=10)
+    state = model.state_dict()
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_file(state, folder / "plain.safetensors")
+    torch.save(state, folder / "plain.pth")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, folder / "training.pth")
+    torch.save({k: v for k, v in state.items() if not k.startswith("head.")}, folder / "headless.pth")
+    torch.save(state | {"extra": torch.ones(1)}, folder / "extra.pth")
+    torch.save({k: v for k, v in state.items() if not k.startswith("blocks.5.")}, folder / "short.pth")
+    torch.save(timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict(), folder / "wide.pth")
+    torch.save(torch.ones(3), folder / "tensor.pth")
+    torch.save({}, folder / "empty.pth")
+    torch.save(model, folder / "pickled.pth")
+    (folder / "text.pth").write_text("hello")
+    (folder / "text.safetensors").write_text("hello")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["plain.safetensors", "plain.pth", "training.pth", "headless.pth"])
+def test_a_checkpoint_is_loaded(weights, file):
+    model = create_model(TINY, checkpoint=weights / file)
+    expected = load_file(weights / "plain.safetensors")
+    assert torch.equal(model.blocks[5].mlp.fc2.weight, expected["blocks.5.mlp.fc2.weight"])
+    if file == "headless.pth":
+        assert isinstance(model.head, torch.nn.Identity)
+    else:
+        assert torch.equal(model.head.weight, expected["head.weight"])
+    assert "state_dict" not in model.pretrained_cfg, "copies of the model would copy it"
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("extra.pth", "does not fit 'test_vit' (Unexpected key(s) in state_dict: \"extra\"."),
+        ("short.pth", "does not fit 'test_vit' (Missing key(s) in state_dict: \"blocks.5.norm1.weight\", "),
+        ("wide.pth", "size mismatch for cls_token: copying a param with shape torch.Size([1, 1, 192]) from checkpoint"),
+        ("tensor.pth", "cannot read weights from "),
+        ("empty.pth", "empty.pth: there are none in it"),
+        ("pickled.pth", "cannot read weights from "),
+        ("text.pth", "cannot read weights from "),
+        ("text.safetensors", "cannot read weights from "),
+        ("missing.pth", "does not exist"),
+    ],
+)
+def test_a_wrong_checkpoint_is_one_line(weights, file, message, capsys):
+    code, _, err = run(capsys, "info", TINY, "--r", "4", "--checkpoint", weights / file)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert len(err) < 1000
+
+
+def test_every_command_takes_checkpoints_and_folders(weights, photo, tmp_path, capsys, monkeypatch):
+    file = weights / "plain.safetensors"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(file, folder / "model.safetensors")
+    config = {"architecture": TINY, "num_classes": 10, "pretrained_cfg": timm.get_pretrained_cfg(TINY).to_dict()}
+    config["pretrained_cfg"]["num_classes"] = 10
+    (folder / "config.json").write_text(json.dumps(config))
+    pictures = []
+    short = ["--r", "4", "--device", "cpu"]
+    for model in ([TINY, "--checkpoint", file], [f"local-dir:{folder}"]):
+        assert run(capsys, "info", *model, *short)[0] == 0
+        assert run(capsys, "bench", *model, *short, "--batch-size", 1, "--runs", 1, "--warm-up", 0)[0] == 0
+        code, _, err = run(capsys, "visualize", photo, "--r", "4", "--out", tmp_path, "--model", *model)
+        assert code == 0, err
+        pictures.append((tmp_path / "photo_merged.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    code, _, err = run(capsys, "info", f"local-dir:{folder}", "--checkpoint", file)
+    assert (code, "--checkpoint needs a plain name of timm's" in err) == (2, True)
+    code, _, err = run(capsys, "info", f"local-dir:{tmp_path / 'nowhere'}")
+    assert (code, "cannot load 'local-dir:" in err, len(err.splitlines())) == (2, True, 1)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/vit_tiny_patch16_224.augreg_in21k", "hf_hub:timm/no-such-model"])
+def test_names_of_the_hub(name, capsys, offline):
+    code, _, err = run(capsys, "info", name)
+    assert code == 2
+    assert f"cannot load '{name}' (" in err
+    assert "connect to the model hub" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "figures.json"
+    file.write_text("before")
+
+    def write(text, error=None):
+        with files.replacing(file) as target:
+            target.write_text(text)
+            assert file.read_text() == "before"
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        write("half of it", KeyboardInterrupt())
+    assert (file.read_text(), list(tmp_path.iterdir())) == ("before", [file])
+    write("after")
+    assert (file.read_text(), list(tmp_path.iterdir())) == ("after", [file])
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_devices_and_links_are_not_replaced(tmp_path):
+    def write(file):
+        files.check(file, "--json")
+        with files.replacing(file) as target:
+            assert target == file
+            target.write_text("figures")
+
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "behind.json")
+    write(link)
+    assert link.is_symlink()
+    assert (tmp_path / "behind.json").read_text() == "figures"
+    write(Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(click.ClickException, match="cannot write /dev/full: No space left on device"):
+        write(Path("/dev/full"))
 
 
 def test_a_corrupt_image(tmp_path, capsys, photo):
@@ -171,16 +449,20 @@ def test_a_corrupt_image(tmp_path, capsys, photo):
     assert "is not a readable image" in err
 
 
-def test_weights_that_cannot_be_loaded_name_the_way_out(photo, capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+def test_weights_that_cannot_be_loaded_name_the_way_out(photo, capsys, offline, tmp_path):
     code, _, err = run(capsys, "visualize", photo, "--model", TINY, "--out", tmp_path)
     assert code == 2
     assert "cannot load the pretrained weights of 'test_vit'" in err
-    assert "--random-weights" in err
+    assert "--checkpoint or --random-weights" in err
     assert len(err.strip().splitlines()) == 1
 
 

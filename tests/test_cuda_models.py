@@ -15,8 +15,7 @@ from models import WIDE, images, make
 from torch import Tensor, nn
 
 import tome
-from tome import recording, report, schedule
-from tome.patch import timm_cost
+from tome import cost, recording, report, schedule
 
 pytestmark = [NO_EXTENSION, pytest.mark.usefixtures("no_grad")]
 
@@ -56,7 +55,7 @@ def logits(model: nn.Module, x: Tensor, backend: str, autocast: torch.dtype | No
 
 def slots(model: nn.Module, x: Tensor, backend: str) -> Tensor:
     with tome.use_backend(backend):
-        return model.forward_tokens(x, trace=True).slot
+        return tome.merged(model, x).slot
 
 
 @pytest.mark.parametrize("r", SCHEDULES, ids=str)
@@ -86,8 +85,7 @@ def compare(
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
 
-    entering, _ = timm_cost.cost(model)
-    plan = schedule.plan(r, len(model.blocks), entering, model.num_prefix_tokens)
+    plan = schedule.plan(r, len(model.blocks), cost.tokens(model), model.num_prefix_tokens)
     assert model._tome_info["size"].shape[1] == plan.tokens[-1]
 
     # In half precision rounding makes either backend choose a few other pairs than float64 does, and an image with

@@ -267,7 +267,11 @@ def test_a_half_is_one_call_or_its_reason_is_on_record() -> None:
         with tome.use_backend("reference"):
             assert tome.ops.in_one_call(tome.ops.mlp_half, *mlp()) is None
     reason = "the kernels of attention know head dimensions (32, 64, 72), not 40"
-    assert calls == [("mlp_half", "cuda", None), ("attend_half", None, reason)]
+    assert calls == [
+        ("mlp_half", "cuda", "one call"),
+        ("attend_half", None, reason),
+        ("mlp_half", None, "the reference was chosen"),
+    ]
 
 
 def test_how_attention_rounds_sizes_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_benchmark(capsys):
     assert "im/s" in capsys.readouterr().out
     with pytest.raises(ValueError, match="runs >= 1"):
         tome.utils.benchmark(model, "cpu", (3, 48, 48), runs=0)
-    with pytest.raises(ValueError, match="unknown device 'tpu9'"):
+    with pytest.raises(ValueError, match="device 'tpu9' is not supported"):
         tome.utils.benchmark(model, "tpu9")
 
 

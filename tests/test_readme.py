@@ -1,12 +1,103 @@
-"""The README's tables say what the stored figures say."""
+"""The tables of the README and of docs/measured.md say what the stored figures say."""
 
+import copy
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-TABLES = Path(__file__).parents[1] / "benchmarks" / "tables.py"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "benchmarks" / "tables.py"
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(TABLES.parent)
+    import tables
+
+    return tables
 
 
 def test_the_tables_are_those_of_the_stored_figures():
     result = subprocess.run([sys.executable, str(TABLES), "--check"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr or "run python benchmarks/tables.py"
+    assert result.returncode == 0, f"{result.stderr}\nrun python benchmarks/tables.py"
+
+
+def test_every_table_stands_in_a_document(tables):
+    named = [re.findall(r"<!-- (\S+): benchmarks/tables", file.read_text()) for file in tables.DOCUMENTS]
+    readme, measured = named
+    assert {"cpu", "headline", "batches", "models"} <= set(readme)
+    assert sorted(measured) == sorted(tables.TABLES)
+
+
+def test_an_edited_table_is_noticed(tables):
+    for file in tables.DOCUMENTS:
+        text = file.read_text()
+        assert tables.rendered(text.replace("1.00x", "9.99x")) == text != text.replace("1.00x", "9.99x")
+
+
+def test_bad_markers_are_named(tables):
+    with pytest.raises(SystemExit, match="no table 'speed'"):
+        tables.rendered("<!-- speed: benchmarks/tables.py --><!-- end of speed -->")
+    with pytest.raises(SystemExit, match="end of headline"):
+        tables.rendered("<!-- headline: benchmarks/tables.py -->\n<!-- end of models -->")
+
+
+@pytest.fixture
+def results(tables, monkeypatch, tmp_path):
+    """A function that stores the figures again, changed."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    stored = {file.stem: json.loads(file.read_text()) for file in (TABLES.parent / "results").glob("*.json")}
+
+    def store(change):
+        for name, data in copy.deepcopy(stored).items():
+            change(name, data)
+            (tmp_path / f"{name}.json").write_text(json.dumps(data))
+
+    return store
+
+
+def test_slower_rows_other_machines_and_other_schedules(tables, results):
+    def change(name, data):
+        data["conditions"]["gpu" if "gpu" in data["conditions"] else "cpu"] = f"machine of {name}"
+        for each in data["results"]:
+            if "speedup" in each:
+                each["speedup"] /= 2
+        if "batch" in name:
+            data["results"].append({**data["results"][-1], "r": "(16, -1.0)", "speedup": 0.75})
+
+    results(change)
+    made = {name: make() for name, make in tables.TABLES.items()}
+    assert "0.81x" in "\n".join(made["headline"])
+    assert all(f"machine of h200-base{part}," in made["headline"][-1] for part in ("", "-autocast", "-compiled"))
+    assert made["batches"][0].count("r = (16, -1.0)") == 2
+    assert made["batches"][2].split(" | ")[3] == "0.75x"
+    for lines in made.values():
+        head, *rows = [line for line in lines if line.startswith("|")]
+        assert {row.count("|") for row in rows} == {head.count("|")}
+
+
+def test_a_run_without_some_results(tables, results):
+    def change(name, data):
+        if name == "h200-operations":
+            new = {**data["results"][1], "op": "restore", "median_us": 50.0}
+            kept = [each for each in data["results"] if each["op"] != "sdpa with a mask"]
+            data["results"] = [each for each in kept if each["backend"] != "reference/cuda"] + [new]
+        elif name != "cpu-vit_small":
+            data["results"] = [each for each in data["results"] if each["r"] != "(8, -1.0)"]
+
+    results(change)
+    made = {name: "\n".join(make()) for name, make in tables.TABLES.items()}
+    assert "| restore | B256 N197 H12 D64 r16 | 50.0 | 1.55 |  |  |" in made["operations"]
+    assert "| 110.5 | 168.3 | 0.66 |  |  |" in made["attention"]
+    assert "(8, -1.0)" not in made["headline"]
+
+
+def test_a_missing_file_is_named_with_its_command(tables, results):
+    results(lambda name, data: None)
+    (tables.RESULTS / "h200-base.json").unlink()
+    with pytest.raises(SystemExit, match=r"h200-base\.json is missing.*tome bench vit_base"):
+        tables.headline()

@@ -9,8 +9,7 @@ from models import HOSTS, images, make
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 
 import tome
-from tome import UnsupportedModelError, schedule
-from tome.patch import Tokens, timm_cost
+from tome import Tokens, UnsupportedModelError, cost, schedule
 
 SCHEDULES = [3, (3, -1.0), [5, 0, 2], 0.2, 100]
 every_host = pytest.mark.parametrize("host", HOSTS)
@@ -43,31 +42,39 @@ def test_the_merging_path_without_a_merge_is_the_unpatched_block_bit_for_bit(hos
         torch.manual_seed(0)
         expected = block(x)
         torch.manual_seed(0)
-        state = patched.merging_forward(Tokens(x))
-        assert torch.equal(state.x, expected)
-        assert state.size is None
+        tokens = patched(Tokens(x))
+        assert torch.equal(tokens[:], expected)
+        if patched is not twin.blocks[-1]:
+            assert isinstance(tokens, Tokens)
+            assert tokens.size is None
         x = expected
+
+
+def counts(model, x=None):
+    """How many tokens each block leaves."""
+    left = []
+    hooks = [block.register_forward_hook(lambda module, args, out: left.append(out)) for block in model.blocks[:-1]]
+    last = tome.merged(model, images() if x is None else x)
+    for hook in hooks:
+        hook.remove()
+    return [out.count() if isinstance(out, Tokens) else out.shape[1] for out in left] + [last.count()]
 
 
 @every_host
 @pytest.mark.parametrize("r", SCHEDULES, ids=str)
-def test_r_gives_the_planned_tokens(host, r):
+@pytest.mark.filterwarnings("ignore:r = 100:UserWarning")
+def test_r_gives_the_planned_tokens_and_the_full_grid(host, r):
     model = tome.patch.timm(make(host))
+    grid = model.forward_features(images()).shape
     model.r = r
     assert model.r == r
-    n, _ = timm_cost.cost(model)
+    n = cost.tokens(model)
     plan = schedule.plan(r, 4, n, model.num_prefix_tokens)
-    counts = [x.shape[1] + model.num_prefix_tokens for x in intermediate_tokens(model)]
-    assert counts == list(plan.tokens[1:])
-    features = model.forward_features(images())
-    assert features.shape == (2, plan.tokens[-1], 32)
+    assert counts(model) == list(plan.tokens[1:])
+    assert model.forward_features(images()).shape == grid
     assert model(images()).shape == (2, 7)
     assert model(images()).isfinite().all()
     assert torch.equal(model(images()), model(images()))
-
-
-def intermediate_tokens(model):
-    return model.forward_intermediates(images(), output_fmt="NLC", intermediates_only=True, restore=False)
 
 
 @every_host
@@ -85,16 +92,17 @@ def test_merging_identical_patches_changes_nothing(host):
 
 
 @every_host
-def test_pooling_of_merged_tokens_is_pooling_of_restored_ones(host):
+def test_the_grid_is_that_of_the_merged_tokens(host):
+    """Every pooling and head of timm reads what it reads unpatched: each token's place in the merged tokens."""
     model = tome.patch.timm(make(host))
     model.r = (5, -1.0)
-    logits = model(images())
-    restored = model.forward_features(images(), restore=True)
-    assert restored.shape[1] == timm_cost.cost(model)[0]
-    torch.testing.assert_close(model.forward_head(restored), logits, **CLOSE)
-    torch.testing.assert_close(model.forward_head(model.forward_features(images())), logits, **CLOSE)
+    merged = tome.merged(model, images())
+    restored = tome.unmerge(merged.x, merged.slot)
     base = tome.unpatch(copy.deepcopy(model))
-    torch.testing.assert_close(base.forward_head(restored), logits, **CLOSE)
+    torch.testing.assert_close(model.forward_features(images()), base.norm(restored), **CLOSE)
+    torch.testing.assert_close(model(images()), base.forward_head(base.norm(restored)), **CLOSE)
+    mean = (merged.x * merged.size[:, :, None]).sum(1) / merged.size.sum(1, keepdim=True)
+    torch.testing.assert_close(restored.mean(1), mean, **CLOSE)
 
 
 @every_host
@@ -113,17 +121,26 @@ def snapshot(model):
     return [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
 
 
-def test_trace_follows_every_token():
+def test_merged_tokens_say_where_every_token_went():
     model = tome.patch.timm(make("plain"))
     model.r = [9, 9, 4]
-    state = model.forward_tokens(images(), trace=True)
-    assert model.forward_tokens(images()).slot is None
-    for slot, size in zip(state.slot, state.size, strict=True):
+    merged = tome.merged(model, images())
+    assert merged.x.shape == (2, 37 - 22, 32)
+    for slot, size in zip(merged.slot, merged.size, strict=True):
         assert torch.equal(slot.bincount().float(), size)
-    # The same, layer by layer, from the features that each block leaves.
-    per_layer = model.forward_intermediates(images(), indices=3, output_fmt="NLC", intermediates_only=True)
-    merged = intermediate_tokens(model)[-1]
-    torch.testing.assert_close(per_layer[-1], tome.unmerge(merged, state.slot[:, 1:] - 1))
+    model.r = 0
+    merged = tome.merged(model, images())
+    assert torch.equal(merged.size, torch.ones(2, 37))
+    assert torch.equal(merged.slot[1], torch.arange(37, dtype=torch.int32))
+    with pytest.raises(UnsupportedModelError, match="VisionTransformer runs no patched block"):
+        tome.merged(make("plain"), images())
+
+
+def test_a_model_without_pooling_returns_the_grid():
+    model = tome.patch.timm(make("plain", num_classes=0, global_pool=""))
+    model.r = 4
+    assert model(images()).shape == (2, 37, 32)
+    assert tome.merged(model, images()).x.shape == (2, 21, 32)
 
 
 def test_forward_intermediates_keeps_the_grid():
@@ -143,10 +160,16 @@ def test_forward_intermediates_keeps_the_grid():
     assert shapes(model.get_intermediate_layers(images(), 2, reshape=True)) == shapes(
         base.get_intermediate_layers(images(), 2, reshape=True)
     )
-    with pytest.raises(ValueError, match="merged tokens have no grid"):
-        model.forward_intermediates(images(), restore=False)
-    with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NLC', got 'NHWC'"):
-        model.forward_intermediates(images(), output_fmt="NHWC")
+    for host in ("plain", "siglip map"):  # with and without tokens that are no patches
+        model = tome.patch.timm(make(host))
+        model.r = 4
+        for option in (
+            {"norm": True},
+            {"output_fmt": "NLC"},
+            {"output_fmt": "NLC", "indices": [0, 1], "stop_early": True},
+        ):
+            final, taken = model.forward_intermediates(images(), **option)
+            assert all(type(each) is torch.Tensor for each in (final, *taken))
 
 
 def shapes(value):
@@ -175,12 +198,12 @@ def test_features_only():
 def test_other_image_sizes():
     model = tome.patch.timm(make("dynamic size"))
     model.r = 4
-    assert model.forward_features(images(size=80)).shape[1] == 101 - 16
+    assert tome.merged(model, images(size=80)).count() == 101 - 16
     assert model.forward_intermediates(images(size=80))[1][-1].shape == (2, 32, 10, 10)
     fixed = tome.patch.timm(make("plain"))
     fixed.set_input_size((64, 64))
     fixed.r = 4
-    assert fixed.forward_features(images(size=64)).shape[1] == 65 - 16
+    assert tome.merged(fixed, images(size=64)).count() == 65 - 16
 
 
 def test_reset_classifier_and_pooling():
@@ -188,27 +211,28 @@ def test_reset_classifier_and_pooling():
     model.r = 4
     model.reset_classifier(3, "avg")
     assert model(images()).shape == (2, 3)
-    restored = model.forward_features(images(), restore=True)
-    torch.testing.assert_close(model(images()), model.forward_head(restored), **CLOSE)
-
-
-def test_pooling_asks_for_sizes_it_cannot_know():
-    model = tome.patch.timm(make("mae avg"))
-    model.r = 4
-    features = model.forward_features(images())
-    with pytest.raises(ValueError, match="'avg' pooling of merged tokens needs their sizes"):
-        model.forward_head(features.clone())
-    sizes = model.forward_tokens(images()).size
-    torch.testing.assert_close(model.forward_head(features.clone(), size=sizes), model(images()))
+    assert torch.equal(model(images()), model.forward_head(model.forward_features(images())))
 
 
 def test_pruned_models_keep_working():
     model = tome.patch.timm(make("plain"))
-    model.r = 4
+    model.r = (4, -1.0)
     model.prune_intermediate_layers([0, 1], prune_head=True)
-    assert model.forward_features(images()).shape[1] == 37 - 8
+    assert model.r == (4, -1.0)
+    assert model._tome_info["r"] == list(schedule.plan((4, -1.0), 2, 37).r)
+    assert counts(model) == [37 - 8, 37 - 8]
     model.r = [4, 2]
-    assert model.forward_features(images()).shape[1] == 37 - 6
+    assert counts(model) == [37 - 4, 37 - 6]
+    model.prune_intermediate_layers([0])
+    assert model.r == [4]
+    assert model.forward_features(images()).shape[1] == 37
+
+
+def test_a_new_patch_size_keeps_the_embedding_fast():
+    model = tome.patch.timm(make("plain"))
+    model.set_input_size(img_size=64, patch_size=16)
+    assert type(model.patch_embed.proj).__name__ == "PatchConv2d"
+    assert model(images(size=64)).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -229,11 +253,7 @@ def test_a_wrong_schedule_is_refused_when_set_and_changes_nothing(r, error, mess
     with pytest.raises(error, match=message):
         model.r = r
     assert model.r == 4
-    assert model.forward_features(images()).shape[1] == 37 - 16
-
-
-class Subclass(VisionTransformer):
-    pass
+    assert counts(model)[-1] == 37 - 16
 
 
 def unknown_attention():
@@ -257,7 +277,6 @@ SMALLEST = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
         (lambda: timm.create_model("resnet18"), "ResNet is not supported"),
         (lambda: timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1), "Eva is not supported"),
         (lambda: timm.create_model("beit_base_patch16_224", **SMALLEST), "Beit is not supported"),
-        (lambda: Subclass(**SMALLEST), "Subclass is not supported"),
         (lambda: torch.nn.DataParallel(make("plain")), "Patch before torch.compile, DataParallel"),
         (lambda: torch.compile(make("plain")), "Patch before torch.compile"),
         (lambda: VisionTransformer(**SMALLEST, block_fn=ParallelScalingBlock), "blocks.0: ParallelScalingBlock"),
@@ -273,11 +292,61 @@ def test_what_is_not_understood_is_refused_and_left_alone(build, message):
     assert snapshot(model) == before
 
 
-def test_masks_are_refused():
+def test_masks_are_refused_where_tokens_merge():
     model = tome.patch.timm(make("plain"))
+    mask = torch.zeros(37, 37)
+    expected = model(images(), attn_mask=mask)
+    assert torch.equal(expected, tome.unpatch(copy.deepcopy(model))(images(), attn_mask=mask))
+    model.r = 4
     for call in (model, model.forward_features, model.forward_intermediates):
-        with pytest.raises(UnsupportedModelError, match="takes no attn_mask"):
-            call(images(), attn_mask=torch.zeros(37, 37))
+        with pytest.raises(UnsupportedModelError, match=r"blocks.0: a patched block takes no attn_mask"):
+            call(images(), attn_mask=mask)
+
+
+class Averages(VisionTransformer):
+    """What users write: a loop of their own over the blocks, and a pooling of their own."""
+
+    def forward_features(self, x, attn_mask=None, is_causal=False):
+        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.fc_norm(x[:, 1:].mean(dim=1))
+
+    def forward_head(self, x, pre_logits=False):
+        return self.head(x)
+
+
+def test_subclasses_and_loops_over_blocks_get_the_full_grid():
+    model = Averages(**SMALLEST | {"depth": 3, "num_classes": 5, "global_pool": "avg"}).eval()
+    x = images(size=32)
+    expected = model(x)
+    tome.patch.timm(model)
+    assert torch.equal(model(x), expected)
+    model.r = 1
+    merged = tome.merged(model, x)
+    restored = tome.unmerge(merged.x, merged.slot)
+    torch.testing.assert_close(model(x), model.head(model.fc_norm(restored[:, 1:].mean(1))))
+    assert type(model) is not Averages
+    assert type(tome.unpatch(model)) is Averages
+
+
+def test_a_block_takes_a_tensor_and_passes_tokens_that_are_the_full_grid_to_others():
+    model = tome.patch.timm(make("plain"))
+    x = model._pos_embed(model.patch_embed(images()))
+    assert type(model.blocks[0](x)) is torch.Tensor
+    model.r = 6
+    tokens = model.blocks[0](x)
+    grid = tome.unmerge(tokens.x, tokens.slot)
+    assert tokens.x.shape == (2, 31, 32)
+    assert tokens.shape == grid.shape == x.shape
+    assert torch.equal(tokens[:, 1:], grid[:, 1:])
+    assert torch.equal(tokens * 2 + 1, grid * 2 + 1)
+    assert torch.equal(torch.cat([tokens, tokens]), torch.cat([grid, grid]))
+    assert torch.equal(model.norm(tokens), model.norm(grid))
+    assert tokens.to(torch.float64).x.dtype == torch.float64
+    assert tokens.to(torch.float64).size.dtype == torch.float32
+    assert type(model.blocks[3](tokens)) is torch.Tensor  # the last block restores
+    assert torch.equal(model.blocks[1](grid)[:], model.blocks[1](grid)[:])  # a grid in the middle starts anew
 
 
 def test_use_cuda_ext_chooses_the_backend():

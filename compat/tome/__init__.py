@@ -8,19 +8,22 @@
 See ``tome.ops`` for the operations, ``tome.schedule`` for what ``r`` may be, ``tome.set_backend`` for who computes.
 """
 
-from tome import merge, ops, patch, schedule, utils, vis
-from tome.backend import BackendError, get_backend, set_backend, use_backend
-from tome.ops import unmerge
-from tome.patch import Tokens, UnsupportedModelError, unpatch
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __all__ = [
     "BackendError",
     "Tokens",
     "UnsupportedModelError",
+    "backend",
+    "cost",
     "get_backend",
+    "measure",
     "merge",
+    "merged",
     "ops",
     "patch",
+    "report",
     "schedule",
     "set_backend",
     "unmerge",
@@ -29,3 +32,36 @@ __all__ = [
     "utils",
     "vis",
 ]
+
+# Each name loads when it is first used: PyTorch takes seconds, which the help of the command line must not.
+_HOMES = {
+    "BackendError": "backend",
+    "Tokens": "tokens",
+    "UnsupportedModelError": "patch",
+    "get_backend": "backend",
+    "merged": "patch",
+    "set_backend": "backend",
+    "unmerge": "ops",
+    "unpatch": "patch",
+    "use_backend": "backend",
+}
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from tome import backend, cost, measure, merge, ops, patch, report, schedule, utils, vis
+    from tome.backend import BackendError, get_backend, set_backend, use_backend
+    from tome.ops import unmerge
+    from tome.patch import UnsupportedModelError, merged, unpatch
+    from tome.tokens import Tokens
+else:
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module 'tome' has no attribute {name!r}")
+        home = _HOMES.get(name)
+        value = import_module(f"tome.{name}") if home is None else getattr(import_module(f"tome.{home}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

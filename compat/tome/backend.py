@@ -137,12 +137,9 @@ def _with_rounding(reason: str | None, op: str, args: tuple[Any, ...], kwargs: d
     return reason if rounded is None else f"{reason}, {rounded}"
 
 
-def unrecorded_extension(x: torch.Tensor) -> ModuleType | None:
-    """``tome_cuda`` where it computes on these tokens and nobody records the operations one by one."""
-    if is_recording() or get_backend() == "reference":
-        return None
-    module = implementation("attention", x)
-    return None if module is tome_reference else module
+def takes_kernels(x: torch.Tensor) -> bool:
+    """Whether the extension, rather than the reference, computes on these tokens."""
+    return x.is_cuda and get_backend() != "reference" and extension_problem() is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped

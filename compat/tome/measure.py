@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,15 +25,17 @@ def checked_device(device: torch.device | str | int) -> torch.device:
     """The device, if it is there.
 
     Raises:
-        ValueError: no such device, or a GPU that is not there.
+        ValueError: no such device, one that is not measured (mps), or a GPU that is not there.
 
     """
-    try:
-        checked = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: use cpu or cuda") from error
+    name = f"cuda:{device}" if isinstance(device, int) else str(device)
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ValueError(f"device {name!r} is not supported: use cpu, cuda or cuda:N")
+    checked = torch.device(name)
     if checked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} needs an NVIDIA GPU and none is available: use cpu")
+        raise ValueError(f"device {name!r} needs an NVIDIA GPU and none is available: use cpu")
+    if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: the last is cuda:{torch.cuda.device_count() - 1}")
     return checked
 
 

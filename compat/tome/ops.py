@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from tome_reference import checks
 __all__ = [
     "attend_half",
     "attention",
+    "declined",
     "follow",
     "in_one_call",
     "kth_match",
@@ -72,10 +73,8 @@ def _operation(definition: Callable[P, T], checks_first: bool = True) -> Callabl
     return run
 
 
-def in_one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """A half of a block as one call of the kernels, or None where its parts have to be called one by one.
-
-    The reason for that is recorded, unless nothing runs on the kernels here anyway.
+def declined(half: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> str | None:
+    """Why a half of a block cannot be one call of the kernels, or None; recorded.
 
     Args:
         half: :func:`attend_half` or :func:`mlp_half`.
@@ -83,16 +82,22 @@ def in_one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | 
         **kwargs: likewise.
 
     """
-    name = half.__name__
-    kernels, _ = extension(args[0] if args else next(iter(kwargs.values()), None))
-    if kernels is None:
+    kernels, reason = extension(args[0])
+    if kernels is not None:
+        reason = kernels.PREDICATES[half.__name__](*args, **kwargs)  # why_not, in less of the host's time
+    record(half.__name__, "cuda" if reason is None else None, "one call" if reason is None else reason)
+    return reason
+
+
+def in_one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """What a half of a block computes, in one call; None where its parts have to be called (:func:`declined`)."""
+    if declined(half, *args, **kwargs) is not None:
         return None
     try:
-        reason = kernels.PREDICATES[name](*args, **kwargs)  # why_not, without its pass over the arguments
-        record(name, "cuda" if reason is None else None, reason)
-        return None if reason is not None else cast(T, getattr(kernels, name)(*args, **kwargs))
+        run: Callable[P, T] = getattr(extension(args[0])[0] or tome_reference, half.__name__)
+        return run(*args, **kwargs)
     except Exception:
-        getattr(checks, name)(*args, **kwargs)
+        getattr(checks, half.__name__)(*args, **kwargs)
         raise
 
 

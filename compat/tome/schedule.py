@@ -14,14 +14,11 @@ A layer never merges more than half of its free (unprotected) tokens, whatever t
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from typing import TypeAlias
-
-from tome_reference import max_r
 
 Schedule: TypeAlias = int | float | tuple[int, float] | list[int]
 
@@ -32,31 +29,6 @@ class Plan:
 
     tokens: tuple[int, ...]
     r: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs (two per multiply-add) of the matrix products of one model and one image.
-
-    Attributes:
-        attention: per token and layer: the query, key, value and output projections.
-        mixing: per pair of tokens and layer: scores and weighted sum.
-        mlp: per token and layer, after merging.
-        fixed: once per image: patch embedding and head.
-        pool: per token that leaves the last layer: attention pooling.
-
-    """
-
-    attention: int
-    mixing: int
-    mlp: int
-    fixed: int = 0
-    pool: int = 0
-
-    @classmethod
-    def vit(cls, dim: int, mlp_ratio: float = 4.0, fixed: int = 0) -> Cost:
-        """The plain Vision Transformer of width ``dim``."""
-        return cls(8 * dim * dim, 4 * dim, 4 * dim * int(dim * mlp_ratio), fixed)
 
 
 def per_layer(depth: int, r: Schedule) -> tuple[int | float, ...]:
@@ -88,9 +60,9 @@ def per_layer(depth: int, r: Schedule) -> tuple[int | float, ...]:
 
 def merged(entry: int | float, free: int) -> int:
     """How many of ``free`` tokens one layer merges, given its entry of :func:`per_layer`."""
-    # The small addend forgives the rounding of a product such as 0.29 * 100.
-    wanted = int(entry * free + 1e-6) if isinstance(entry, float) else entry
-    return min(wanted, max_r(free, 0))
+    from tome_reference import max_r  # here, because PyTorch comes with it
+
+    return min(_wanted(entry, free), max_r(free, 0))
 
 
 def plan(r: Schedule, depth: int, tokens: int, prefix: int = 1) -> Plan:
@@ -115,17 +87,29 @@ def plan(r: Schedule, depth: int, tokens: int, prefix: int = 1) -> Plan:
     return Plan(tuple(counts), tuple(merges))
 
 
-def flops(tokens: Sequence[int], cost: Cost) -> int:
-    """FLOPs of one image: attention sees the tokens that enter a layer, the MLP those that leave it.
+def too_large(r: Schedule, depth: int, tokens: int, prefix: int = 1) -> str | None:
+    """Why even the first layer, which has most tokens, could not follow a schedule in full; None where it could.
 
-    Args:
-        tokens: as in :attr:`Plan.tokens`.
-        cost: of the model.
-
+    The arguments are those of :func:`plan`.
     """
-    layers = itertools.pairwise(tokens)
-    blocks = sum(cost.attention * n + cost.mixing * n * n + cost.mlp * m for n, m in layers)
-    return cost.fixed + cost.pool * tokens[-1] + blocks
+    free = tokens - prefix
+    wanted = max((_wanted(entry, free) for entry in per_layer(depth, r)), default=0)
+    most = merged(wanted, free)
+    if wanted <= most:
+        return None
+    return f"of {tokens} tokens, {prefix} of them protected, a layer can merge at most {most}, not {wanted}"
+
+
+def warn_if_clipped(r: Schedule, depth: int, tokens: int, prefix: int = 1, stacklevel: int = 4) -> None:
+    """Warn where :func:`too_large` has a reason; the default ``stacklevel`` blames who sets it on a Module."""
+    reason = too_large(r, depth, tokens, prefix)
+    if reason is not None:
+        warnings.warn(f"r = {r} is clipped: {reason}", stacklevel=stacklevel)
+
+
+def _wanted(entry: int | float, free: int) -> int:
+    # The small addend forgives the rounding of a product such as 0.29 * 100.
+    return int(entry * free + 1e-6) if isinstance(entry, float) else entry
 
 
 def _inflected(depth: int, r: int, inflection: float) -> list[int]:

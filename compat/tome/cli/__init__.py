@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from typing import TYPE_CHECKING
 
-import click
+__all__ = ["cli", "main"]
 
-COMMANDS = ("bench", "info", "visualize")
+STOPPED = "tome: stopped\n"
 
+if TYPE_CHECKING:
+    from tome.cli.commands import cli
+else:
 
-class _Commands(click.Group):
-    """Loads a command's module, and what it imports, when the command is asked for."""
+    def __getattr__(name):
+        if name != "cli":
+            raise AttributeError(f"module 'tome.cli' has no attribute {name!r}")
+        from tome.cli.commands import cli
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = import_module(f"tome.cli.{cmd_name}").command
-        return command
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="token-merging")
-def cli() -> None:
-    """Faster Vision Transformers by merging similar tokens (arXiv 2210.09461)."""
+        return cli
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     try:
-        result = cli.main(args=args, prog_name="tome", standalone_mode=False)
-        sys.exit(result if isinstance(result, int) else 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.Abort:
-        click.echo("tome: stopped", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        click.echo("tome: error: " + " ".join(error.format_message().split()), err=True)
-        sys.exit(2)
+        from tome.cli.commands import run  # within reach of Ctrl-C, like all that takes time
+
+        code = run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write(STOPPED)
+        code = 130
+    sys.exit(code)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import torch
@@ -19,27 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from timm.layers import set_fused_attn
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
-from tome import backend, measure, patch, schedule
-from tome.cli.common import (
-    DTYPES,
-    DeviceType,
-    ScheduleType,
-    autocast_to,
-    checked_plan,
-    create_model,
-    default_device,
-    input_size,
-)
-from tome.patch import UnsupportedModelError, timm_cost, timm_vit
+from tome import backend, cost, measure, patch, schedule
+from tome.cli import files, models
 
-EPILOG = """\b
-Examples:
-  tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0
-  tome bench vit_base_patch16_224 --r 16 --batch-size 256 --dtype float16 --device cuda --compile
-  tome bench vit_tiny_patch16_224 --r 0.05 --batch-size 1 --device cuda --cuda-graph --json out.json --plot out.png
-"""
+DEFAULT: tuple[schedule.Schedule, ...] = (8, 16, (16, -1.0))
 
 
 @dataclass(frozen=True)
@@ -77,41 +62,14 @@ class Result:
         return self.speedup / self.allowed
 
 
-@click.command("bench", epilog=EPILOG)
-@click.argument("model_name", metavar="MODEL")
-@click.option(
-    "--r",
-    "schedules",
-    type=ScheduleType(),
-    multiple=True,
-    default=("8", "16", "16,-1.0"),
-    show_default=True,
-    help="Schedule: 8 or 8,-1.0 or [8,8,4] or 0.05. Repeat it for several.",
-)
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--autocast", type=click.Choice(["float16", "bfloat16"]), help="Run both sides under autocast.")
-@click.option("--device", type=DeviceType(), default=default_device, help="cpu or cuda; the GPU if there is one.")
-@click.option(
-    "--backend",
-    "backends",
-    type=click.Choice(backend.CHOICES),
-    multiple=True,
-    help="Who merges; repeat it to compare. Without it TOME_BACKEND chooses.",
-)
-@click.option("--compile", "compiled", is_flag=True, help="Also measure both sides under torch.compile.")
-@click.option("--cuda-graph", is_flag=True, help="Replay each variant as a CUDA graph.")
-@click.option("--runs", type=click.IntRange(min=1), default=15, show_default=True, help="Measured passes.")
-@click.option("--warm-up", type=click.IntRange(min=0), default=3, show_default=True, help="Passes before them.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures.")
-@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw throughput.")
-def command(
+def run(
     model_name: str,
     schedules: tuple[schedule.Schedule, ...],
     batch_size: int,
     dtype: str,
     autocast: str | None,
-    device: torch.device,
+    device_name: str | None,
+    checkpoint: Path | None,
     backends: tuple[str, ...],
     compiled: bool,
     cuda_graph: bool,
@@ -120,25 +78,19 @@ def command(
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    """Measure MODEL (a name of timm's, with random weights) unpatched and with token merging, taking turns."""
+    """Measure, print, and write what was asked for."""
+    device = models.find_device(device_name)
     if cuda_graph and device.type != "cuda":
         raise click.BadParameter(f"needs --device cuda, not {device}", param_hint="--cuda-graph")
-    for name, file in (("--json", json_file), ("--plot", plot_file)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise click.BadParameter(f"there is no folder {file.absolute().parent}", param_hint=name)
-    if plot_file is not None:
-        _matplotlib()
     set_fused_attn(True)
-    model = create_model(model_name, pretrained=False, device=device).to(DTYPES[dtype])
-    try:
-        tokens, cost = timm_cost.cost(patch.unpatch(patch.timm(model)))
-    except UnsupportedModelError as error:
-        raise click.UsageError(str(error)) from error
-    depth, prefix = len(model.blocks), model.num_prefix_tokens
-    plans = {"none": schedule.plan(0, depth, tokens, prefix)}
-    plans |= {str(r): checked_plan(model_name, r, depth, tokens, prefix) for r in schedules}
+    model = models.create_model(model_name, device=device, checkpoint=checkpoint).to(models.dtype_of(dtype))
+    shape = models.patched_shape(model)
+    patch.unpatch(model)
+    schedules = schedules or tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
+    plans = {"none": schedule.plan(0, *shape)} | {str(r): models.checked_plan(model_name, shape, r) for r in schedules}
+    flops = {"none": cost.flops(model)} | {str(r): cost.flops(model, r) for r in schedules}
 
-    x = torch.randn(batch_size, *input_size(model), device=device, dtype=DTYPES[dtype])
+    x = torch.randn(batch_size, *cost.input_size(model), device=device, dtype=models.dtype_of(dtype))
     calls: dict[Variant, measure.Call] = {}
     first_seconds: dict[Variant, float] = {}
     modes = ("eager", "compiled") if compiled else ("eager",)
@@ -151,23 +103,21 @@ def command(
         calls[variant] = _graphed(call) if cuda_graph else call
     seconds = measure.time_calls(calls, device, warm_up, runs)
     medians = {variant: statistics.median(times) for variant, times in seconds.items()}
-    full = schedule.flops(plans["none"].tokens, cost)
     results = []
     for variant, times in seconds.items():
-        flops = schedule.flops(plans[variant.r].tokens, cost)
         quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
         results.append(
             Result(
                 **asdict(variant),
                 tokens=plans[variant.r].tokens,
-                gflops=flops / 1e9,
+                gflops=flops[variant.r] / 1e9,
                 images_per_second=batch_size / medians[variant],
                 median_ms=medians[variant] * 1e3,
                 spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant],
                 peak_mib=measure.peak_memory(calls[variant], device) / 2**20,
                 first_call_s=first_seconds[variant],
                 speedup=medians[Variant("none", "", variant.mode)] / medians[variant],
-                allowed=full / flops,
+                allowed=flops["none"] / flops[variant.r],
             )
         )
     conditions = {
@@ -181,30 +131,31 @@ def command(
     _print(results, conditions)
     if json_file is not None:
         rows = [{**asdict(result), "share": result.share} for result in results]
-        json_file.write_text(json.dumps({"conditions": conditions, "results": rows}, indent=2) + "\n")
+        with files.replacing(json_file) as file:
+            file.write_text(json.dumps({"conditions": conditions, "results": rows}, indent=2) + "\n")
     if plot_file is not None:
-        _draw(results, conditions, plot_file)
+        with files.replacing(plot_file) as file:
+            _draw(results, conditions, file, plot_file.suffix[1:])
 
 
 def _variants(
-    model: VisionTransformer,
+    model: nn.Module,
     schedules: tuple[schedule.Schedule, ...],
     backends: tuple[str, ...],
     modes: tuple[str, ...],
-) -> Iterator[tuple[Variant, VisionTransformer]]:
+) -> Iterator[tuple[Variant, nn.Module]]:
     for mode in modes:
         yield Variant("none", "", mode), model
     for r, name, mode in product(schedules, backends, modes):
         yield Variant(str(r), name, mode), _patched(model, r)
 
 
-def _patched(model: VisionTransformer, r: schedule.Schedule) -> VisionTransformer:
+def _patched(model: nn.Module, r: schedule.Schedule) -> nn.Module:
     """A patched copy that shares the weights."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    variant = patch.timm(copy.deepcopy(model, shared))
-    assert isinstance(variant, timm_vit.PatchedViT)
+    variant: Any = patch.timm(copy.deepcopy(model, shared))
     variant.r = r
-    return variant
+    return cast(nn.Module, variant)
 
 
 def _call(
@@ -215,7 +166,7 @@ def _call(
 
     def call() -> object:
         with ExitStack() as stack:
-            stack.enter_context(autocast_to(autocast, x.device))
+            stack.enter_context(models.autocast_to(autocast, x.device))
             stack.enter_context(backend.use_backend(backend_name or None))
             return model(x)
 
@@ -263,8 +214,8 @@ def _print(results: list[Result], conditions: dict[str, str]) -> None:
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
 
 
-def _draw(results: list[Result], conditions: dict[str, str], file: Path) -> None:
-    pyplot = _matplotlib()
+def _draw(results: list[Result], conditions: dict[str, str], file: Path, format_: str) -> None:
+    pyplot = files.pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     names = [str(Variant(row.r, row.backend, row.mode)) for row in results]
     colours = ["0.6" if row.r == "none" else "tab:blue" for row in results]
@@ -279,19 +230,6 @@ def _draw(results: list[Result], conditions: dict[str, str], file: Path) -> None
         fontsize=9,
     )
     try:
-        figure.savefig(file, dpi=150)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--plot") from error
+        figure.savefig(file, dpi=150, format=format_)
     finally:
         pyplot.close(figure)
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise click.UsageError("--plot needs matplotlib: pip install 'token-merging[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 import torch
@@ -13,54 +14,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tome import backend, measure, ops, report, schedule
-from tome.cli.common import (
-    DTYPES,
-    DeviceType,
-    ScheduleType,
-    autocast_to,
-    create_model,
-    default_device,
-    input_size,
-    patched,
-)
-
-EPILOG = """\b
-Examples:
-  tome info
-  TOME_BACKEND=reference tome info
-  tome info vit_base_patch16_224 --r 8 --dtype float16 --device cuda
-"""
+from tome import backend, cost, measure, ops, report, schedule
+from tome.cli import models
 
 
-@click.command("info", epilog=EPILOG)
-@click.argument("model_name", metavar="[MODEL]", required=False)
-@click.option("--r", type=ScheduleType(), default="8", show_default=True, help="Schedule: 8 or 8,-1.0 or 0.05.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--autocast", type=click.Choice(["float16", "bfloat16"]), help="Run under autocast.")
-@click.option("--device", type=DeviceType(), default=default_device, help="cpu or cuda; the GPU if there is one.")
-def command(
-    model_name: str | None,
-    r: schedule.Schedule,
-    batch_size: int,
-    dtype: str,
-    autocast: str | None,
-    device: torch.device,
-) -> None:
-    """Show each operation and backend, whether it is available or why not, and versions for a bug report.
+def show_backends() -> None:
+    """Every operation and backend, whether it is available or why not, and versions.
 
-    With MODEL, a name of timm's: run it once with random weights, and show block by block what ran on which backend,
-    and why. The other options are about that run.
+    Raises:
+        click.UsageError: the backend that was chosen cannot run.
+
     """
-    try:
-        chosen = backend.get_backend()
-    except ValueError as error:
-        raise click.UsageError(f"TOME_BACKEND: {error}") from error
+    chosen = backend.get_backend()
     console = Console()
-    if model_name is not None:
-        _print_parts(console, model_name, r, batch_size, dtype, autocast, device)
-        return
     missing = backend.extension_problem()
     extension = import_module("tome_cuda") if find_spec("tome_cuda") is not None else None
     table = Table("operation", "reference", "cuda", title=f"backend: {chosen}")
@@ -71,32 +37,38 @@ def command(
         console.print(f"cuda: {escape(missing)}", soft_wrap=True)
     for name, value in _facts({} if extension is None else extension.build_info()).items():
         console.print(f"{name:<22}{escape(value)}", soft_wrap=True)
+    if chosen == "cuda" and missing is not None:
+        raise click.UsageError("TOME_BACKEND chose cuda, which cannot run here: no operation can")
 
 
-def _print_parts(
-    console: Console,
+def show_parts(
     name: str,
     r: schedule.Schedule,
     batch_size: int,
     dtype: str,
     autocast: str | None,
-    device: torch.device,
+    device_name: str | None,
+    checkpoint: Path | None,
 ) -> None:
-    model = create_model(name, pretrained=False, device=device).to(DTYPES[dtype])
-    patched(name, model, r)
-    images = torch.randn(batch_size, *input_size(model), device=device, dtype=DTYPES[dtype])
+    """What each part of the model runs on, and why, in one pass over random images."""
+    device = models.find_device(device_name)
+    model = models.create_model(name, device=device, checkpoint=checkpoint).to(models.dtype_of(dtype))
+    models.checked_plan(name, models.patched_shape(model), r)
+    model.r = r
+    images = torch.randn(batch_size, *cost.input_size(model), device=device, dtype=models.dtype_of(dtype))
     try:
-        with autocast_to(autocast, device):
+        with models.autocast_to(autocast, device):
             found = report.parts(model, images)
     except backend.BackendError as error:
         raise click.ClickException(str(error)) from error
-    table = Table("part", "operation", "runs on", "why", title=f"{name}, r {r}, {dtype}, {device}", box=box.SIMPLE_HEAD)
+    title = escape(f"{name}, r {r}, {dtype}, {device}")
+    table = Table("part", "operation", "runs on", "why", title=title, box=box.SIMPLE_HEAD)
     for part in report.ranges(found):
         if not part.calls:
             table.add_row(part.name, "as in timm", "torch", "nothing is merged in it or before it")
         for i, call in enumerate(part.calls):
             table.add_row("" if i else part.name, call.op, call.backend or "left out", escape(call.reason or ""))
-    console.print(table)
+    Console().print(table)
 
 
 def _facts(library: dict[str, str]) -> dict[str, str]:

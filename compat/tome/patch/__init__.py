@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from tome.patch.block import Tokens, UnsupportedModelError, unpatch
+from tome.matching import Rule, chosen
+from tome.patch.model import merged
+from tome.patch.row import ModelSettings
+from tome.patch.swap import UnsupportedModelError, unpatch
+from tome.tokens import Tokens
 
-__all__ = ["Tokens", "UnsupportedModelError", "timm", "unpatch"]
+__all__ = ["Rule", "Tokens", "UnsupportedModelError", "merged", "timm", "unpatch"]
 
 
 def timm(
-    model: nn.Module, trace_source: bool = False, prop_attn: bool = True, use_cuda_ext: bool | None = None
+    model: nn.Module,
+    trace_source: bool = False,
+    prop_attn: bool = True,
+    use_cuda_ext: bool | None = None,
+    matching: str | Rule = "bipartite",
 ) -> nn.Module:
     """Patch a Vision Transformer of timm, or the feature extractor that ``features_only=True`` makes of one.
 
@@ -22,14 +30,19 @@ def timm(
         trace_source: keep the slot map of each forward pass for ``model._tome_info["source"]``.
         prop_attn: weigh each key by its size in attention (section 3, "Tracking Token Size").
         use_cuda_ext: True forces the CUDA backend, False the reference; None leaves it to :mod:`tome.backend`.
+        matching: who decides which tokens merge: "bipartite" (section 3), "random", "kth" (an entry k of the schedule
+            then keeps one token of k), or a function ``(keys, r, prefix) -> slot`` from keys [B, H, N, D] to int32
+            [B, N] onto [0, N - r), that keeps the first ``prefix`` tokens in their places.
 
     Returns:
         The same model with ``model.r = 0``: nothing is merged until ``r`` is set.
 
     Raises:
         UnsupportedModelError: a model, block or attention that is not understood, with its name and the reason.
+        ValueError, TypeError: a ``matching`` that is neither a known name nor a function.
 
     """
     from tome.patch import timm_vit  # timm, and torchvision behind it, load only when a model is patched
 
-    return timm_vit.apply_patch(model, trace_source, prop_attn, use_cuda_ext)
+    backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
+    return timm_vit.apply_patch(model, ModelSettings(trace_source, prop_attn, backend, chosen(matching)))

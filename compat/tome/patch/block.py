@@ -1,202 +1,230 @@
-"""What every host shares: the state that travels from block to block, and the block with a merge in it."""
+"""The block with a merge in it, whatever library it is of (arXiv 2210.09461, section 3, figure 1).
+
+Blocks differ in the names of their parts, which a :class:`Row` gives, and in how they make q, k and v, which an
+:class:`Attention` knows. What lies between is here: add and norm, project, match, attend, output, add, merge and norm,
+MLP. Where nobody watches, each half of it is one call.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tome import ops, schedule
-from tome.recording import record
+from tome import backend, ops
+from tome.patch import plain
+from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
+from tome.patch.row import BlockSettings, Qkv, Row
+from tome.patch.swap import Patched, UnsupportedModelError
+from tome.recording import PART, record
+from tome.streams import side_stream
+from tome.tokens import Branch, Mlp, MlpParts, Norm, Tokens, add, keep
+from tome_reference.attention import size_bias
 
-Match = Callable[[Tensor], Tensor | None]  # keys [B, H, N, D] -> the slot map of this block's merge, if it merges
-
-
-class UnsupportedModelError(ValueError):
-    """The model, or a part of it, is not understood; the message names the part and the reason."""
-
-
-class Tokens(NamedTuple):
-    """The tokens between two blocks.
-
-    Attributes:
-        x: [B, N, C].
-        size: float32 [B, N], how many original tokens each stands for; None while nothing has been merged.
-        slot: int32 [B, N0], where each original token is now; None where nobody asked.
-        normed: x [B, N, C] after the norm that reads it next, where both were computed together.
-
-    """
-
-    x: Tensor
-    size: Tensor | None = None
-    slot: Tensor | None = None
-    normed: Tensor | None = None
-
-    @classmethod
-    def start(cls, x: Tensor, trace: bool) -> Tokens:
-        """The tokens that enter the first block; ``trace`` follows each of them to its final place."""
-        if not trace:
-            return cls(x)
-        identity = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-        return cls(x, None, identity.expand(x.shape[0], -1).contiguous())
+Half = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, what the MLP reads, size, slot
 
 
-class Branch(NamedTuple):
-    """What is added to x: value [B, N, C], times gamma [C] where there is a LayerScale."""
+class MergingBlock(Patched):
+    """Mixed into a host's block: takes a tensor or :class:`Tokens`, returns tokens, and the last one the full grid."""
 
-    value: Tensor
-    gamma: Tensor | None = None
+    _tome: BlockSettings
+    _tome_row: Row
+    _tome_last: tuple[Tensor | None, Tensor | None] = (None, None)  # size and slot map behind the last pass
+    _tome_chosen: str | None = None  # the backend of the pass that a checkpoint computes again
+    _tome_transient = ("_tome_last", "_tome_chosen", "_tome_readings")
 
-
-class Norm(NamedTuple):
-    """A plain LayerNorm, and the dtype that its only reader wants: what can be computed with the addition before it."""
-
-    module: nn.LayerNorm
-    dtype: torch.dtype | None = None
-
-
-class MergingBlock:
-    """A transformer block that merges between attention and MLP (section 3, figure 1); mixed into a host's block.
-
-    The host's class gives the two branches and the norms before them. The settings are attributes of types that
-    torch.compile takes for constants, so that token counts stay static; a float would make them symbols, hence
-    the str.
-    """
-
-    _tome_r: int | str  # its entry of the schedule: tokens, or the repr of a share of the free ones
-    _tome_prefix: int  # protected tokens
-    _tome_prop_attn: bool  # whether attention weighs keys by size
-
-    def forward(self, tokens: Tokens, next_norm: Norm | None = None) -> Tokens:
-        if self._tome_r == 0 and tokens.size is None:
-            unmerged: Tensor = super().forward(tokens.x)  # type: ignore[misc]  # of the host's block
-            return Tokens(unmerged, None, tokens.slot)
-        return self.merging_forward(tokens, next_norm)
-
-    def merging_forward(self, tokens: Tokens, next_norm: Norm | None = None) -> Tokens:
-        """The block with its merge, also where it has nothing to merge.
-
-        Args:
-            tokens: the tokens.
-            next_norm: the norm that will read the result, to be computed with the last addition; None leaves it out.
-
-        """
-        x, size, slot, normed = tokens
-        n = x.shape[1]
-        entry = float(self._tome_r) if isinstance(self._tome_r, str) else self._tome_r
-        r = schedule.merged(entry, n - self._tome_prefix)
-        side = side_stream(x) if r > 0 else None
-        if side is None and next_norm is not None:
-            done = self.whole(tokens, r, next_norm)
-            if done is not None:
-                return done
-
-        def match(keys: Tensor) -> Tensor | None:
-            if side is None:
-                return ops.match(keys, r, self._tome_prefix) if r > 0 else None
-            side.wait_stream(torch.cuda.current_stream(x.device))
-            with torch.cuda.stream(side):
-                return ops.match(keys, r, self._tome_prefix)
-
-        branch, step = self.attention_branch(x, normed, size if self._tome_prop_attn else None, match)
-        if side is not None:
-            torch.cuda.current_stream(x.device).wait_stream(side)
-        if step is not None and slot is not None:
-            slot = step.gather(1, slot.long())
-        x, normed, size = add(x, branch, step, n - r, size, self.mlp_norm(x.device.type))
-        x, normed, size = add(x, self.mlp_branch(x, normed), None, n - r, size, next_norm)
-        return Tokens(x, size, slot, normed)
-
-    def whole(self, tokens: Tokens, r: int, next_norm: Norm) -> Tokens | None:
-        """The whole block in one call that saves the host work, or None where that cannot be."""
-        return None
-
-    def attention_norm(self, device: str) -> Norm | None:
-        """The norm that attention reads x through, where another block may compute it; ``device`` is a type."""
+    def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
+        """What the MLP computes with; raises NotPlain where it is not Linear, GELU, Linear."""
         raise NotImplementedError
 
-    def mlp_norm(self, device: str) -> Norm | None:
-        """The norm that the MLP reads x through, where it can be computed with the addition before it."""
+    def mlp_reads_linearly(self) -> bool:
+        """Whether the MLP reads its tokens through linear layers only."""
         raise NotImplementedError
 
-    def attention_branch(
-        self, x: Tensor, normed: Tensor | None, size: Tensor | None, match: Match
+    def forward(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Any:
+        """The tokens that are left, or as many as came in behind the last block."""
+        s = self._tome
+        record(PART, None, s.name)
+        if not isinstance(x, Tokens):
+            if s.entry == 0:
+                out = super().forward(x, *args, **kwargs)  # of the host's block
+                self._tell(Tokens(out))
+                return out
+            x = Tokens(x)
+        self._check_call(*args, *kwargs.values())
+        with backend.use_backend(self._backend()):
+            tokens = self._merged(x)
+            self._tell(tokens)
+            if s.is_last:
+                return tokens.restored()
+            # Hooks may take the block's parameters away, with which an addition waits.
+            return Tokens(tokens.x, tokens.size, tokens.steps) if has_hooks(self) else tokens
+
+    def _check_call(self, *others: Any) -> None:
+        name = self._tome.name
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise UnsupportedModelError(
+                "torch.jit.trace and onnx.export(dynamo=False) cannot follow merged tokens: use torch.export or "
+                "onnx.export(dynamo=True)"
+            )
+        if self._backward_hooks or self._backward_pre_hooks:
+            raise UnsupportedModelError(
+                f"{name} has backward hooks, which need a tensor between blocks: hook a part of it, or set r = 0"
+            )
+        if any(other is not None and other is not False for other in others):
+            raise UnsupportedModelError(f"{name}: a patched block takes no attn_mask: merging moves the tokens")
+
+    def _backend(self) -> str | None:
+        # A checkpoint runs the block again in another thread, where the caller's choice of backend does not hold.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self._tome.model.backend
+        if torch._C._current_graph_task_id() == -1:  # no backward pass
+            self._tome_chosen = backend.get_backend()
+        return self._tome.model.backend or self._tome_chosen
+
+    def _merged(self, tokens: Tokens) -> Tokens:
+        s, row = self._tome, self._tome_row
+        parts: Any = self._modules  # as attributes they take several times as long
+        attn = parts[row.attn]
+        norm1, norm2 = self._norms(attn, tokens.device_type())
+        watched = plain.why_watched(tokens.unadded)
+        x, y = tokens.enter(norm1)
+        if y is None:
+            y = x if row.is_post else self._normed(x, norm1, watched)
+        amount, left = s.model.matching.plan(s.entry, x.shape[1], s.prefix)
+        made, done = self._attend_half(attn, x, y, tokens.size, amount, left, norm2, watched)
+        if done is None:
+            branch, slot = self._attention(attn, y, *made, tokens.size, amount, left)
+            done = *add(x, branch, slot, left, tokens.size, norm2), slot
+        x, mlp_input, size, slot = done
+        steps = tokens.steps if slot is None else (*tokens.steps, slot)
+        return Tokens(x, size, steps, self._mlp(x, mlp_input, norm2, watched))
+
+    def _norms(self, attn: Any, device: str) -> tuple[Norm | None, Norm | None]:
+        """The norms that attention and MLP read x through, where they can be computed with the addition before."""
+        row = self._tome_row
+        if row.is_post:
+            return None, None
+        first, second, to = self._modules[row.norm1], self._modules[row.norm2], plain.autocast_dtype(device)
+        if to is None:
+            return plain.norm(row.norm1, first, None), plain.norm(row.norm2, second, None)
+        # Autocast would round for a linear layer anyway; writing that dtype at once saves a pass over the tokens.
+        return (
+            plain.norm(row.norm1, first, to if row.attention.reads_linearly(attn) else None),
+            plain.norm(row.norm2, second, to if self.mlp_reads_linearly() else None),
+        )
+
+    def _normed(self, x: Tensor, norm: Norm | None, watched: str | None) -> Tensor:
+        if norm is not None and watched is None and backend.takes_kernels(x):
+            return ops.merge_add_norm(x, None, None, x.shape[1], None, *norm[:3], None, norm.dtype)[1]
+        normed: Tensor = getattr(self, self._tome_row.norm1)(x)
+        return normed
+
+    def _attend_half(
+        self, attn: Any, x: Tensor, y: Tensor, size: Tensor | None, amount: int, left: int, norm: Norm | None,
+        watched: str | None,
+    ) -> tuple[tuple[Qkv | None, Tensor | None], Half | None]:  # fmt: skip
+        """What it made of q, k, v and slot before it could know, and in one call, if that can be, the half."""
+        s, kind, qkv, slot = self._tome, self._tome_row.attention, None, None
+        parts = self._read("attention", watched)
+        is_own = left < x.shape[1] and s.model.matching.name != "bipartite"
+        if not isinstance(parts, str) and left < x.shape[1] and not is_own and side_stream(x) is not None:
+            parts = "a CUDA graph is captured, in which matching runs beside attention"
+        if isinstance(parts, str) or norm is None:
+            record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
+            return (None, None), None
+        assert isinstance(parts, AttentionParts)
+        if is_own or parts.qkv is None:
+            qkv = kind.project(attn, y, through)
+            slot = s.model.matching.rule(qkv[1], amount, s.prefix) if is_own else None
+        heads, scale, _ = kind.numbers(attn)
+        done = ops.in_one_call(
+            ops.attend_half, x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,
+            parts.qkv if qkv is None else None, *parts[1:], norm[:3], norm.dtype,
+        )  # fmt: skip
+        return (qkv, slot), done
+
+    def _attention(
+        self, attn: Any, y: Tensor, qkv: Qkv | None, slot: Tensor | None, size: Tensor | None, amount: int, left: int
     ) -> tuple[Branch, Tensor | None]:
-        """X [B, N, C], its norm or None, sizes float32 [B, N] or None -> what attention adds, and the matched keys."""
-        raise NotImplementedError
+        """What attention adds to the tokens, part by part, and the slot map where some of them merge."""
+        s, row = self._tome, self._tome_row
+        kind, matching = row.attention, s.model.matching
+        weights = size if s.model.prop_attn else None
+        side = None
+        if kind.is_watched(attn):
+            # Called as it is, so that nothing of it is lost; the keys are projected once more, past its hooks.
+            record("attention", "torch", f"{row.attn} is watched: it is called, and its keys are computed twice")
+            if left < y.shape[1]:
+                with torch.no_grad():
+                    keys = kind.project(attn, y, lambda part, value: part.forward(value))[1]
+                slot = matching.rule(keys, amount, s.prefix)
+            value = kind.whole(attn, y, None if weights is None else size_bias(weights).to(y.dtype))
+        else:
+            q, k, v = qkv or kind.project(attn, y, through)
+            if slot is None and left < y.shape[1]:
+                side = side_stream(y) if matching.name == "bipartite" else None
+                with nullcontext() if side is None else torch.cuda.stream(side):
+                    slot = matching.rule(k, amount, s.prefix)
+            seen = ops.attention(q, k, v, weights, *kind.numbers(attn)[1:])
+            value = kind.output(attn, seen, y)
+            if side is not None:  # before the keys that it reads are freed
+                torch.cuda.current_stream(y.device).wait_stream(side)
+        if row.is_post:
+            value = getattr(self, row.norm1)(value)
+        return self._scaled(value, row.scale1, row.drop1), slot
 
-    def mlp_branch(self, x: Tensor, normed: Tensor | None) -> Branch:
-        """X [B, M, C], its norm or None -> what the MLP adds."""
-        raise NotImplementedError
+    def _mlp(self, x: Tensor, y: Tensor | None, norm: Norm | None, watched: str | None) -> Branch | Mlp:
+        """What the MLP adds to x, or the MLP itself, where its reader may compute it."""
+        row = self._tome_row
+        parts = self._read("mlp", watched)
+        if isinstance(parts, str) or y is None or norm is None or has_hooks(self):
+            record(
+                "mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched"
+            )
+        elif ops.declined(ops.mlp_half, x, y, *cast(MlpParts, parts), norm[:3], norm.dtype) is None:
+            return Mlp(y, cast(MlpParts, parts))
+        norm2 = getattr(self, row.norm2)
+        value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))
+        return self._scaled(norm2(value) if row.is_post else value, row.scale2, row.drop2)
 
+    def _scaled(self, value: Tensor, scale: str | None, drop: str | None) -> Branch:
+        """The branch behind LayerScale and drop path; a plain LayerScale is left to the addition."""
+        factor: Any = None if scale is None else getattr(self, scale)
+        path: Any = None if drop is None else getattr(self, drop)
+        name = plain.SCALES.get(type(factor))
+        if name is not None and not has_hooks(factor) and (path is None or plain.is_inert(path)):
+            return Branch(value, getattr(factor, name))
+        for part in (factor, path):
+            value = value if part is None else through(part, value)
+        return Branch(value)
 
-def add(
-    x: Tensor, branch: Branch, slot: Tensor | None, tokens: int, size: Tensor | None, norm: Norm | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """X + branch, merged along ``slot`` if there is one, and its norm if there is one: x, normed, size."""
-    value, gamma = branch
-    if norm is not None and (value.dtype is x.dtype or x.dtype is torch.float32):
-        weight, bias, eps = norm.module.weight, norm.module.bias, norm.module.eps
-        return ops.merge_add_norm(x, value, slot, tokens, size, weight, bias, eps, gamma, norm.dtype)
-    x = x + (value if gamma is None else value * gamma)
-    if slot is not None:
-        x, size = ops.merge(x, slot, tokens, size)
-    return x, None, size
+    def _read(self, half: str, watched: str | None) -> AttentionParts | MlpParts | str:
+        """What a half computes with, or why it must be called part by part."""
+        if watched is not None:
+            return watched
+        readings: dict[str, tuple[Reading, Any]] = self.__dict__.setdefault("_tome_readings", {})
+        if half not in readings or not readings[half][0].holds(self):
+            reading, row = Reading(self), self._tome_row
+            try:
+                if half == "mlp":
+                    parts: Any = self.mlp_parts(reading, reading.unwatched(self, row.mlp))
+                    gamma = reading.gamma(self, row.scale2, row.drop2)
+                else:
+                    parts = row.attention.read(reading, reading.unwatched(self, row.attn))
+                    gamma = reading.gamma(self, row.scale1, row.drop1)
+            except NotPlain as error:
+                return str(error)
+            readings[half] = reading, parts._replace(gamma=gamma)
+        return readings[half][1]
 
-
-def side_stream(x: Tensor) -> torch.cuda.Stream | None:
-    """Where matching may run beside attention: on a second branch of the CUDA graph that is being captured.
-
-    Few images fill no GPU, so that the two take hardly longer than one of them. Outside of a graph the host would pay
-    more for a second stream than the GPU gains. Each use waits for the current stream first, and the current stream
-    waits for it before anything reads what it made; so the memory of either can be used again by the other.
-    """
-    if not x.is_cuda or torch.compiler.is_compiling() or not torch.cuda.is_current_stream_capturing():
-        return None
-    return _side_stream(x.device)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def plain_norm(module: nn.Module, types: tuple[type[nn.Module], ...]) -> nn.LayerNorm | None:
-    """The module if it is a LayerNorm over the last dimension that can be computed outside of it, else None."""
-    if not isinstance(module, nn.LayerNorm) or type(module) not in types:
-        reason = f"{type(module).__name__} is not a plain LayerNorm"
-    elif len(module.normalized_shape) != 1:
-        reason = f"the LayerNorm is over {len(module.normalized_shape)} dimensions"
-    elif has_hooks(module):
-        reason = "the LayerNorm has hooks"
-    elif module.weight.__class__ is not nn.Parameter and hasattr(module.weight, "device_mesh"):
-        reason = "the LayerNorm's weight is distributed"
-    else:
-        return module
-    record("merge_add_norm", None, reason)
-    return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether someone watches or replaces calls of the module, so that it has to be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # replaced for this instance, as accelerate does
-    )
-
-
-def unpatch(model: nn.Module) -> nn.Module:
-    """Undo a patch: every module gets its class back, and no attribute is left behind. Returns the model."""
-    for module in model.modules():
-        base = getattr(type(module), "_tome_base", None)
-        if base is not None:
-            module.__class__ = base
-            for name in [n for n in vars(module) if n.startswith("_tome")]:
-                delattr(module, name)
-    return model
+    def _tell(self, tokens: Tokens) -> None:
+        """Leave what the model, or :func:`kept`, is asked for behind the last block."""
+        if not self._tome.is_last:
+            return
+        keep(tokens)
+        trace = self._tome.model.trace_source
+        if trace or not torch.compiler.is_compiling():
+            self._tome_last = (tokens.size, tokens.slot if trace else None)

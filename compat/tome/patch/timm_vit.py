@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: class swaps for the model and its parts, over :mod:`tome.patch.block`.
+"""timm's VisionTransformer and what is built on it: ViT, DeiT, DeiT-3, CLIP, SigLIP, MAE, DINOv2, registers, hybrids.
 
 Only types that are known to the letter are swapped, so a change in timm ends in an error instead of a model that is
 quietly wrong.
@@ -6,344 +6,177 @@ quietly wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, cast
 
-import torch
-from timm.layers import AttentionPoolLatent
-from timm.models._features import FeatureGetterNet, feature_take_indices
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import DropPath, GluMlp, LayerNorm, Mlp, SwiGLU
+from timm.layers.activations import GELU, GELUTanh
+from timm.models import vision_transformer as timm_vit
+from timm.models._features import FeatureGetterNet
+from timm.models.vision_transformer import Block, LayerScale, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from tome import ops, schedule
-from tome.backend import get_backend, use_backend
-from tome.patch.block import MergingBlock, Norm, Tokens, UnsupportedModelError, has_hooks, plain_norm
-from tome.patch.embed import PatchConv2d, is_patch_conv, pays
-from tome.patch.timm_block import BLOCKS, PLAIN_NORMS, check_block
-from tome.recording import PART, record
-from tome.utils import adjacency
-from tome_reference.attention import size_bias
+from tome.patch import plain
+from tome.patch.block import MergingBlock
+from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
+from tome.patch.model import PatchedModel, pass_on
+from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
+from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
+from tome.patch.swap import UnsupportedModelError, base_of, check_own, swap
+from tome.tokens import MlpParts, restored
 
+plain.NORMS[LayerNorm] = plain.INERT_IN_EVAL[DropPath] = None
+plain.SCALES[LayerScale] = "gamma"
+plain.GELUS[GELU], plain.GELUS[GELUTanh] = (lambda gelu: False), (lambda gelu: True)
 
-class ModelSettings(NamedTuple):
-    """What a patched model needs to know."""
-
-    r: schedule.Schedule = 0
-    trace_source: bool = False
-    prop_attn: bool = True
-    backend: str | None = None
+BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
-class PatchedViT(VisionTransformer):
-    """What both patched model classes add to timm's."""
+class TimmAttention(Attention):
+    """timm.layers.Attention: one linear layer for q, k, v; a norm, a gate and a projection behind."""
 
-    _tome: ModelSettings
-    _tome_last: tuple[Tensor | None, Tensor | None]  # size and slot map behind the last pass
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
+        batch, n, _ = y.shape
+        qkv = call(attn.qkv, y).reshape(batch, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        # Under autocast the norms return float32; attention would round it to the dtype of v.
+        return call(attn.q_norm, q).to(v.dtype), call(attn.k_norm, k).to(v.dtype), v
 
-    @property
-    def r(self) -> schedule.Schedule:
-        """The schedule: int, (r, inflection), list or float ratio (:mod:`tome.schedule`)."""
-        return self._tome.r
+    def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:
+        x = seen.transpose(1, 2).flatten(2)
+        norm, gate = getattr(attn, "norm", None), getattr(attn, "gate", None)
+        x = x if norm is None else through(norm, x)
+        if gate is not None:
+            x = x * gate(y).sigmoid()
+        return through(attn.proj_drop, attn.proj(x))
 
-    @r.setter
-    def r(self, value: schedule.Schedule) -> None:
-        entries = schedule.per_layer(len(self.blocks), value)
-        self._tome = self._tome._replace(r=value)
-        for block, entry in zip(self.blocks, entries, strict=True):
-            block._tome_r = entry if isinstance(entry, int) else repr(entry)
-            block._tome_prefix = self.num_prefix_tokens
-            block._tome_prop_attn = self._tome.prop_attn
+    def whole(self, attn: Any, y: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, attn(y) if bias is None else attn(y, attn_mask=bias))
 
-    @property
-    def _tome_info(self) -> Mapping[str, Any]:
-        size, slot = self._tome_last
-        return MappingProxyType(
-            {
-                "r": [b._tome_r if isinstance(b._tome_r, int) else float(b._tome_r) for b in self.blocks],
-                "size": None if size is None else size[:, :, None],
-                "source": None if slot is None else adjacency(slot),
-                "trace_source": self._tome.trace_source,
-                "prop_attn": self._tome.prop_attn,
-                "class_token": self.cls_token is not None,
-                "distill_token": getattr(self, "dist_token", None) is not None,
-            }
-        )
+    def is_watched(self, attn: Any) -> bool:
+        return has_hooks(attn) or has_hooks(attn.attn_drop)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # The record of the last pass is no part of the model: it may be large and lie on another device.
-        return {**self.__dict__, "_tome_last": (None, None)}
+    def numbers(self, attn: Any) -> tuple[int, float | None, float]:
+        dropout_p = attn.attn_drop.p if attn.training else 0.0
+        return attn.num_heads, None if attn.fused_attn else attn.scale, dropout_p
 
-    def forward_tokens(self, x: Tensor, trace: bool = False) -> Tokens:
-        """Images [B, 3, H, W] -> the tokens behind the last block, before the final norm.
+    def reads_linearly(self, attn: Any) -> bool:
+        return type(attn.qkv) is nn.Linear
 
-        Args:
-            x: the images.
-            trace: follow every original token; ``slot`` of the result is None without it.
-
-        """
-        state = tokens = self._embed(x, trace)
-        for state in self._run(tokens, len(self.blocks)):  # noqa: B007  # the last one is the result
-            pass
-        return state
-
-    def forward_features(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, restore: bool = False
-    ) -> Tensor:
-        """Images -> normalised tokens [B, M, C], or [B, N, C] with ``restore``: each original token's output."""
-        _refuse_mask(attn_mask, is_causal)
-        tokens = self.forward_tokens(x, restore)
-        x = self._normed(tokens)
-        return _with_size(_restored(x, tokens.slot), None) if restore else _with_size(x, tokens.size)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False, size: Tensor | None = None) -> Tensor:
-        """Tokens -> logits; ``size`` float32 [B, M] is found by itself on the result of forward_features."""
-        return self._head(x, self._size_of(x, self.global_pool) if size is None else size, pre_logits)
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, classes]."""
-        _refuse_mask(attn_mask, is_causal)
-        tokens = self.forward_tokens(x)
-        return self._head(self._normed(tokens), tokens.size)
-
-    def pool(self, x: Tensor, pool_type: str | None = None, size: Tensor | None = None) -> Tensor:
-        """The pooling of timm, with every token counted as often as it stands for."""
-        pool_type = self.global_pool if pool_type is None else pool_type
-        return self._pool(x, self._size_of(x, pool_type) if size is None else size, pool_type)
-
-    def _head(self, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.fc_norm(self._pool(x, size, self.global_pool)))
-        return x if pre_logits else self.head(x)
-
-    def _pool(self, x: Tensor, size: Tensor | None, pool_type: str) -> Tensor:
-        if size is None:
-            return super().pool(x, pool_type)
-        if not self.pool_include_prefix:
-            spatial, size = x[:, self.num_prefix_tokens :], size[:, self.num_prefix_tokens :]
-        else:
-            spatial = x
-        if self.attn_pool is not None:
-            return self.attn_pool(spatial, attn_mask=size_bias(size).to(x.dtype))
-        if pool_type not in ("avg", "avgmax"):
-            return super().pool(x, pool_type)  # tokens and maxima do not depend on sizes
-        mean = (spatial.float() * (size / size.sum(1, keepdim=True))[:, :, None]).sum(1).to(x.dtype)
-        return mean if pool_type == "avg" else 0.5 * (spatial.amax(dim=1) + mean)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        restore: bool = True,
-    ) -> Any:
-        """The forward_intermediates of timm; ``restore`` (default) gives every layer's features on the full grid.
-
-        With ``restore=False`` and ``output_fmt="NLC"`` each layer returns the tokens it has left.
-
-        Raises:
-            ValueError: an unknown output_fmt, or NCHW without restore.
-
-        """
-        _refuse_mask(attn_mask, is_causal)
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        if output_fmt == "NCHW" and not restore:
-            raise ValueError("merged tokens have no grid: use restore=True, or output_fmt='NLC'")
-        wanted, last_wanted = feature_take_indices(len(self.blocks), indices)
-        state = tokens = self._embed(x, restore)
-        taken = []
-        for i, state in enumerate(self._run(tokens, last_wanted + 1 if stop_early else len(self.blocks))):
-            if i in wanted:
-                features = self.norm(state.x) if norm else state.x
-                taken.append(_restored(features, state.slot if restore else None))
-        prefix = [y[:, : self.num_prefix_tokens] for y in taken] if self.num_prefix_tokens else None
-        taken = [y[:, self.num_prefix_tokens :] for y in taken]
-        if output_fmt == "NCHW":
-            grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-            taken = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in taken]
-
-        result: dict[str, Any] = {"image_intermediates": taken}
-        if return_prefix_tokens and prefix is not None:
-            result["image_intermediates_prefix"] = prefix
-        if not intermediates_only:
-            final = _restored(self.norm(state.x), state.slot if restore else None)
-            result["image_features"] = _with_size(final, None if restore else state.size)
-        if output_dict:
-            return result
-        if return_prefix_tokens and prefix is not None:
-            result["image_intermediates"] = list(zip(taken, prefix, strict=True))
-        taken = result["image_intermediates"]
-        return taken if intermediates_only else (result["image_features"], taken)
-
-    def _embed(self, x: Tensor, trace: bool) -> Tokens:
-        record(PART, None, "patch_embed")
-        with use_backend(self._tome.backend):
-            x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        return Tokens.start(x, trace or self._tome.trace_source)
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """The step of timm; where nothing needs a graph of it, the patches are written once instead of twice."""
-        plain = self._tome_base is VisionTransformer and self.pos_embed is not None and not self.dynamic_img_size
-        if not plain or not pays(x) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super()._pos_embed(x)
-        pos, n = self.pos_embed, self.num_prefix_tokens
-        first = [token for token in (self.cls_token, self.reg_token) if token is not None]
-        out = x.new_empty((x.shape[0], n + x.shape[1], x.shape[2]), dtype=torch.result_type(x, pos))
-        if first:
-            prefix = torch.cat(first, dim=1)
-            out[:, :n] = prefix if self.no_embed_class else prefix + pos[:, :n]
-        torch.add(x, pos if self.no_embed_class else pos[:, n:], out=out[:, n:])
-        return self.pos_drop(out)
-
-    def _run(self, tokens: Tokens, blocks: int) -> Iterator[Tokens]:
-        backend = self._tome.backend
-        layers: list[nn.Module] = list(self.blocks)
-        device = tokens.x.device.type
-        for i, block in enumerate(layers[:blocks]):
-            record(PART, None, f"blocks.{i}")
-            norm = self._norm_between(block, layers[i + 1] if i + 1 < len(layers) else None, device)
-            if self.grad_checkpointing:
-                call = partial(_run_block, block, backend or get_backend(), next_norm=norm)
-                tokens = checkpoint(call, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens, norm) if backend is None else _run_block(block, backend, tokens, norm)
-            yield tokens
-        if not torch.compiler.is_compiling() or self._tome.trace_source:
-            self._tome_last = (tokens.size, tokens.slot)
-
-    def _norm_between(self, block: nn.Module, following: nn.Module | None, device: str) -> Norm | None:
-        """The norm that reads the block's result, where the block can compute it with its last addition."""
-        if has_hooks(block):  # which may replace the result
-            return None
-        if following is None:
-            plain = plain_norm(self.norm, PLAIN_NORMS) if type(self.norm) is not nn.Identity else None
-            return None if plain is None else Norm(plain)
-        if has_hooks(following) or not isinstance(following, MergingBlock):
-            return None
-        return following.attention_norm(device)
-
-    def _normed(self, tokens: Tokens) -> Tensor:
-        return self.norm(tokens.x) if tokens.normed is None else tokens.normed
-
-    def _size_of(self, x: Tensor, pool_type: str) -> Tensor | None:
-        """The sizes that forward_features left on its result."""
-        if hasattr(x, "_tome_size"):
-            size: Tensor | None = x._tome_size
-            return size
-        if self.attn_pool is None and pool_type in ("", "token", "max"):
-            return None
-        if all(block._tome_r == 0 for block in self.blocks):
-            return None
-        raise ValueError(
-            f"{pool_type!r} pooling of merged tokens needs their sizes, and this tensor is not the result of "
-            "forward_features itself: pass size=float32 [B, M] (ones for restored features)"
-        )
+    def read(self, reading: Reading, attn: Any) -> AttentionParts:
+        if attn._modules.get("gate") is not None:
+            raise NotPlain("attention has a gate")
+        reading.inert(attn, "norm", "proj_drop", "attn_drop")
+        try:
+            reading.inert(attn, "q_norm", "k_norm")
+            qkv = reading.linear(attn, "qkv")
+        except NotPlain:
+            qkv = None
+        return AttentionParts(qkv, reading.linear(attn, "proj"))
 
 
-class ToMeVisionTransformer(PatchedViT):
-    """A patched VisionTransformer."""
+class TimmBlock(MergingBlock):
+    """timm's pre-norm Block."""
 
-    _tome_base = VisionTransformer
+    _tome_row = Row(TimmAttention())
 
+    def mlp_reads_linearly(self) -> bool:
+        return type(self.mlp) in (Mlp, GluMlp, SwiGLU)
 
-class ToMeVisionTransformerDistilled(PatchedViT, VisionTransformerDistilled):
-    """A patched VisionTransformerDistilled (DeiT): its head reads the class and distillation tokens only."""
-
-    _tome_base = VisionTransformerDistilled
-
-    def _head(self, x: Tensor, size: Tensor | None, pre_logits: bool = False) -> Tensor:
-        return VisionTransformerDistilled.forward_head(self, x, pre_logits)
-
-
-class ToMeFeatureGetterNet(FeatureGetterNet):
-    """The patched result of ``features_only=True``: feature maps keep the full grid."""
-
-    _tome_base = FeatureGetterNet
-
-    @property
-    def r(self) -> schedule.Schedule:
-        """The schedule of the model inside."""
-        value: schedule.Schedule = self.model.r
-        return value
-
-    @r.setter
-    def r(self, value: schedule.Schedule) -> None:
-        self.model.r = value
-
-    @property
-    def _tome_info(self) -> Mapping[str, Any]:
-        info: Mapping[str, Any] = self.model._tome_info
-        return info
+    def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
+        if type(mlp) is not Mlp:
+            raise NotPlain(f"mlp is a {type(mlp).__name__}")
+        reading.inert(mlp, "drop1", "norm", "drop2")
+        return MlpParts(reading.linear(mlp, "fc1"), reading.is_tanh(mlp, "act"), reading.linear(mlp, "fc2"))
 
 
-MODELS: dict[type[nn.Module], type[nn.Module]] = {
-    VisionTransformer: ToMeVisionTransformer,
-    VisionTransformerDistilled: ToMeVisionTransformerDistilled,
-}
+class TimmResPostBlock(TimmBlock):
+    """timm's block that normalises its branches."""
+
+    _tome_row = Row(TimmAttention(), scale1=None, scale2=None, is_post=True)
 
 
-def apply_patch(
-    model: nn.Module, trace_source: bool = False, prop_attn: bool = True, use_cuda_ext: bool | None = None
-) -> nn.Module:
+BLOCKS: dict[type[nn.Module], type[MergingBlock]] = {Block: TimmBlock, ResPostBlock: TimmResPostBlock}
+
+
+pass_on(FeatureGetterNet, "model")
+
+
+class TimmViT(PatchedModel):
+    """A patched VisionTransformer, or a subclass of it."""
+
+    blocks: Any
+    num_prefix_tokens: int
+
+    def _tome_blocks(self) -> dict[str, MergingBlock]:
+        return {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+
+    def _tome_prefix(self) -> tuple[int, bool, bool]:
+        return self.num_prefix_tokens, self.cls_token is not None, getattr(self, "dist_token", None) is not None
+
+    def _tome_length(self) -> int | None:
+        patches = None if self.dynamic_img_size else getattr(self.patch_embed, "num_patches", None)
+        return None if patches is None else patches + self.num_prefix_tokens
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm: what it records of the blocks between is restored to the full grid."""
+        return restored(super().forward_intermediates(*args, **kwargs))  # type: ignore[misc]
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """As in timm; the schedule is spread over the blocks that are left."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        self.r = self.r[: len(self.blocks)] if isinstance(self.r, list) else self.r
+        return taken
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As in timm, which may make a new convolution."""
+        super().set_input_size(*args, **kwargs)  # type: ignore[misc]
+        _swap_parts(self)
+
+
+def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     """See :func:`tome.patch.timm`."""
     inner: Any = model.model if isinstance(model, FeatureGetterNet) else model
-    original = getattr(type(inner), "_tome_base", type(inner))
-    _check_model(inner, original)
-    backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
+    _check_model(inner)
     for block in inner.blocks:
-        block.__class__ = BLOCKS.get(type(block), type(block))
-    if is_patch_conv(getattr(inner.patch_embed, "proj", None)):
-        inner.patch_embed.proj.__class__ = PatchConv2d
-    inner.__class__ = MODELS[original]
-    inner._tome = ModelSettings(0, trace_source, prop_attn, backend)
-    inner._tome_last = (None, None)
+        swap(block, BLOCKS[base_of(block)])
+    _swap_parts(inner)
+    swap(inner, TimmViT)
+    inner._tome = settings
     inner.r = 0
-    if isinstance(model, FeatureGetterNet):
-        model.__class__ = ToMeFeatureGetterNet
     return model
 
 
-def _run_block(block: nn.Module, backend: str, tokens: Tokens, next_norm: Norm | None) -> Tokens:
-    # A checkpoint runs the block again in another thread, where the caller's choice of backend does not hold.
-    with use_backend(backend):
-        result: Tokens = block(tokens, next_norm)
-        return result
+def _swap_parts(model: Any) -> None:
+    conv = getattr(model.patch_embed, "proj", None)
+    if is_patch_conv(conv):
+        conv.__class__ = PatchConv2d
+    if type(model.norm) in plain.NORMS:
+        swap(model.norm, LastNorm)
 
 
-def _restored(x: Tensor, slot: Tensor | None) -> Tensor:
-    return x if slot is None or slot.shape[1] == x.shape[1] else ops.unmerge(x, slot)
-
-
-def _with_size(x: Tensor, size: Tensor | None) -> Tensor:
-    if not torch.compiler.is_compiling():
-        x._tome_size = size  # type: ignore[attr-defined]  # read again by PatchedViT._size_of
-    return x
-
-
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise UnsupportedModelError("a patched model takes no attn_mask and is not causal: merging moves the tokens")
-
-
-def _check_model(model: Any, original: type[nn.Module]) -> None:
-    if original not in MODELS:
-        known = ", ".join(f"timm's {cls.__name__}" for cls in MODELS)
+def _check_model(model: Any) -> None:
+    if not isinstance(model, VisionTransformer):
         raise UnsupportedModelError(
-            f"{type(model).__module__}.{type(model).__name__} is not supported (known: {known}). "
-            "Patch before torch.compile, DataParallel and other wrappers; subclasses may compute something else"
+            f"{type(model).__module__}.{type(model).__name__} is not supported (known: timm's VisionTransformer and "
+            "its subclasses). Patch before torch.compile, DataParallel and other wrappers"
         )
-    pool = model.attn_pool
-    if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
-        raise UnsupportedModelError(f"attn_pool: {type(pool).__name__} cannot weigh tokens by their size")
+    check_own("", model)
     for i, block in enumerate(model.blocks):
-        check_block(f"blocks.{i}", block)
+        name = f"blocks.{i}"
+        check_own(name, block)
+        if base_of(block) not in BLOCKS:
+            raise UnsupportedModelError(f"{name}: {type(block).__name__} is not supported")
+        if "forward" in vars(block):
+            raise UnsupportedModelError(
+                f"{name}: its forward was replaced (as accelerate's hooks for offloading do), so that a patch would "
+                "not be called; patch before that"
+            )
+        if type(block.attn) is not timm_vit.Attention:
+            raise UnsupportedModelError(f"{name}.attn: {type(block.attn).__name__} is not supported")
+        for part, module, known in ((name, block, BLOCK_PARTS), (f"{name}.attn", block.attn, ATTENTION_PARTS)):
+            unknown = sorted({child for child, _ in module.named_children()} - known)
+            if unknown:
+                raise UnsupportedModelError(
+                    f"{part}: {type(module).__name__} has parts that are not understood: {unknown}"
+                )

@@ -1,4 +1,4 @@
-"""The patch embedding as the matrix product that it is: a convolution whose windows do not overlap."""
+"""What stands before and behind the blocks, as it is cheapest on a GPU: the patch embedding, and the last norm."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tome.backend import get_backend
-from tome.recording import record
+from tome import backend, ops
+from tome.patch import plain
+from tome.patch.swap import Patched
+from tome.recording import PART, record
 
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
-class PatchConv2d(nn.Conv2d):
+class PatchConv2d(Patched, nn.Conv2d):
     """Conv2d over patches. On a GPU cuDNN's takes several times as long as gathering the patches and one product.
 
     The products are those of the convolution, added in another order; on the reference backend it is the convolution.
@@ -21,6 +23,7 @@ class PatchConv2d(nn.Conv2d):
     _tome_base = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
+        record(PART, None, "patch_embed")
         height, width = self.kernel_size
         whole = x.dim() == 4 and x.shape[2] % height == 0 and x.shape[3] % width == 0
         if not pays(x) or not whole or (x.requires_grad and torch.is_grad_enabled()):
@@ -34,9 +37,28 @@ class PatchConv2d(nn.Conv2d):
         return grid
 
 
+class LastNorm(Patched):
+    """Mixed into the LayerNorm behind the blocks, which reads the full grid: on a GPU one read and one write."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    normalized_shape: tuple[int, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_known = len(self.normalized_shape) == 1 and not getattr(self, "_fast_norm", False)
+        if not is_known or plain.why_watched(x) is not None or x.dim() != 3 or not backend.takes_kernels(x):
+            normed: Tensor = super().forward(x)
+            return normed
+        record(PART, None, "norm")
+        # Autocast computes norms in float32, and leaves them so.
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return ops.merge_add_norm(x, None, None, x.shape[1], None, self.weight, self.bias, self.eps, None, dtype)[1]
+
+
 def pays(x: Tensor) -> bool:
-    """Whether other kernels than PyTorch's own choice are wanted for these tokens or images."""
-    return x.is_cuda and get_backend() != "reference"
+    """Whether other kernels than PyTorch's own choice are wanted for these images."""
+    return x.is_cuda and backend.get_backend() != "reference"
 
 
 def is_patch_conv(module: object) -> bool:

@@ -1,0 +1,98 @@
+"""What the commands share of reading their arguments: without PyTorch, so that help and mistakes come at once."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from tome import schedule
+from tome.cli import STOPPED
+
+BACKENDS = ("auto", "reference", "cuda")  # as in tome.backend, which loads PyTorch
+DTYPES = ("float32", "float16", "bfloat16")
+RANDOM_WEIGHTS = "--random-weights"
+
+
+class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in older versions of click
+    """``8``, ``8,-1.0``, ``[8,8,4]`` or ``0.05``."""
+
+    name = "schedule"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> schedule.Schedule:
+        if not isinstance(value, str):
+            return cast(schedule.Schedule, value)
+        try:
+            r = ast.literal_eval(value)
+            # Any depth serves to check the form; the model's own is checked once it is known.
+            schedule.per_layer(len(r) if isinstance(r, list) else 12, r)
+        except (ValueError, TypeError, SyntaxError) as error:
+            reason = str(error) if "r" in str(error)[:2] or "inflection" in str(error) else "not a schedule"
+            self.fail(f"{value!r}: {reason} (forms: 8 or 8,-1.0 or [8,8,4] or 0.05)", param, ctx)
+        return cast(schedule.Schedule, r)
+
+
+class DeviceType(click.ParamType):  # type: ignore[type-arg]
+    """cpu, cuda or cuda:1; whether it is there is asked later, of PyTorch."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if re.fullmatch(r"cpu|cuda(:\d+)?", value) is None:
+            self.fail(f"device {value!r} is not supported: use cpu, cuda or cuda:N", param, ctx)
+        return cast(str, value)
+
+
+batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+dtype = click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+autocast = click.option("--autocast", type=click.Choice(DTYPES[1:]), help="Run under autocast.")
+device = click.option("--device", type=DeviceType(), help="cpu or cuda; the GPU if there is one.")
+checkpoint = click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Weights of MODEL in a file: .safetensors, or what torch.save wrote.",
+)
+
+
+def check_dtypes(dtype: str, autocast: str | None) -> None:
+    """Refuse autocast to one half precision of a model in the other."""
+    if autocast is not None and dtype not in ("float32", autocast):
+        raise click.BadParameter(
+            f"{autocast} needs --dtype float32 or {autocast}, not {dtype}", param_hint="--autocast"
+        )
+
+
+def check_environment() -> None:
+    """Refuse a TOME_BACKEND that no backend has for its name."""
+    chosen = os.environ.get("TOME_BACKEND", "auto")
+    if chosen not in BACKENDS:
+        raise click.UsageError(f"TOME_BACKEND: unknown backend {chosen!r}; choose one of {', '.join(BACKENDS)}")
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Import PyTorch and what is built on it within this: Ctrl-C then ends the process there and then.
+
+    As an exception it may be swallowed by some ``except:`` of the many modules that are imported.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        os.write(2, STOPPED.encode())
+        os._exit(130)
+
+    outer = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, outer)

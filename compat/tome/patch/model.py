@@ -1,0 +1,126 @@
+"""What every patched model has, whatever library it is of: ``r``, ``_tome_info``, :func:`merged`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tome import schedule
+from tome.patch.block import MergingBlock
+from tome.patch.row import BlockSettings, ModelSettings
+from tome.patch.swap import Patched, UnsupportedModelError
+from tome.tokens import Tokens, kept
+from tome.utils import adjacency
+
+
+class PatchedModel(Patched):
+    """Mixed into a host's model. The host's class says where the blocks are and which tokens are protected."""
+
+    _tome: ModelSettings
+    _tome_r: schedule.Schedule
+
+    def _tome_blocks(self) -> dict[str, MergingBlock]:
+        """The blocks by their names, in their order."""
+        raise NotImplementedError
+
+    def _tome_prefix(self) -> tuple[int, bool, bool]:
+        """How many leading tokens are protected, and whether a class and a distillation token are among them."""
+        raise NotImplementedError
+
+    def _tome_length(self) -> int | None:
+        """How many tokens enter the first block, where that is known before an image is."""
+        raise NotImplementedError
+
+    @property
+    def r(self) -> schedule.Schedule:
+        """The schedule: int, (r, inflection), list or float ratio (:mod:`tome.schedule`)."""
+        return self._tome_r
+
+    @r.setter
+    def r(self, value: schedule.Schedule) -> None:
+        settings, blocks = self._tome, self._tome_blocks()
+        prefix, length = self._tome_prefix()[0], self._tome_length()
+        entries = schedule.per_layer(len(blocks), value)
+        if length is not None and settings.matching.name != "kth":
+            schedule.warn_if_clipped(value, len(blocks), length, prefix)
+        self._tome_r = value
+        for i, (name, block) in enumerate(blocks.items()):
+            block._tome = BlockSettings(name, entries[i], prefix, i == len(blocks) - 1, settings)
+
+    @property
+    def _tome_info(self) -> Mapping[str, Any]:
+        """What scripts for the original package read; size and source are those of the last pass."""
+        blocks = list(self._tome_blocks().values())
+        size, slot = blocks[-1]._tome_last
+        _, has_class, has_distillation = self._tome_prefix()
+        return MappingProxyType(
+            {
+                "r": [block._tome.entry for block in blocks],
+                "size": None if size is None else size[:, :, None],
+                "source": None if slot is None else adjacency(slot),
+                "trace_source": self._tome.trace_source,
+                "prop_attn": self._tome.prop_attn,
+                "class_token": has_class,
+                "distill_token": has_distillation,
+            }
+        )
+
+
+class PassedOn:
+    """An attribute of a wrapper that is the patched model's inside, and would be lost without a word if set on it."""
+
+    def __init__(self, inner: str, name: str) -> None:
+        self.inner, self.name = inner, name
+
+    def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
+        inner = getattr(wrapper, self.inner, None)
+        if isinstance(inner, PatchedModel):
+            return getattr(inner, self.name)
+        try:
+            return vars(wrapper)[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        inner = getattr(wrapper, self.inner)
+        if isinstance(inner, PatchedModel):
+            setattr(inner, self.name, value)
+        else:
+            vars(wrapper)[self.name] = value
+
+
+def pass_on(wrapper: type[nn.Module], inner: str) -> None:
+    """Let a class of wrappers pass ``r`` and ``_tome_info`` on to the patched model in its attribute ``inner``."""
+    for name in ("r", "_tome_info"):
+        setattr(wrapper, name, PassedOn(inner, name))
+
+
+for _wrapper in (nn.DataParallel, DistributedDataParallel):
+    pass_on(_wrapper, "module")
+
+
+def merged(model: nn.Module, *args: Any, **kwargs: Any) -> Tokens:
+    """The merged tokens, for who feeds fewer of them to what follows: the model runs, and its grid is not used.
+
+    Args:
+        model: a patched model, or a wrapper around one.
+        *args: what the model is called with: images.
+        **kwargs: likewise.
+
+    Returns:
+        The tokens behind the last block, before the model's last norm: ``x`` [B, M, C], ``size`` float32 [B, M] and
+        ``slot`` int32 [B, N], where each of the N tokens that entered the first block is now.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+
+    """
+    with kept() as tokens:
+        model(*args, **kwargs)
+    if not tokens:
+        raise UnsupportedModelError(f"{type(model).__name__} runs no patched block in this thread: patch it first")
+    return tokens[-1].complete()

@@ -1,0 +1,177 @@
+"""Which parts of a block do what their types say and are watched by nobody, so that they need not be called.
+
+What a part computes with is read off it once, with :class:`Reading`, and read again when anything has changed since.
+A library's own types join the tables here when its file in this folder is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from tome.recording import record
+from tome.tokens import Linear, Norm
+
+Kinds = dict[type[nn.Module], Any]
+
+NORMS: Kinds = {nn.LayerNorm: None}
+INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: None}
+GELUS: dict[type[nn.Module], Callable[[Any], bool]] = {nn.GELU: lambda gelu: gelu.approximate == "tanh"}  # is it tanh?
+SCALES: dict[type[nn.Module], str | None] = {nn.Identity: None}  # LayerScale: the name of its factor
+PLAIN_VALUES = (nn.Parameter, Tensor, type(None))  # of a quantised or distributed layer the weight is a subclass
+
+
+class NotPlain(Exception):  # noqa: N818  # no error
+    """The part must be called; the message says why."""
+
+
+class AttentionParts(NamedTuple):
+    """What attention computes with where it ends in a linear layer."""
+
+    qkv: Linear | None  # None: q, k, v need more than one linear layer
+    proj: Linear
+    gamma: Tensor | None = None  # of the LayerScale behind it
+
+
+class Reading:
+    """Reads what modules compute with, and remembers what it has seen.
+
+    Raises:
+        NotPlain: a part that must be called; raised by every method but ``holds``.
+
+    """
+
+    def __init__(self, root: Any) -> None:
+        self._root = root._modules
+        self._modules: list[tuple[nn.Module, type]] = []
+        self._entries: list[tuple[dict[str, Any], str, object]] = []
+
+    def holds(self, root: Any) -> bool:
+        """Whether everything that was read of ``root`` is still as it was (and root no replica of it)."""
+        if root._modules is not self._root:
+            return False
+        for owner, name, value in self._entries:
+            if owner.get(name) is not value:
+                return False
+        for module, kind in self._modules:
+            if type(module) is not kind or module.training or has_hooks(module):
+                return False
+        return True
+
+    def unwatched(self, owner: Any, name: str) -> Any:
+        """The child of that name, of whatever type, which nobody watches and which is not training."""
+        child = owner._modules[name]
+        return self.part(owner, name, {type(child): None})
+
+    def part(self, owner: Any, name: str, kinds: Kinds) -> Any:
+        """The child of that name, which must be of one of these types and unwatched."""
+        child = owner._modules.get(name)
+        self._entries.append((owner._modules, name, child))
+        if child is None or type(child) not in kinds:
+            raise NotPlain(f"{name} is a {type(child).__name__}")
+        if has_hooks(child):
+            raise NotPlain(f"{name} has hooks or a forward of its own")
+        if child.training:
+            raise NotPlain("the model is in training mode")
+        self._modules.append((child, type(child)))
+        return child
+
+    def inert(self, owner: Any, *names: str) -> None:
+        """Children that return what they are given, or are not there."""
+        for name in names:
+            if owner._modules.get(name) is None:
+                self._entries.append((owner._modules, name, None))
+            else:
+                self.part(owner, name, INERT_IN_EVAL)
+
+    def linear(self, owner: Any, name: str) -> Linear:
+        """Weight and bias of a child."""
+        child = self.part(owner, name, {nn.Linear: None})
+        return self.parameter(child, "weight"), child._parameters["bias"]
+
+    def gamma(self, owner: Any, scale: str | None, drop: str | None) -> Tensor | None:
+        """The factor of a LayerScale, or None where there is none; and a drop path that drops nothing."""
+        if drop is not None:
+            self.inert(owner, drop)
+        if scale is None:
+            return None
+        child = self.part(owner, scale, SCALES)
+        factor = SCALES[type(child)]
+        return None if factor is None else self.parameter(child, factor)
+
+    def is_tanh(self, owner: Any, name: str) -> bool:
+        """Which GELU a child is."""
+        child = self.part(owner, name, GELUS)
+        return GELUS[type(child)](child)
+
+    def parameter(self, module: nn.Module, name: str) -> Tensor:
+        """A parameter of a module; a replica of DataParallel has none."""
+        value = module._parameters.get(name)
+        if type(value) is not nn.Parameter:
+            raise NotPlain(f"a weight is a {type(value).__name__}")
+        self._entries.append((module._parameters, name, value))
+        return value
+
+
+def norm(name: str, module: Any, dtype: torch.dtype | None) -> Norm | None:
+    """A LayerNorm over the last dimension that may be computed outside of its module; None, and recorded, if not."""
+    if type(module) not in NORMS:
+        reason = f"{name} is a {type(module).__name__} and no plain LayerNorm"
+    elif len(module.normalized_shape) != 1:
+        reason = f"{name} is over {len(module.normalized_shape)} dimensions"
+    elif has_hooks(module):
+        reason = f"{name} has hooks or a forward of its own"
+    else:
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None or bias is None:  # not in a replica of DataParallel, and where there are none
+            weight, bias = module.weight, module.bias
+        if type(weight) in PLAIN_VALUES and type(bias) in PLAIN_VALUES:
+            return Norm(weight, bias, module.eps, dtype)
+        reason = f"the weight of {name} is a {type(weight).__name__}"
+    record("merge_add_norm", None, reason)
+    return None
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast rounds to on this type of device, where it is on."""
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else None
+
+
+def through(module: nn.Module, x: Tensor) -> Tensor:
+    """The module's output; a call costs microseconds, which count where a block takes a hundred."""
+    return x if is_inert(module) else module(x)
+
+
+def is_inert(module: nn.Module) -> bool:
+    """Whether the module returns what it is given."""
+    kind = type(module)
+    return (kind is nn.Identity or (kind in INERT_IN_EVAL and not module.training)) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone watches or replaces calls of the module, so that it has to be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced for this instance, as accelerate does
+    )
+
+
+def why_watched(x: Tensor) -> str | None:
+    """Who sees or asks for more than the result, so that parts have to be called one by one; None if nobody does."""
+    if torch.is_grad_enabled():
+        return "gradients are on (use torch.inference_mode)"
+    if torch.compiler.is_compiling():
+        return "torch.compile sees the operations one by one"
+    if type(x) is not Tensor:
+        return f"the tokens are a {type(x).__name__}"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a mode sees each operation"
+    return "there are global module hooks" if _has_any_global_hook() else None

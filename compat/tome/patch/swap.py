@@ -1,0 +1,86 @@
+"""Giving a module another class, and taking it back: what every patch is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    _Module = nn.Module  # what the class is that a mixin goes into
+else:
+    _Module = object
+
+
+class UnsupportedModelError(ValueError):
+    """The model, or a part of it, is not understood; the message names the part and the reason."""
+
+
+class Patched(_Module):
+    """Mixed into the class of a module. The new class has the old one's name, which wrappers and hubs go by."""
+
+    _tome_base: type[nn.Module]
+    _tome_transient: tuple[str, ...] = ()  # attributes that copies and pickles leave out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name a class that has no name of its own by what it is made of."""
+        made_of = vars(type(self)).get("_tome_made_of")
+        reduced: Any = super().__reduce_ex__(protocol)
+        return reduced if made_of is None else (_new, made_of, *reduced[2:])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._tome_transient}
+
+
+def swap(module: nn.Module, mixin: type[Patched]) -> None:
+    """Mix ``mixin`` into a module's class; a module that has it already is left alone."""
+    if not isinstance(module, mixin):
+        module.__class__ = _class(mixin, type(module))
+
+
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was patched."""
+    base: type[nn.Module] = getattr(module, "_tome_base", type(module))
+    return base
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo a patch: every module gets its class back, and no attribute is left behind. Returns the model.
+
+    Raises:
+        UnsupportedModelError: another library has changed the class since (``fully_shard`` does).
+
+    """
+    patched = [(name, module) for name, module in model.named_modules() if isinstance(module, Patched)]
+    for name, module in patched:
+        check_own(name, module)
+    for _, module in patched:
+        module.__class__ = module._tome_base  # type: ignore[assignment]
+        for name in [n for n in vars(module) if n.startswith("_tome")]:
+            delattr(module, name)
+    return model
+
+
+def check_own(name: str, module: nn.Module) -> None:
+    """Refuse a patched module whose class has been changed on top."""
+    if isinstance(module, Patched) and "_tome_base" not in vars(type(module)):
+        raise UnsupportedModelError(
+            f"{name or 'the model'}: its class was changed after it was patched, to {type(module).__name__} (as "
+            "fully_shard does); patch and unpatch before that"
+        )
+
+
+_made: dict[tuple[type[Patched], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _class(mixin: type[Patched], base: type[nn.Module]) -> type[nn.Module]:
+    if (mixin, base) not in _made:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        own = {"_tome_base": base, "_tome_made_of": (mixin, base)}
+        _made[mixin, base] = type(base.__name__, (mixin, base), {**names, **own})
+    return _made[mixin, base]
+
+
+def _new(mixin: type[Patched], base: type[nn.Module]) -> nn.Module:
+    kind = _class(mixin, base)
+    return kind.__new__(kind)

@@ -1,0 +1,237 @@
+"""What travels between the blocks of a patched model: merged tokens that pass for the full grid of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree
+
+from tome import ops
+
+Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+class Norm(NamedTuple):
+    """A plain LayerNorm, and the dtype that its only reader wants (None: that of the tokens)."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    dtype: torch.dtype | None = None
+
+
+class Branch(NamedTuple):
+    """What is to be added to x: value [B, N, C], times gamma [C] where there is a LayerScale."""
+
+    value: Tensor
+    gamma: Tensor | None = None
+
+    def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """X + gamma * value and, where a norm is given, its norm."""
+        x, y, _ = add(x, self, None, x.shape[1], None, norm)
+        return x, y
+
+
+class MlpParts(NamedTuple):
+    """What an MLP of Linear, GELU, Linear computes with, the LayerScale behind it included."""
+
+    fc1: Linear
+    is_tanh: bool
+    fc2: Linear
+    gamma: Tensor | None = None
+
+
+class Mlp(NamedTuple):
+    """Such an MLP that is yet to run on y [B, N, C], and to be added to x."""
+
+    y: Tensor
+    parts: MlpParts
+
+    def branch(self) -> Branch:
+        """What the MLP adds."""
+        fc1, is_tanh, fc2, gamma = self.parts
+        hidden = F.gelu(F.linear(self.y, *fc1), approximate="tanh" if is_tanh else "none")
+        return Branch(F.linear(hidden, *fc2), gamma)
+
+    def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""
+        return (
+            self.branch().add(x, None) if norm is None else ops.mlp_half(x, self.y, *self.parts, norm[:3], norm.dtype)
+        )
+
+
+class Tokens:
+    """The tokens between two blocks.
+
+    To everything but a patched block they are the full grid: indexing, arithmetic, methods and functions of torch see
+    the tensor [B, N0, C] in which each original token has the value of the token that it went into.
+
+    Attributes:
+        x: [B, M, C], the merged tokens.
+        size: float32 [B, M], how many original tokens each stands for; None while nothing has been merged.
+        slot: int32 [B, N0], where each original token is now; None while nothing has been merged.
+        steps: the slot maps of the merges so far, int32 [B, N_i], first to last.
+        waiting: an addition to x that its reader computes, together with the norm through which it reads x.
+
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        size: Tensor | None = None,
+        steps: tuple[Tensor, ...] = (),
+        waiting: Branch | Mlp | None = None,
+    ) -> None:
+        self._x, self.size, self.steps, self.waiting = x, size, steps, waiting
+
+    @property
+    def x(self) -> Tensor:
+        """The merged tokens [B, M, C]."""
+        return self.enter(None)[0]
+
+    @property
+    def slot(self) -> Tensor | None:
+        """Where each original token is now: int32 [B, N0]."""
+        return ops.follow(self.steps) if self.steps else None
+
+    def count(self) -> int:
+        """M, the number of tokens that are left."""
+        return self._x.shape[1]
+
+    @property
+    def unadded(self) -> Tensor:
+        """X [B, M, C] without what waits for it."""
+        return self._x
+
+    def device_type(self) -> str:
+        """The type of the device that x lies on."""
+        return self._x.device.type
+
+    def enter(self, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """X [B, M, C] with what waited for it and, where a norm is given and can be had with it, its norm."""
+        return (self._x, None) if self.waiting is None else self.waiting.add(self._x, norm)
+
+    def restored(self) -> Tensor:
+        """The full grid [B, N0, C]."""
+        if not self.steps:
+            return self.x
+        branch = self.waiting.branch() if isinstance(self.waiting, Mlp) else self.waiting
+        value, gamma = (None, None) if branch is None else branch
+        return ops.restore(self._x, value, self.steps, gamma)
+
+    def complete(self) -> Tokens:
+        """The same with x computed and, where nothing has been merged, sizes of one and the identity for a map."""
+        x = self.x
+        if self.steps:
+            return Tokens(x, self.size, (ops.follow(self.steps),))
+        batch, n, _ = x.shape
+        identity = torch.arange(n, dtype=torch.int32, device=x.device).expand(batch, n).contiguous()
+        return Tokens(x, torch.ones(batch, n, dtype=torch.float32, device=x.device), (identity,))
+
+    def to(self, *args: Any, **kwargs: Any) -> Tokens:
+        """As Tensor.to, for the tokens; sizes and maps follow to the device and keep their dtype."""
+        x = self.x.to(*args, **kwargs)
+        size = None if self.size is None else self.size.to(x.device)
+        return Tokens(x, size, tuple(step.to(x.device) for step in self.steps))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = restored((args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # looked up by copy and pickle on what is not built yet
+            raise AttributeError(name)
+        return getattr(self.restored(), name)
+
+    def __repr__(self) -> str:
+        return f"Tokens({self.count()} of {self.steps[0].shape[1] if self.steps else self.count()}: {self._x.dtype})"
+
+
+def _as_tensor(name: str) -> Callable[..., Any]:
+    def operator(self: Tokens, *args: Any) -> Any:
+        return getattr(self.restored(), name)(*restored(args))
+
+    return operator
+
+
+OPERATORS = "getitem len iter add radd sub rsub mul rmul truediv rtruediv neg abs pow matmul rmatmul"
+for _name in OPERATORS.split():
+    setattr(Tokens, f"__{_name}__", _as_tensor(f"__{_name}__"))
+
+
+def restored(tree: Any) -> Any:
+    """The same lists, tuples and dictionaries with the full grid in the place of every Tokens."""
+    return _pytree.tree_map(
+        lambda leaf: leaf.restored() if isinstance(leaf, Tokens) else leaf,
+        tree,
+        is_leaf=lambda node: isinstance(node, Tokens),
+    )
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.kept: list[Tokens] | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def kept() -> Iterator[list[Tokens]]:
+    """Collect the tokens of this thread's passes before their last block restores the grid."""
+    outer, _thread.kept = _thread.kept, []
+    try:
+        yield _thread.kept
+    finally:
+        _thread.kept = outer
+
+
+def keep(tokens: Tokens) -> None:
+    """Give the tokens to :func:`kept`, if anyone collects them."""
+    if _thread.kept is not None:
+        _thread.kept.append(tokens)
+
+
+def add(
+    x: Tensor, branch: Branch, slot: Tensor | None, tokens: int, size: Tensor | None, norm: Norm | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """X + branch, merged along ``slot`` if there is one, and its norm if there is one: x, y, size."""
+    value, gamma = branch
+    if norm is not None and (value.dtype is x.dtype or x.dtype is torch.float32):
+        return ops.merge_add_norm(x, value, slot, tokens, size, norm.weight, norm.bias, norm.eps, gamma, norm.dtype)
+    x = x + (value if gamma is None else value * gamma)
+    if slot is not None:
+        x, size = ops.merge(x, slot, tokens, size)
+    return x, None, size
+
+
+# Wrappers look for tensors among arguments and results, and may cast the floating ones. Sizes are counts that a
+# half cannot hold, so they pass as the integers of the same bits.
+
+
+def _flatten(tokens: Tokens) -> tuple[list[Tensor | None], None]:
+    x, waiting = tokens._x, tokens.waiting
+    if isinstance(waiting, Mlp):
+        x, waiting = tokens.x, None
+    value, gamma = (None, None) if waiting is None else waiting
+    size = None if tokens.size is None else tokens.size.view(torch.int32)
+    return [x, value, gamma, size, *tokens.steps], None
+
+
+def _unflatten(values: Iterable[Any], _: None) -> Tokens:
+    x, value, gamma, size, *steps = values
+    if isinstance(size, Tensor):
+        size = size.view(torch.float32)
+    return Tokens(x, size, tuple(steps), None if value is None else Branch(value, gamma))
+
+
+_pytree.register_pytree_node(Tokens, _flatten, _unflatten, serialized_type_name="tome.Tokens")

@@ -1,0 +1,321 @@
+"""The halves of a block as one call each give the bits of their parts, and are taken only where nobody can tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import NO_EXTENSION
+from models import HOSTS, WIDE, images, make
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+
+import tome
+from tome import ops, recording, report
+
+# Which halves of which hosts have other parts than one call knows.
+OTHER_ATTENTION = {"scale norm", "res-post-norm"}
+OTHER_MLP = {"clip quickgelu", "scale norm", "res-post-norm", "swiglu"}
+every_host = pytest.mark.parametrize("host", HOSTS)
+
+
+class Halves:
+    """What stands in for the extension on a CPU: the halves by the reference, and how often each was taken."""
+
+    def __init__(self):
+        self.taken = []
+
+    def declined(self, half, *args):
+        self.taken.append(half.__name__)
+
+    def counts(self):
+        counts = self.taken.count("attend_half"), self.taken.count("mlp_half")
+        self.taken.clear()
+        return counts
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Let the CPU take the one calls."""
+    halves = Halves()
+    monkeypatch.setattr(ops, "declined", halves.declined)
+    return halves
+
+
+def patched(host, r=4, **kwargs):
+    model = tome.patch.timm(make(host, **kwargs))
+    model.r = r
+    return model
+
+
+def expected(host, r):
+    """How many of the four blocks take each half as one call: not those before the first merge."""
+    blocks = 4 - isinstance(r, list)
+    return blocks * (host not in OTHER_ATTENTION), blocks * (host not in OTHER_MLP)
+
+
+def by_parts(model, x):
+    """The result of calling the parts one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "declined", lambda half, *args: "not now")
+        return model(x)
+
+
+@pytest.mark.parametrize("r", [4, (8, -1.0), [0, 3, 0, 5], 0.2], ids=str)
+@every_host
+def test_the_bits_of_its_parts(host, r, stand_in):
+    model = patched(host, r)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(model(images()), by_parts(model, images()))
+        assert stand_in.counts() == expected(host, r)
+
+
+@pytest.mark.parametrize("host", ["plain", "deit3 layer scale", "siglip gap", "q/k norm"])
+def test_the_bits_of_its_parts_under_autocast(host, stand_in):
+    model = patched(host)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(images()), by_parts(model, images()))
+    assert stand_in.counts() == (4, 4)
+
+
+def test_sizes_that_do_not_weigh_attention_are_summed(stand_in):
+    model = tome.patch.timm(make("mae avg"), prop_attn=False)
+    model.r = 4
+    with torch.no_grad():
+        assert torch.equal(model(images()), by_parts(model, images()))
+    assert stand_in.counts() == (4, 4)
+
+
+def neighbours(keys, r, prefix):
+    """Merge the first r pairs of neighbours behind the prefix."""
+    batch, _, n, _ = keys.shape
+    position = torch.arange(n, device=keys.device)
+    pairs = (position - prefix).clamp(0, 2 * r)
+    return (position - (pairs + 1) // 2).to(torch.int32).expand(batch, n).contiguous()
+
+
+@pytest.mark.parametrize("matching", ["bipartite", "kth", "random", neighbours])
+def test_every_matching_takes_the_one_calls(matching, stand_in):
+    model = tome.patch.timm(make("plain"), matching=matching)
+    model.r = [2, 0, 3]
+    results = []
+    for run in (model, lambda x: by_parts(model, x)):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(run(images()))
+    assert torch.equal(*results)
+    assert stand_in.counts() == (4, 4)
+    left = tome.merged(model, images()).count()
+    assert left == {"kth": 1 + 36 // 2 // 3}.get(matching, 37 - 5)
+
+
+def kth(keys, r, prefix):
+    return neighbours(keys, r, prefix)
+
+
+def bipartite(keys, r, prefix):
+    return neighbours(keys, r, prefix)
+
+
+@pytest.mark.parametrize("matching", [kth, bipartite])
+def test_the_name_of_a_function_means_nothing(matching, stand_in):
+    model = tome.patch.timm(make("plain"), matching=matching)
+    model.r = 3
+    with torch.no_grad():
+        assert torch.equal(model(images()), by_parts(model, images()))
+        slot = tome.merged(model, images()).slot
+    steps = [neighbours(torch.empty(2, 1, 37 - 3 * i, 1), 3, 1) for i in range(4)]
+    assert torch.equal(slot, ops.follow(steps))
+
+
+def test_a_matching_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="unknown matching 'nearest'; choose one of bipartite, kth, random, or pass"):
+        tome.patch.timm(make("plain"), matching="nearest")
+    with pytest.raises(TypeError, match=r"a function \(keys, r, prefix\) -> slot, got 3"):
+        tome.patch.timm(make("plain"), matching=3)
+    model = tome.patch.timm(make("plain"), matching=lambda keys, r, prefix: keys)
+    model.r = 2
+    with pytest.raises(ValueError, match="slot must be"):
+        model(images())
+
+
+PARTS = [name for name, _ in make("deit3 layer scale").blocks[1].named_modules() if name]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_a_watched_part_is_called(part, how, stand_in):
+    model, seen = patched("deit3 layer scale"), []
+    with torch.no_grad():
+        unwatched = model(images())
+    stand_in.taken.clear()
+    module = model.blocks[1].get_submodule(part)
+    if how == "hook":
+        module.register_forward_hook(lambda module, args, out: seen.append(part))
+    elif how == "pre-hook":
+        module.register_forward_pre_hook(lambda module, args: seen.append(part))
+    else:
+        real = module.forward
+        module.forward = lambda *args, **kwargs: seen.append(part) or real(*args, **kwargs)
+    with torch.no_grad():
+        watched = model(images())
+    torch.testing.assert_close(watched, unwatched, rtol=1e-5, atol=1e-5)
+    called = seen.count(part)
+    # attn_drop is no part of fused attention; a forward of one's own gives the keys too where attention is called.
+    assert called == (0 if part == "attn.attn_drop" else 1), called
+    # What stands before attention is called by itself; the rest is still one call.
+    before = part in ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm")
+    assert min(stand_in.counts()) == (4 if before else 3)
+
+
+def replace_linear(block):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    block.attn.qkv.__class__ = Adapted
+
+
+def parametrize(block):
+    nn.utils.parametrizations.weight_norm(block.mlp.fc2)
+
+
+def train_one(block):
+    block.drop_path1 = nn.Dropout(0.5).train()
+
+
+def replace_activation(block):
+    block.mlp.act = nn.SiLU()
+
+
+def drop_weights(block):
+    block.attn.attn_drop.p = 0.5
+    block.attn.training = True
+
+
+@pytest.mark.parametrize("change", [replace_linear, parametrize, replace_activation, train_one, drop_weights])
+def test_a_part_of_another_type_is_called(change, stand_in):
+    model = patched("plain")
+    with torch.no_grad():
+        before = model(images())
+        stand_in.taken.clear()
+        change(model.blocks[1])
+        torch.manual_seed(0)
+        whole = model(images())
+        torch.manual_seed(0)
+        assert torch.equal(whole, by_parts(model, images()))
+        assert change is parametrize or not torch.equal(whole, before)
+    assert min(stand_in.counts()) == (4 if change is replace_linear else 3)
+
+
+def replica(model):
+    """A copy as DataParallel makes it: its parameters are plain tensors, and attributes only."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, copied in copies.items():
+        for name, child in module._modules.items():
+            copied._modules[name] = None if child is None else copies[child]
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                copied._parameters[name] = None
+            else:
+                setattr(copied, name, parameter.detach())
+    return copies[model]
+
+
+@pytest.mark.parametrize("host", ["plain", "deit3 layer scale"])
+def test_a_replica_goes_part_by_part(host, stand_in):
+    model = patched(host)
+    with torch.no_grad():
+        expected = model(images())  # reads what the blocks compute with
+        assert stand_in.counts() == (4, 4)
+        assert torch.equal(replica(model)(images()), expected)
+    assert stand_in.counts() == (0, 0)
+
+
+def test_nobody_who_looks_at_operations_misses_one(stand_in):
+    model, x = patched("plain"), images()
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as flops:
+            model(x)
+        with FlopCounterMode(display=False) as expected:
+            by_parts(model, x)
+        assert flops.get_total_flops() == expected.get_total_flops() > 0
+        with torch.device("cpu"):  # which sees every function
+            model(x)
+        seen = []
+        handle = register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+        model(x)
+        handle.remove()
+        assert nn.GELU in seen
+    assert model(x).requires_grad
+    assert stand_in.counts() == (0, 0)
+
+
+def test_the_report_says_what_is_one_call_or_why_not():
+    model = patched("deit3 layer scale")
+    model.blocks[1].norm2.register_forward_hook(lambda *args: None)
+    model.blocks[2].mlp.fc1.register_forward_hook(lambda *args: None)
+    model.blocks[3].attn.register_forward_hook(lambda *args: None)
+    parts = {part.name: part.calls for part in report.parts(model, images())}
+
+    def reasons(i, op):
+        return [call.reason for call in parts[f"blocks.{i}"] if call.op == op and call.backend in (None, "torch")]
+
+    assert reasons(0, "attend_half") == reasons(0, "mlp_half") == ["the tokens are not on a GPU"]
+    assert reasons(1, "attend_half") == ["the norm behind it is not plain"]
+    assert reasons(1, "merge_add_norm") == ["norm2 has hooks or a forward of its own"]
+    assert reasons(2, "mlp_half") == ["fc1 has hooks or a forward of its own"]
+    assert reasons(3, "attend_half") == ["attn has hooks or a forward of its own"]
+    assert reasons(3, "attention") == ["attn is watched: it is called, and its keys are computed twice"]
+    with recording.recorded() as calls:
+        model(images())
+    assert recording.Call("attend_half", None, "gradients are on (use torch.inference_mode)") in calls
+
+
+@NO_EXTENSION
+@pytest.mark.parametrize("r", [4, (8, -1.0), [0, 3, 0, 5]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@every_host
+def test_the_bits_of_its_parts_on_a_gpu(host, autocast, dtype, r):
+    model = patched(host, r, **WIDE).cuda()
+    x = images(3).cuda()
+    model, x = (model, x) if autocast else (model.to(dtype), x.to(dtype))
+    with torch.inference_mode(), torch.autocast("cuda", dtype, enabled=autocast):
+        with recording.recorded() as calls:
+            whole = model(x)
+        assert torch.equal(whole, by_parts(model, x))
+    taken = [call.op for call in calls if call.backend == "cuda" and call.reason == "one call"]
+    assert (taken.count("attend_half"), taken.count("mlp_half")) == expected(host, r)
+
+
+@NO_EXTENSION
+@pytest.mark.parametrize("matching", ["kth", "random", neighbours])
+def test_every_matching_takes_the_one_calls_on_a_gpu(matching):
+    model = tome.patch.timm(make("plain", **WIDE), matching=matching).half().cuda()
+    model.r = [2, 0, 3]
+    results = []
+    for run in (model, lambda x: by_parts(model, x)):
+        torch.manual_seed(0)
+        with torch.inference_mode(), recording.recorded() as calls:
+            results.append(run(images().half().cuda()))
+        results.append([call.op for call in calls if call.reason == "one call"].count("attend_half"))
+    assert torch.equal(results[0], results[2])
+    assert results[1::2] == [4, 0]
+
+
+@NO_EXTENSION
+def test_a_captured_block_replays():
+    """Where nothing merges the halves are one call each in a capture too."""
+    model = patched("plain", [4, 0, 4, 0], **WIDE).half().cuda()
+    x = images().half().cuda()
+    with torch.inference_mode():
+        model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), recording.recorded() as calls:
+            out = model(x)
+        assert [call.reason for call in calls if call.op == "attend_half"].count("one call") == 2
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, model(x))
