@@ -126,10 +126,9 @@ def test_the_extension_runs_where_it_can(fake_extension):
 
 
 def test_a_patched_model_chooses_cuda_as_a_whole(fake_extension):
-    for op in ("match", "merge", "attention", "merge_add_norm"):
+    for op in tome_reference.__all__:
         setattr(sys.modules["tome_cuda"], op, getattr(tome_reference, op))
     sys.modules["tome_cuda"].why_not = lambda op, *args: None
-    halves = ("attend_half", "mlp_half")
     model = tome.patch.timm(make("plain"))
     model.r = 3
     with torch.no_grad(), tome.use_backend("reference"):
