@@ -31,6 +31,7 @@ __all__ = [
     "mlp_half",
     "random_match",
     "restore",
+    "take",
     "unmerge",
 ]
 
@@ -91,10 +92,13 @@ def declined(half: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> st
 
 def in_one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     """What a half of a block computes, in one call; None where its parts have to be called (:func:`declined`)."""
-    if declined(half, *args, **kwargs) is not None:
-        return None
+    return None if declined(half, *args, **kwargs) is not None else take(half, *args, **kwargs)
+
+
+def take(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The one call of a half that :func:`declined` found nothing against, for these arguments or their like."""
+    run: Callable[P, T] = getattr(extension(args[0])[0] or tome_reference, half.__name__)
     try:
-        run: Callable[P, T] = getattr(extension(args[0])[0] or tome_reference, half.__name__)
         return run(*args, **kwargs)
     except Exception:
         getattr(checks, half.__name__)(*args, **kwargs)

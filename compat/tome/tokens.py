@@ -61,9 +61,9 @@ class Mlp(NamedTuple):
 
     def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""
-        return (
-            self.branch().add(x, None) if norm is None else ops.mlp_half(x, self.y, *self.parts, norm[:3], norm.dtype)
-        )
+        if norm is None:
+            return self.branch().add(x, None)
+        return ops.take(ops.mlp_half, x, self.y, *self.parts, norm[:3], norm.dtype)
 
 
 class Tokens:
