@@ -1,5 +1,7 @@
 """Who computes: the choice, its errors, its one warning, and what importing loads."""
 
+import inspect
+import pickle
 import subprocess
 import sys
 import types
@@ -37,8 +39,8 @@ def no_extension(monkeypatch):
 @pytest.fixture
 def fake_extension(monkeypatch):
     fake = types.ModuleType("tome_cuda")
-    fake.why_not = lambda op, *args: "head dim 300 is above 256" if op == "attention" else None
-    fake.match = fake.attention = lambda *args: "from the extension"
+    fake.why_not = lambda op, *args, **kwargs: "head dim 300 is above 256" if op == "attention" else None
+    fake.match = fake.attention = fake.follow = lambda *args, **kwargs: "from the extension"
     monkeypatch.setitem(sys.modules, "tome_cuda", fake)
     monkeypatch.setattr(backend, "extension_problem", lambda: None)
 
@@ -156,7 +158,25 @@ def test_imports_run_one_way():
     assert result.stdout == "[]\n", result.stderr
 
 
-def test_operations_share_the_documentation_of_the_reference():
-    for name in ops.__all__:
-        assert getattr(ops, name).__doc__ == getattr(tome_reference, name).__doc__
-        assert getattr(ops, name).__annotations__.keys() == getattr(tome_reference, name).__annotations__.keys()
+def test_operations_are_those_of_the_reference_to_whoever_asks():
+    assert {*ops.__all__} == {*tome_reference.__all__, "in_one_call"}
+    for name in tome_reference.__all__:
+        op, definition = getattr(ops, name), getattr(tome_reference, name)
+        assert op.__doc__ == definition.__doc__
+        assert inspect.signature(op) == inspect.signature(definition)
+        assert pickle.loads(pickle.dumps(op)) is op  # a model that is given one as its matching is pickled with it
+
+
+def test_operations_take_keywords(fake_extension):
+    expected = tome_reference.match(X, 2)
+    assert torch.equal(ops.match(keys=X, r=2), expected)
+    assert torch.equal(ops.match(X, r=2, prefix=1), expected)
+    assert ops.match(keys=on_gpu(), r=2) == "from the extension"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ratio'"):
+        ops.match(X, ratio=2)
+
+
+def test_a_list_of_maps_lies_where_its_first_one_does(fake_extension):
+    slot = torch.arange(8, dtype=torch.int32)[None]
+    assert ops.follow([slot.as_subclass(FakeCudaTensor), slot]) == "from the extension"
+    assert torch.equal(ops.follow((slot, slot)), slot)

@@ -105,6 +105,7 @@ OPERATORS = [
     ("follow", ([SLOT, NEXT],)),
     ("restore", (X[:, :3], X[:, 3:6].half(), [SLOT, NEXT], G)),
     ("restore", (X[:, :6], None, [SLOT], None)),
+    ("restore", (X, X, [], None)),
     ("attention", (*Q, SIZE, 0.2)),
     ("merge_add_norm", (X, X.half(), SLOT, 6, SIZE, W, V, 1e-5, G, torch.float16, True)),
     ("merge_add_norm", (X, X, None, 9, None, W, None, 1e-5, None, F32, True)),
@@ -205,6 +206,16 @@ def test_calls_and_their_gradients_are_those_of_the_reference(name: str, args: t
         if ours is not None:
             rtol = 3e-3 if ours.dtype.itemsize == 2 else 1e-4
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_what_is_returned_as_it_is() -> None:
+    for module in (tome_cuda, tome_reference):
+        assert module.restore(X, None, ()) is X
+        assert module.follow([SLOT]) is SLOT
+        out, _, size = module.merge_add_norm(X, None, None, 9, SIZE, W, V, 1e-5)
+        assert out is X
+        assert size is SIZE
 
 
 def leaf(value: Any, leaves: list[Tensor]) -> Any:

@@ -21,6 +21,7 @@ __all__ = [
     "attend_half",
     "attention",
     "follow",
+    "in_one_call",
     "kth_match",
     "match",
     "max_r",

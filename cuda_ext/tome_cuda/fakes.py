@@ -47,7 +47,7 @@ def _follow(steps: Sequence[Tensor]) -> Tensor:
 
 
 def _restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], steps[0].shape[1], x.shape[2]))
+    return x.new_empty((x.shape[0], steps[0].shape[1] if steps else x.shape[1], x.shape[2]))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> Tensor:
@@ -182,7 +182,7 @@ FAKES = {
     "unmerge": Fake(_unmerge, lambda args: args[1].numel() * args[0].shape[2]),
     "unmerge_backward": Fake(_unmerge_backward, _first),
     "follow": Fake(_follow, lambda args: args[0][0].numel()),
-    "restore": Fake(_restore, lambda args: args[2][0].numel() * args[0].shape[2]),
+    "restore": Fake(_restore, lambda args: args[2][0].numel() * args[0].shape[2] if args[2] else args[0].numel()),
     "attention": Fake(_attention, _first),
     "merge_add_norm": Fake(_merge_add_norm, _first),
     "merge_add_norm_backward": Fake(

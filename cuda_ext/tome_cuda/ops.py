@@ -65,7 +65,9 @@ def follow(steps: Sequence[Tensor]) -> Tensor:
 
 
 def restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None = None) -> Tensor:
-    if steps and not (torch.is_grad_enabled() and _requires_grad(x, branch, gamma)):
+    if branch is None and not steps:
+        return x
+    if not (torch.is_grad_enabled() and _requires_grad(x, branch, gamma)):
         return launch("restore", x, branch, steps, gamma)  # type: ignore[no-any-return]
     if branch is not None:
         x = x + (branch if gamma is None else branch * gamma).to(x.dtype)

@@ -55,7 +55,7 @@ def unmerge(x: Tensor, slot: Tensor) -> Tensor:
 
     Args:
         x: [B, M, C], floating point, any strides.
-        slot: int32 [B, N] with values in [0, M).
+        slot: int32 [B, N] with values in [0, M), onto it where a gradient is wanted.
 
     Returns:
         [B, N, C] in the dtype of x. Gradients flow to x.
@@ -121,6 +121,8 @@ def add(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:
 
 class _Unmerge(torch.autograd.Function):
     """A gather whose gradient is a group sum: autograd's own scatter adds in no fixed order on a GPU."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, slot: Tensor) -> Tensor:
@@ -194,8 +196,11 @@ def _check_onto(sorted_slot: Tensor, is_first: Tensor, tokens: int) -> None:
     """Reading the values would stop a GPU, and a trace has none: there the caller answers for the map."""
     if torch.compiler.is_compiling() or sorted_slot.device.type != "cpu" or sorted_slot.numel() == 0:
         return
-    low, high = int(sorted_slot[:, 0].min()), int(sorted_slot[:, -1].max())
-    distinct = int(is_first.sum(dim=1).min())
+    try:
+        low, high = int(sorted_slot[:, 0].min()), int(sorted_slot[:, -1].max())
+        distinct = int(is_first.sum(dim=1).min())
+    except RuntimeError:  # of a fake tensor, and of those that torch.func.vmap hands out, which stand for many
+        return
     if low != 0 or high != tokens - 1 or distinct != tokens:
         raise ValueError(
             f"slot must map onto [0, {tokens}) in every row, got values in [{low}, {high}] "

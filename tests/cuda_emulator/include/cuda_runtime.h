@@ -1,9 +1,10 @@
 // As much of CUDA as the kernels use, on a CPU: every thread of a block is a fibre, blocks run one after the
-// other. Fibres run in a shuffled order and are switched at barriers and warp collectives, so a missing
-// barrier shows as a wrong result. Copies by cp.async happen as late as the program allows, shared memory
-// starts as NaN.
+// other, both in a shuffled order. Fibres are switched at barriers and warp collectives, and warps are held
+// back at random while others run ahead as far as barriers let them, so a missing barrier shows as a wrong
+// result. Copies by cp.async happen as late as the program allows, shared memory starts as NaN.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <math.h>
@@ -14,8 +15,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
+#include <memory>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <vector>
@@ -92,6 +96,7 @@ constexpr size_t kSharedBytes = 227 << 10;
 constexpr size_t kGrantedBytes = 48 << 10;
 constexpr size_t kStaticBytes = 9 << 10;
 constexpr int kWarp = 32;
+constexpr size_t kPayloadBytes = 64;  // of a lane
 
 struct Copy {
   const void* from;
@@ -100,23 +105,29 @@ struct Copy {
 };
 
 struct Warp {
-  unsigned char payload[kWarp][64];
+  // What lanes show each other, twice: who is past one collective may write for the next while others read.
+  alignas(16) unsigned char payload[2][kWarp * kPayloadBytes];
   int arrived = 0, generation = 0;
 };
 
 struct Fibre {
-  ucontext_t context;
-  std::vector<char> stack;
+  ucontext_t start;  // entered once; from then on a jump is enough, which asks nothing of the system
+  jmp_buf context;
+  std::unique_ptr<char[]> stack;
   bool is_done = false;
+  const int* awaited = nullptr;  // a generation that must change before this one goes on
+  int seen = 0;
   dim3 thread;
   std::vector<std::vector<Copy>> groups;  // committed groups of asynchronous copies
   std::vector<Copy> open;
+
+  bool can_run() const { return !is_done && (awaited == nullptr || *awaited != seen); }
 };
 
 struct State {
-  std::vector<Fibre> fibres;
+  std::deque<Fibre> fibres;
   std::vector<Warp> warps;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   Fibre* running = nullptr;
   int live = 0, arrived = 0, generation = 0;
   dim3 block, threads;
@@ -124,7 +135,7 @@ struct State {
   std::mt19937 random{1};
   std::map<const void*, size_t> asked;  // dynamic shared memory that a kernel was promised
   int device = 0;                       // another one for each GPU that is imagined
-  size_t limit = kSharedBytes;    // of one block of the imagined GPU
+  size_t limit = kSharedBytes;          // of one block of the imagined GPU
   bool plan_only = false;
   int launches = 0;
   char refused[200] = "";  // the last launch that CUDA would refuse
@@ -135,14 +146,54 @@ inline State& state() {
   return instance;
 }
 
-inline void yield() { swapcontext(&state().running->context, &state().scheduler); }
+[[noreturn]] inline void stop(const char* why) {
+  std::fprintf(stderr, "%s\n", why);
+  std::abort();
+}
 
-inline void enter() {
+inline void leave() {
+  if (_setjmp(state().running->context) == 0) _longjmp(state().scheduler, 1);
+}
+
+// Until another fibre changes the generation.
+inline void await(const int& generation) {
+  Fibre& f = *state().running;
+  f.awaited = &generation;
+  f.seen = generation;
+  leave();
+  f.awaited = nullptr;
+}
+
+inline void pass_block_barrier() {
+  state().arrived = 0;
+  ++state().generation;
+}
+
+// A fibre serves block after block.
+inline void serve() {
   State& s = state();
-  s.body();
-  s.running->is_done = true;
-  --s.live;
-  swapcontext(&s.running->context, &s.scheduler);
+  for (;;) {
+    s.body();
+    s.running->is_done = true;
+    if (--s.live > 0 && s.arrived == s.live)
+      pass_block_barrier();  // a barrier waits for no thread that ended
+    leave();
+  }
+}
+
+// Not inlined: the caller's variables must not live in registers that a jump restores.
+__attribute__((noinline)) inline void run_fibre(Fibre& f) {
+  constexpr size_t kStackBytes = 128 << 10;
+  state().running = &f;
+  if (_setjmp(state().scheduler) != 0) return;
+  if (f.stack != nullptr) _longjmp(f.context, 1);
+  f.stack.reset(new char[kStackBytes]);
+  getcontext(&f.start);
+  f.start.uc_stack.ss_sp = f.stack.get();
+  f.start.uc_stack.ss_size = kStackBytes;
+  f.start.uc_link = nullptr;
+  makecontext(&f.start, serve, 0);
+  setcontext(&f.start);
 }
 
 inline void run_block(unsigned block, int threads) {
@@ -155,30 +206,28 @@ inline void run_block(unsigned block, int threads) {
   s.arrived = 0;
   std::memset(tome::shared, 0xff, kSharedBytes);
   std::vector<int> order(threads);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), s.random);
   for (int t = 0; t < threads; ++t) {
-    order[t] = t;
     Fibre& f = s.fibres[t];
-    f.stack.resize(128 << 10);
     f.is_done = false;
     f.thread = dim3(t, 0, 0);
     f.groups.clear();
     f.open.clear();
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
   }
-  std::shuffle(order.begin(), order.end(), s.random);
-  for (int rounds = 0; s.live > 0; ++rounds) {
-    if (rounds > 100000000) {
-      std::fprintf(stderr, "a block never ends\n");
-      std::abort();
-    }
+  unsigned held = s.random();  // a bit for each warp that waits while others run ahead
+  while (s.live > 0) {
+    bool has_run = false;
     for (const int t : order) {
-      if (s.fibres[t].is_done) continue;
-      s.running = &s.fibres[t];
-      swapcontext(&s.scheduler, &s.running->context);
+      if ((held >> (t / kWarp) & 1) != 0 || !s.fibres[t].can_run()) continue;
+      run_fibre(s.fibres[t]);
+      has_run = true;
+    }
+    if (!has_run && held == 0) stop("a block never ends: not every thread comes to a barrier");
+    if (!has_run) {
+      held = 0;
+    } else if (s.random() % 8 == 0) {
+      held = s.random();
     }
   }
 }
@@ -187,25 +236,23 @@ inline Warp& warp() { return state().warps[state().running->thread.x / kWarp]; }
 
 inline void sync_warp() {
   Warp& w = warp();
-  const int generation = w.generation;
   if (++w.arrived == kWarp) {
     w.arrived = 0;
     ++w.generation;
   } else {
-    while (w.generation == generation) yield();
+    await(w.generation);
   }
 }
 
 // Every lane shows a value; `read` then sees all of them.
 template <class T, class F>
 auto exchange(const T& mine, F&& read) {
-  static_assert(sizeof(T) <= 64);
-  std::memcpy(warp().payload[state().running->thread.x % kWarp], &mine, sizeof(T));
+  static_assert(sizeof(T) <= kPayloadBytes && std::is_trivially_copyable_v<T>);
+  Warp& w = warp();
+  unsigned char* payload = w.payload[w.generation % 2];
+  std::memcpy(payload + state().running->thread.x % kWarp * sizeof(T), &mine, sizeof(T));
   sync_warp();
-  T all[kWarp];
-  for (int lane = 0; lane < kWarp; ++lane) std::memcpy(&all[lane], warp().payload[lane], sizeof(T));
-  sync_warp();
-  return read(all);
+  return read(reinterpret_cast<const T*>(payload));
 }
 
 inline int lane() { return state().running->thread.x % kWarp; }
@@ -217,12 +264,10 @@ inline int lane() { return state().running->thread.x % kWarp; }
 
 inline void __syncthreads() {
   emulator::State& s = emulator::state();
-  const int generation = s.generation;
   if (++s.arrived == s.live) {
-    s.arrived = 0;
-    ++s.generation;
+    emulator::pass_block_barrier();
   } else {
-    while (s.generation == generation) emulator::yield();
+    emulator::await(s.generation);
   }
 }
 inline void __syncwarp() { emulator::sync_warp(); }
@@ -337,8 +382,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::abort();
   }
   s.body = [=] { kernel(params); };
-  for (unsigned block = 0; block < config->gridDim.x; ++block) {
-    emulator::run_block(block, static_cast<int>(config->blockDim.x));
-  }
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), s.random);
+  for (const unsigned block : order) emulator::run_block(block, static_cast<int>(threads));
   return 0;
 }

@@ -31,6 +31,7 @@ void load_matrices(const uint128_t& source, uint32_t* const (&d)[kCount], bool t
     }
     return 0;
   });
+  emulator::sync_warp();  // nobody writes to shared memory before all have read
 }
 
 struct SM75_U32x4_LDSM_N {
