@@ -236,7 +236,7 @@ HYBRID = "vit_tiny_r_s16_p8_224"
 def test_models_whose_stem_is_a_network(photo, tmp_path, capsys):
     code, out, err = run(capsys, "info", HYBRID, "--r", "4", "--device", "cpu")
     assert code == 0, err
-    assert "blocks.0-11" in out
+    assert "blocks.0" in out
     code, out, err = run(capsys, "bench", HYBRID, "--batch-size", 1, "--runs", 1, "--warm-up", 0, "--device", "cpu")
     assert code == 0, err
     assert "50-2 " in out

@@ -9,6 +9,7 @@ See ``tome.ops`` for the operations, ``tome.schedule`` for what ``r`` may be, ``
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 __all__ = [
@@ -55,10 +56,13 @@ if TYPE_CHECKING:  # what type checkers and editors see
 else:
 
     def __getattr__(name):
-        if name not in __all__:
-            raise AttributeError(f"module 'tome' has no attribute {name!r}")
         home = _HOMES.get(name)
-        value = import_module(f"tome.{name}") if home is None else getattr(import_module(f"tome.{home}"), name)
+        if home is not None:
+            value = getattr(import_module(f"tome.{home}"), name)
+        elif name.startswith("_") or find_spec(f"tome.{name}") is None:
+            raise AttributeError(f"module 'tome' has no attribute {name!r}")
+        else:
+            value = import_module(f"tome.{name}")
         globals()[name] = value
         return value
 
