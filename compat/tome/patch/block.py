@@ -8,14 +8,14 @@ MLP. Where nobody watches, each half of it is one call.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tome import backend, ops
 from tome.patch import plain
-from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
+from tome.patch.plain import AttentionParts, NotPlain, Plan, Reading, has_hooks, through
 from tome.patch.row import BlockSettings, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError
 from tome.recording import PART, record
@@ -33,7 +33,8 @@ class MergingBlock(Patched):
     _tome_row: Row
     _tome_last: tuple[Tensor | None, Tensor | None] = (None, None)  # size and slot map behind the last pass
     _tome_chosen: str | None = None  # the backend of the pass that a checkpoint computes again
-    _tome_transient = ("_tome_last", "_tome_chosen", "_tome_readings")
+    _tome_kept: tuple[Reading, Plan] | None = None  # what it computes with, as long as nothing has changed
+    _tome_transient = ("_tome_last", "_tome_chosen", "_tome_kept")
 
     def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
         """What the MLP computes with; raises NotPlain where it is not Linear, GELU, Linear."""
@@ -50,14 +51,16 @@ class MergingBlock(Patched):
         if not isinstance(x, Tokens):
             if s.entry == 0:
                 out = super().forward(x, *args, **kwargs)  # of the host's block
-                self._tell(Tokens(out))
+                if s.is_last:
+                    self._tell(Tokens(out))
                 return out
             x = Tokens(x)
         self._check_call(*args, *kwargs.values())
-        with backend.use_backend(self._backend()):
+        chosen = self._backend()
+        with nullcontext() if chosen is None else backend.use_backend(chosen):
             tokens = self._merged(x)
-            self._tell(tokens)
             if s.is_last:
+                self._tell(tokens)
                 return tokens.restored()
             # Hooks may take the block's parameters away, with which an addition waits.
             return Tokens(tokens.x, tokens.size, tokens.steps) if has_hooks(self) else tokens
@@ -85,29 +88,31 @@ class MergingBlock(Patched):
         return self._tome.model.backend or self._tome_chosen
 
     def _merged(self, tokens: Tokens) -> Tokens:
-        s, row = self._tome, self._tome_row
-        parts: Any = self._modules  # as attributes they take several times as long
-        attn = parts[row.attn]
-        norm1, norm2 = self._norms(attn, tokens.device_type())
+        s, row, attn = self._tome, self._tome_row, self._modules[self._tome_row.attn]
         watched = plain.why_watched(tokens.unadded)
+        plan = self._plan() if watched is None else Plan(watched, watched, watched)
+        norm1, norm2 = self._norms(attn, tokens.device_type(), plan)
         x, y = tokens.enter(norm1)
         if y is None:
             y = x if row.is_post else self._normed(x, norm1, watched)
         amount, left = s.model.matching.plan(s.entry, x.shape[1], s.prefix)
-        made, done = self._attend_half(attn, x, y, tokens.size, amount, left, norm2, watched)
+        made, done = self._attend_half(plan, attn, x, y, tokens.size, amount, left, norm2)
         if done is None:
             branch, slot = self._attention(attn, y, *made, tokens.size, amount, left)
             done = *add(x, branch, slot, left, tokens.size, norm2), slot
         x, mlp_input, size, slot = done
         steps = tokens.steps if slot is None else (*tokens.steps, slot)
-        return Tokens(x, size, steps, self._mlp(x, mlp_input, norm2, watched))
+        return Tokens(x, size, steps, self._mlp(plan, x, mlp_input, norm2))
 
-    def _norms(self, attn: Any, device: str) -> tuple[Norm | None, Norm | None]:
+    def _norms(self, attn: Any, device: str, plan: Plan) -> tuple[Norm | None, Norm | None]:
         """The norms that attention and MLP read x through, where they can be computed with the addition before."""
         row = self._tome_row
         if row.is_post:
             return None, None
-        first, second, to = self._modules[row.norm1], self._modules[row.norm2], plain.autocast_dtype(device)
+        to = plain.autocast_dtype(device)
+        if to is None and not isinstance(plan.norms, str):
+            return plan.norms
+        first, second = self._modules[row.norm1], self._modules[row.norm2]
         if to is None:
             return plain.norm(row.norm1, first, None), plain.norm(row.norm2, second, None)
         # Autocast would round for a linear layer anyway; writing that dtype at once saves a pass over the tokens.
@@ -123,19 +128,18 @@ class MergingBlock(Patched):
         return normed
 
     def _attend_half(
-        self, attn: Any, x: Tensor, y: Tensor, size: Tensor | None, amount: int, left: int, norm: Norm | None,
-        watched: str | None,
+        self, plan: Plan, attn: Any, x: Tensor, y: Tensor, size: Tensor | None, amount: int, left: int,
+        norm: Norm | None,
     ) -> tuple[tuple[Qkv | None, Tensor | None], Half | None]:  # fmt: skip
         """What it made of q, k, v and slot before it could know, and in one call, if that can be, the half."""
         s, kind, qkv, slot = self._tome, self._tome_row.attention, None, None
-        parts = self._read("attention", watched)
+        parts = plan.attention
         is_own = left < x.shape[1] and s.model.matching.name != "bipartite"
         if not isinstance(parts, str) and left < x.shape[1] and not is_own and side_stream(x) is not None:
             parts = "a CUDA graph is captured, in which matching runs beside attention"
         if isinstance(parts, str) or norm is None:
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
             return (None, None), None
-        assert isinstance(parts, AttentionParts)
         if is_own or parts.qkv is None:
             qkv = kind.project(attn, y, through)
             slot = s.model.matching.rule(qkv[1], amount, s.prefix) if is_own else None
@@ -176,16 +180,16 @@ class MergingBlock(Patched):
             value = getattr(self, row.norm1)(value)
         return self._scaled(value, row.scale1, row.drop1), slot
 
-    def _mlp(self, x: Tensor, y: Tensor | None, norm: Norm | None, watched: str | None) -> Branch | Mlp:
+    def _mlp(self, plan: Plan, x: Tensor, y: Tensor | None, norm: Norm | None) -> Branch | Mlp:
         """What the MLP adds to x, or the MLP itself, where its reader may compute it."""
         row = self._tome_row
-        parts = self._read("mlp", watched)
+        parts = plan.mlp
         if isinstance(parts, str) or y is None or norm is None or has_hooks(self):
             record(
                 "mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched"
             )
-        elif ops.declined(ops.mlp_half, x, y, *cast(MlpParts, parts), norm[:3], norm.dtype) is None:
-            return Mlp(y, cast(MlpParts, parts))
+        elif ops.declined(ops.mlp_half, x, y, *parts, norm[:3], norm.dtype) is None:
+            return Mlp(y, parts)
         norm2 = getattr(self, row.norm2)
         value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))
         return self._scaled(norm2(value) if row.is_post else value, row.scale2, row.drop2)
@@ -201,29 +205,36 @@ class MergingBlock(Patched):
             value = value if part is None else through(part, value)
         return Branch(value)
 
-    def _read(self, half: str, watched: str | None) -> AttentionParts | MlpParts | str:
-        """What a half computes with, or why it must be called part by part."""
-        if watched is not None:
-            return watched
-        readings: dict[str, tuple[Reading, Any]] = self.__dict__.setdefault("_tome_readings", {})
-        if half not in readings or not readings[half][0].holds(self):
-            reading, row = Reading(self), self._tome_row
+    def _plan(self) -> Plan:
+        """What the block computes with; read again when anything has changed since."""
+        if self._tome_kept is not None and self._tome_kept[0].holds(self):
+            return self._tome_kept[1]
+        reading, row = Reading(self), self._tome_row
+        found: list[Any] = []
+
+        def attention() -> AttentionParts:
+            parts = row.attention.read(reading, reading.unwatched(self, row.attn))
+            return parts._replace(gamma=reading.gamma(self, row.scale1, row.drop1))
+
+        def mlp() -> MlpParts:
+            parts = self.mlp_parts(reading, reading.unwatched(self, row.mlp))
+            return parts._replace(gamma=reading.gamma(self, row.scale2, row.drop2))
+
+        def norms() -> tuple[Norm, Norm]:
+            return reading.norm(self, row.norm1), reading.norm(self, row.norm2)
+
+        for read in (attention, mlp, norms):
             try:
-                if half == "mlp":
-                    parts: Any = self.mlp_parts(reading, reading.unwatched(self, row.mlp))
-                    gamma = reading.gamma(self, row.scale2, row.drop2)
-                else:
-                    parts = row.attention.read(reading, reading.unwatched(self, row.attn))
-                    gamma = reading.gamma(self, row.scale1, row.drop1)
+                found.append(read())
             except NotPlain as error:
-                return str(error)
-            readings[half] = reading, parts._replace(gamma=gamma)
-        return readings[half][1]
+                found.append(str(error))
+        plan = Plan(*found)
+        if reading.holds(self):
+            self._tome_kept = reading, plan
+        return plan
 
     def _tell(self, tokens: Tokens) -> None:
         """Leave what the model, or :func:`kept`, is asked for behind the last block."""
-        if not self._tome.is_last:
-            return
         keep(tokens)
         trace = self._tome.model.trace_source
         if trace or not torch.compiler.is_compiling():
