@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../hopper/tensor_map.h"
 #include "../launch.cuh"
-#include "../tensor_map.h"
 #include "attention.h"
 #include "hopper_consumer.cuh"
 #include "hopper_plan.cuh"
@@ -24,26 +24,25 @@ namespace {
 
 #ifdef CUTE_ARCH_MMA_SM90A_ENABLED
 
-template <class Traits>
-__device__ __forceinline__ void load_queries(const HopperParams& p, const Shared<Traits>& shared, int group,
+template <class Plan>
+__device__ __forceinline__ void load_queries(const HopperParams& p, const Shared<Plan>& shared, int group,
                                              const Item& item) {
-  using Layout = typename Traits::Queries;
+  using Layout = typename Plan::Queries;
   const uint32_t full = shared.queries_full(group);
   barrier_arrive_expecting(full, Layout::kBytes);
-  load_tile<Layout>(p, p.q_map, full, shared.queries(group), item.head, item.tile * kTileRows);
+  load_tile<Layout>(p, p.q_map, full, shared.queries(group), item.head, item.tile * kWarpgroupRows);
 }
 
-template <class Traits>
-__device__ __forceinline__ void consume(const HopperParams& p, const Shared<Traits>& shared) {
-  // Read from one lane, so that the compiler knows it, and all that follows from it, to be uniform in a warp.
-  const int group = __shfl_sync(kFullWarp, threadIdx.x / kGroupThreads, 0);
-  const bool leads = threadIdx.x % kGroupThreads == 0;
-  Consumer<Traits> consumer(p, shared);
+template <class Plan>
+__device__ __forceinline__ void consume(const HopperParams& p, const Shared<Plan>& shared) {
+  const int group = uniform(threadIdx.x / kWarpgroupThreads);
+  const bool leads = threadIdx.x % kWarpgroupThreads == 0;
+  Consumer<Plan> consumer(p, shared);
   consumer.turn = {group, p.has_turns};
-  consumer.thread = __shfl_sync(kFullWarp, threadIdx.x % kGroupThreads, threadIdx.x % kWarpSize);
-  if (group == Traits::kGroups - 1) consumer.turn.give();  // the first turn is the first group's
+  consumer.thread = __shfl_sync(kFullWarp, threadIdx.x % kWarpgroupThreads, threadIdx.x % kWarpSize);
+  if (group == Plan::kGroups - 1) consumer.turn.give();  // the first turn is the first group's
   const int passes = (p.passes - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
-  const int rounds = (passes * p.pass_tiles + Traits::kGroups - 1) / Traits::kGroups;
+  const int rounds = (passes * p.pass_tiles + Plan::kGroups - 1) / Plan::kGroups;
   uint32_t parity = 0;
   {
     const Item first(p, group);
@@ -51,20 +50,20 @@ __device__ __forceinline__ void consume(const HopperParams& p, const Shared<Trai
   }
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
-    const Item item(p, round * Traits::kGroups + group);
+    const Item item(p, round * Plan::kGroups + group);
     if (item.is_used) {
       barrier_wait(shared.queries_full(group), parity);
       parity ^= 1;
       consumer.read_queries(group);
-      named_barrier(1 + group, kGroupThreads);  // every warp has read: the next queries may come
+      named_barrier(1 + group, kWarpgroupThreads);  // every warp has read: the next queries may come
     }
     if (leads) {
-      const Item next(p, (round + 1) * Traits::kGroups + group);
+      const Item next(p, (round + 1) * Plan::kGroups + group);
       if (next.is_used) load_queries(p, shared, group, next);
     }
-    Cursor<Traits> cursor(item.round * p.key_tiles);
+    RingPlace<Plan> cursor(item.round * p.key_tiles);
     if (item.is_used) {
-      const int first_row = item.tile * kTileRows + consumer.thread / kWarpSize * kWarpRows;
+      const int first_row = item.tile * kWarpgroupRows + consumer.thread / kWarpSize * kWarpRows;
       consumer.has_rows = first_row < p.queries;
       consumer.attend(cursor);
       if (consumer.has_rows) consumer.store(item, first_row);
@@ -93,52 +92,44 @@ constexpr int kClusterBlocks = 2;
 #define TOME_CLUSTER
 #endif
 
-template <class Traits>
-__global__ __launch_bounds__(Traits::kThreads, 1) TOME_CLUSTER
+template <class Plan>
+__global__ __launch_bounds__(Plan::kThreads, 1) TOME_CLUSTER
     void attention_hopper_kernel(const __grid_constant__ HopperParams p) {
 #ifdef CUTE_ARCH_MMA_SM90A_ENABLED
-  const Shared<Traits> shared(dynamic_shared());
+  const Shared<Plan> shared(dynamic_shared());
   if (threadIdx.x == 0) {
     prefetch_map(p.q_map);
     prefetch_map(p.k_map);
     prefetch_map(p.v_map);
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
+    for (int stage = 0; stage < Plan::kStages; ++stage) {
       barrier_init(shared.full(stage), 1);
-      barrier_init(shared.empty(stage), p.pass_tiles * (kGroupThreads / kWarpSize));
+      barrier_init(shared.empty(stage), p.pass_tiles * (kWarpgroupThreads / kWarpSize));
     }
-    for (int group = 0; group < Traits::kGroups; ++group) barrier_init(shared.queries_full(group), 1);
+    for (int group = 0; group < Plan::kGroups; ++group) barrier_init(shared.queries_full(group), 1);
     barrier_fence();
   }
   __syncthreads();
-  if (threadIdx.x >= Traits::kGroups * kGroupThreads) {
-    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-    produce<Traits>(p, shared);
+  if (threadIdx.x >= Plan::kGroups * kWarpgroupThreads) {
+    cutlass::arch::warpgroup_reg_dealloc<Plan::kProducerRegisters>();
+    produce<Plan>(p, shared);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-    consume<Traits>(p, shared);
+    cutlass::arch::warpgroup_reg_alloc<Plan::kConsumerRegisters>();
+    consume<Plan>(p, shared);
   }
 #endif
 }
 
-template <class Layout>
-bool make_map(CUtensorMap& map, const Heads& heads, const AttentionParams& params, int rows, int box_rows,
-              bool is_half) {
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(params.head_dim), static_cast<cuuint64_t>(rows),
-                               static_cast<cuuint64_t>(params.heads), static_cast<cuuint64_t>(params.batch)};
-  cuuint64_t strides[3] = {static_cast<cuuint64_t>(heads.row_stride),
-                           static_cast<cuuint64_t>(heads.head_stride),
-                           static_cast<cuuint64_t>(heads.batch_stride)};
-  // The stride of a dimension of one may be anything; the map wants a multiple of 16 bytes.
-  for (int i = 0; i < 3; ++i) strides[i] = sizes[i + 1] == 1 ? kAccessBytes : strides[i] * 2;
-  const cuuint32_t box[4] = {Layout::kPanel, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const CUtensorMapSwizzle swizzle = Layout::kPanel == 64   ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : Layout::kPanel == 32 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                            : CU_TENSOR_MAP_SWIZZLE_32B;
-  return encode_tiled()(&map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-                        const_cast<void*>(heads.data_ptr), sizes, strides, box, steps,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+MappedTensor mapped(const Heads& heads, const AttentionParams& params, int rows, bool is_half) {
+  return {heads.data_ptr,
+          params.head_dim,
+          rows,
+          params.heads,
+          params.batch,
+          2 * heads.row_stride,
+          2 * heads.head_stride,
+          2 * heads.batch_stride,
+          is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE};
 }
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -157,12 +148,15 @@ void plan_passes(HopperParams& p, int64_t heads, int groups, int stages, int mul
 
 template <class T, int kDim, int kTail>
 bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_t stream) {
-  using Shape = Traits<T, kDim, kTail>;
+  using Shape = RingPlan<T, kDim, kTail>;
   constexpr bool kIsHalf = std::is_same_v<T, __half>;
   HopperParams p{};
-  if (!make_map<typename Shape::Queries>(p.q_map, params.q, params, params.queries, kTileRows, kIsHalf) ||
-      !make_map<typename Shape::Keys>(p.k_map, params.k, params, params.keys, Shape::kTileKeys, kIsHalf) ||
-      !make_map<typename Shape::Keys>(p.v_map, params.v, params, params.keys, Shape::kTileKeys, kIsHalf)) {
+  const auto map = [&](CUtensorMap& to, const Heads& heads, int rows, int box_rows) {
+    return make_map(to, mapped(heads, params, rows, kIsHalf), Shape::Keys::kPanel, box_rows);
+  };
+  if (!map(p.q_map, params.q, params.queries, kWarpgroupRows) ||
+      !map(p.k_map, params.k, params.keys, Shape::kTileKeys) ||
+      !map(p.v_map, params.v, params.keys, Shape::kTileKeys)) {
     return false;
   }
   p.out_ptr = params.out_ptr;
@@ -173,7 +167,7 @@ bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_
   p.queries = params.queries;
   p.keys = params.keys;
   p.scale = params.scale * kLog2E;
-  p.query_tiles = (params.queries + kTileRows - 1) / kTileRows;
+  p.query_tiles = (params.queries + kWarpgroupRows - 1) / kWarpgroupRows;
   p.key_tiles = (params.keys + Shape::kTileKeys - 1) / Shape::kTileKeys;
   plan_passes(p, params.batch * params.heads, Shape::kGroups, Shape::kStages, multiprocessors);
   p.head_passes = (p.query_tiles + p.pass_tiles - 1) / p.pass_tiles;
@@ -212,7 +206,7 @@ static bool has_map(const Heads& heads, const AttentionParams& params, int rows)
 bool launch_attention_hopper(const AttentionParams& params, Dtype dtype, int multiprocessors,
                              cudaStream_t stream) {
   if (!has_map(params.q, params, params.queries) || !has_map(params.k, params, params.keys) ||
-      !has_map(params.v, params, params.keys) || encode_tiled() == nullptr) {
+      !has_map(params.v, params, params.keys)) {
     return false;
   }
   bool is_launched = false;

@@ -11,49 +11,51 @@ namespace tome::attention_ops::hopper {
 // Consumers that pass over the same tiles at the same time issue their products in turns. Left alone they
 // fall into step, all at the tensor cores and then all at their exponentials, and little overlaps. Where they
 // work at different heads, turns would let one wait for a tile that another one's turn must free first.
-template <class Traits>
+template <class Plan>
 struct Turn {
-  static constexpr int kFirstBarrier = 1 + Traits::kGroups;  // after those within the groups
+  static constexpr int kFirstBarrier = 1 + Plan::kGroups;  // after those within the groups
   int group;
   bool is_used;
 
   __device__ __forceinline__ void take() const {
-    if (is_used) named_barrier(kFirstBarrier + group, 2 * kGroupThreads);
+    if (is_used) named_barrier(kFirstBarrier + group, 2 * kWarpgroupThreads);
   }
   __device__ __forceinline__ void give() const {
-    if (is_used) named_arrive(kFirstBarrier + (group + 1) % Traits::kGroups, 2 * kGroupThreads);
+    if (is_used) named_arrive(kFirstBarrier + (group + 1) % Plan::kGroups, 2 * kWarpgroupThreads);
   }
 };
 
 // One warpgroup's view of its tile of queries.
-template <class Traits>
+template <class Plan>
 struct Consumer {
-  using T = typename Traits::T;
-  using Keys = typename Traits::Keys;
-  static constexpr int kTileKeys = Traits::kTileKeys;
-  static constexpr bool kHasTail = Traits::kTail < kTileKeys;
+  using T = typename Plan::T;
+  using Keys = typename Plan::Keys;
+  static constexpr int kTileKeys = Plan::kTileKeys;
+  static constexpr bool kHasTail = Plan::kTail < kTileKeys;
 
   const HopperParams& p;
-  const Shared<Traits>& shared;
-  uint32_t q[Traits::Queries::kSteps][4];
+  const Shared<Plan>& shared;
+  // All in registers, which is what the producer's were given away for.
+  uint32_t q[Plan::Queries::kSteps][4];
   float s[kTileKeys / 2];
   uint32_t weights[kTileKeys / kProductDepth][4];
-  float out[Traits::kDim / 2];
+  float out[Plan::kDim / 2];
   Rows rows;
-  Turn<Traits> turn;
+  Turn<Plan> turn;
   int thread;     // of the group; from a shuffle, or else the compiler reads it anew at each use, slowly
   bool has_rows;  // whether any query of this warp exists
 
-  __device__ __forceinline__ Consumer(const HopperParams& p, const Shared<Traits>& shared)
+  __device__ __forceinline__ Consumer(const HopperParams& p, const Shared<Plan>& shared)
       : p(p), shared(shared) {}
 
+  // As left operands: of 64 rows a warp has 16. By hand, as the tile is known by its address only.
   __device__ __forceinline__ void read_queries(int group) {
-    using Layout = typename Traits::Queries;
+    using Layout = typename Plan::Queries;
     const int lane = threadIdx.x % kWarpSize;
-    const int row = threadIdx.x % kGroupThreads / kWarpSize * kWarpRows + lane % 16;
+    const int row = threadIdx.x % kWarpgroupThreads / kWarpSize * kWarpRows + lane % 16;
 #pragma unroll
     for (int step = 0; step < Layout::kSteps; ++step) {
-      const uint32_t from = shared.queries(group) + Layout::offset(row, step * kProductDepth + lane / 16 * 8);
+      const uint32_t from = shared.queries(group) + Layout::offset(row, 2 * step + lane / 16);
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(q[step][0]), "=r"(q[step][1]), "=r"(q[step][2]), "=r"(q[step][3])
                    : "r"(from)
@@ -61,6 +63,7 @@ struct Consumer {
     }
   }
 
+  // Added to what the scores are started from: their biases.
   template <int kKeys>
   __device__ __forceinline__ void multiply_keys(uint64_t keys) {
     using Op = typename Product<T, kKeys>::ByKeys;
@@ -71,16 +74,19 @@ struct Consumer {
     cute::warpgroup_commit_batch();
   }
 
+  // The keys of a tile lie in the depth of this product, so a last tile that is short takes fewer of them.
   template <int kKeys>
   __device__ __forceinline__ void multiply_values(uint64_t values) {
-    using Op = typename Product<T, Traits::kDim>::ByValues;
+    using Op = typename Product<T, Plan::kDim>::ByValues;
 #pragma unroll
     for (int step = 0; step < kKeys / kProductDepth; ++step) {
-      multiply<Op, Traits::kDim>(weights[step], values + Keys::rows_advance(step), out);
+      multiply<Op, Plan::kDim>(weights[step], values + Keys::rows_advance(step), out);
     }
     cute::warpgroup_commit_batch();
   }
 
+  // This warp has read the stage, its products included. The barrier counts warps, not groups, so that none
+  // waits for another here.
   __device__ __forceinline__ void release(int stage) {
     __syncwarp();
     if (thread % kWarpSize == 0) barrier_arrive(shared.empty(stage));
@@ -97,8 +103,7 @@ struct Consumer {
     for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int step = 0; step < Keys::kSteps; ++step) {
-        const uint32_t from =
-            shared.keys(stage) + Keys::offset(8 * j + lane % 8, step * kProductDepth + lane / 8 % 2 * 8);
+        const uint32_t from = shared.keys(stage) + Keys::offset(8 * j + lane % 8, 2 * step + lane / 8 % 2);
         uint32_t b[2];
         asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                      : "=r"(b[0]), "=r"(b[1])
@@ -111,9 +116,10 @@ struct Consumer {
     }
   }
 
+  // What was summed relative to a lower base. Rows alternate in pairs of accumulators.
   __device__ __forceinline__ void rescale(float2 factor) {
 #pragma unroll
-    for (int i = 0; i < Traits::kDim / 2; ++i) out[i] *= i / 2 % 2 == 0 ? factor.x : factor.y;
+    for (int i = 0; i < Plan::kDim / 2; ++i) out[i] *= i / 2 % 2 == 0 ? factor.x : factor.y;
     rows.sum[0] *= factor.x;
     rows.sum[1] *= factor.y;
   }
@@ -142,16 +148,16 @@ struct Consumer {
   // One tile of keys. Its product with the values is left running, until the next tile's scores are there.
   // The next tile's biases are taken while no product runs that could still need their registers.
   template <int kKeys>
-  __device__ __forceinline__ void step(Cursor<Traits>& at, int previous, bool is_last) {
+  __device__ __forceinline__ void step(RingPlace<Plan>& at, int previous, bool is_last) {
     const int stage = at.stage;
     const uint64_t keys = Keys::by_columns(shared.keys(stage));
     fence_registers(s);
     cute::warpgroup_arrive();
     multiply_keys<kKeys>(keys);
-    turn.give();
+    turn.give();  // what this one had to issue is issued
     const uint64_t values = Keys::by_rows(shared.values(stage));
     if (!is_last) at.advance();
-    cute::warpgroup_wait<0>();
+    cute::warpgroup_wait<0>();  // the product with the values of the tile before is done, too
     fence_registers(s);
     fence_registers(out);
     if (previous >= 0) release(previous);
@@ -167,10 +173,11 @@ struct Consumer {
     multiply_values<kKeys>(values);
   }
 
-  __device__ __forceinline__ void attend(Cursor<Traits> at) {
+  // All keys of a head. The short tile comes last, as a step of its own: its products are other instructions.
+  __device__ __forceinline__ void attend(RingPlace<Plan> at) {
     rows.reset();
 #pragma unroll
-    for (int i = 0; i < Traits::kDim / 2; ++i) out[i] = 0.0f;
+    for (int i = 0; i < Plan::kDim / 2; ++i) out[i] = 0.0f;
     int previous = -1;
     barrier_wait(shared.full(at.stage), at.parity);
     load_tile_bias(at.stage);
@@ -182,7 +189,7 @@ struct Consumer {
     }
     if constexpr (kHasTail) {
       const int stage = at.stage;
-      step<Traits::kTail>(at, previous, true);
+      step<Plan::kTail>(at, previous, true);
       previous = stage;
     }
     turn.give();
@@ -191,8 +198,9 @@ struct Consumer {
     release(previous);
   }
 
+  // Four lanes hold a row in pairs of columns; exchanged among them they become 16 bytes per lane.
   __device__ __forceinline__ void store(const Item& item, int first_row) {
-    constexpr int kBlocks = Traits::kDim / 8;
+    constexpr int kBlocks = Plan::kDim / 8;
     const int lane = threadIdx.x % kWarpSize;
     T* out_ptr = static_cast<T*>(p.out_ptr);
 #pragma unroll
@@ -200,7 +208,7 @@ struct Consumer {
       const float inverse = 1.0f / quad_sum(rows.sum[row]);
       const int query = first_row + row * 8 + lane / 4;
       const int64_t position = static_cast<int64_t>(item.head / p.heads) * p.queries + query;
-      T* row_ptr = out_ptr + (position * p.heads + item.head % p.heads) * Traits::kDim;
+      T* row_ptr = out_ptr + (position * p.heads + item.head % p.heads) * Plan::kDim;
       uint32_t word[kBlocks];
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) {

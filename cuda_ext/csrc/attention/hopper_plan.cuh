@@ -5,44 +5,39 @@
 
 #include <algorithm>
 
-#include "../async.cuh"
+#include "../hopper/async.cuh"
 #include "hopper_products.cuh"
 
 namespace tome::attention_ops::hopper {
 
-using namespace async;
-
-constexpr int kGroupThreads = 128;
-constexpr int kTileRows = 64;  // queries of a warpgroup's products
 constexpr int kWarpRows = 16;
 constexpr int kSharedBytes = 227 << 10;  // what a block may have on compute capability 9.0
-constexpr int kAlignment = 1024;         // where the widest swizzle repeats
 
 constexpr int tile_keys(int dim) { return dim == 72 || dim == 80 ? 80 : 96; }
 
 template <class T_, int kDim_, int kTail_>
-struct Traits {
+struct RingPlan {
   using T = T_;
   static constexpr int kDim = kDim_;
   static constexpr int kTail = kTail_;  // keys that the last tile has room for
   static constexpr int kGroups = kDim <= 80 ? 3 : 2;
   static constexpr int kTileKeys = tile_keys(kDim);
-  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kThreads = (kGroups + 1) * kWarpgroupThreads;
   // The producer's warpgroup leaves most of its share of the registers to the consumers.
   static constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kGroups == 3 ? 160 : 240;
-  using Queries = TileLayout<kDim, kTileRows>;
-  using Keys = TileLayout<kDim, kTileKeys>;
+  using Queries = Tile<kDim, kWarpgroupRows>;
+  using Keys = Tile<kDim, kTileKeys>;
   static constexpr int kBiasBytes = 2 * kTileKeys * static_cast<int>(sizeof(float));  // each for two rows
   static constexpr int kStageBytes = 2 * Keys::kBytes + kBiasBytes;
   static constexpr int kBarrierBytes = 256;
   static constexpr int kStages =
-      std::min(12, (kSharedBytes - kAlignment - kBarrierBytes - kGroups * Queries::kBytes) / kStageBytes);
+      std::min(12, (kSharedBytes - kSwizzleBytes - kBarrierBytes - kGroups * Queries::kBytes) / kStageBytes);
   static_assert(kStages >= 2, "a tile's values are in use while the next tile's keys are");
   static constexpr int kTilesEnd = kStages * 2 * Keys::kBytes + kGroups * Queries::kBytes;
-  static constexpr int kUsedBytes = kAlignment + kTilesEnd + kStages * kBiasBytes + kBarrierBytes;
+  static constexpr int kUsedBytes = kSwizzleBytes + kTilesEnd + kStages * kBiasBytes + kBarrierBytes;
   static_assert((2 * kStages + kGroups) * 8 <= kBarrierBytes && kUsedBytes <= kSharedBytes);
-  static_assert(Keys::kBytes % kAlignment == 0 || Keys::kPanel < 64);
+  static_assert(Keys::kBytes % kSwizzleBytes == 0 || Keys::kPanel < 64);
 };
 
 struct HopperParams {
@@ -60,29 +55,27 @@ struct HopperParams {
 };
 
 // Where everything lies in the block's shared memory, as addresses for the copy engine and the products.
-template <class Traits>
+template <class Plan>
 struct Shared {
   uint32_t address;
 
   __device__ __forceinline__ explicit Shared(char* shared) {
     const uint32_t start = shared_address(shared);
-    // From one lane: uniform, and held in a register rather than computed anew at each use.
-    address = __shfl_sync(kFullWarp, (start + kAlignment - 1) & ~(kAlignment - 1), 0);
+    // Held in a register, too, rather than computed anew at each use.
+    address = uniform((start + kSwizzleBytes - 1) & ~(kSwizzleBytes - 1));
   }
-  __device__ uint32_t keys(int stage) const { return address + stage * 2 * Traits::Keys::kBytes; }
-  __device__ uint32_t values(int stage) const { return keys(stage) + Traits::Keys::kBytes; }
+  __device__ uint32_t keys(int stage) const { return address + stage * 2 * Plan::Keys::kBytes; }
+  __device__ uint32_t values(int stage) const { return keys(stage) + Plan::Keys::kBytes; }
   __device__ uint32_t queries(int group) const {
-    return address + Traits::kStages * 2 * Traits::Keys::kBytes + group * Traits::Queries::kBytes;
+    return address + Plan::kStages * 2 * Plan::Keys::kBytes + group * Plan::Queries::kBytes;
   }
-  __device__ uint32_t bias(int stage) const {
-    return address + Traits::kTilesEnd + stage * Traits::kBiasBytes;
-  }
+  __device__ uint32_t bias(int stage) const { return address + Plan::kTilesEnd + stage * Plan::kBiasBytes; }
   __device__ uint32_t barriers() const {
-    return address + Traits::kTilesEnd + Traits::kStages * Traits::kBiasBytes;
+    return address + Plan::kTilesEnd + Plan::kStages * Plan::kBiasBytes;
   }
   __device__ uint32_t full(int stage) const { return barriers() + 8 * stage; }
-  __device__ uint32_t empty(int stage) const { return barriers() + 8 * (Traits::kStages + stage); }
-  __device__ uint32_t queries_full(int group) const { return barriers() + 8 * (2 * Traits::kStages + group); }
+  __device__ uint32_t empty(int stage) const { return barriers() + 8 * (Plan::kStages + stage); }
+  __device__ uint32_t queries_full(int group) const { return barriers() + 8 * (2 * Plan::kStages + group); }
 };
 
 // Ask the copy engine for the rows of a tile, panel by panel, and for all columns.
@@ -91,21 +84,21 @@ __device__ __forceinline__ void load_tile(const HopperParams& p, const CUtensorM
                                           uint32_t shared, int head, int first_row) {
 #pragma unroll
   for (int panel = 0; panel < Layout::kPanels; ++panel) {
-    load_box(map, barrier, shared + panel * Layout::kPanelBytes, panel * Layout::kPanel, first_row,
+    load_box(map, barrier, shared + panel * Layout::Main::kBytes, panel * Layout::kPanel, first_row,
              head % p.heads, head / p.heads);
   }
 }
 
 // A stage of the ring and the parity of its current use.
-template <class Traits>
-struct Cursor {
+template <class Plan>
+struct RingPlace {
   int stage;
   uint32_t parity;
 
-  __device__ __forceinline__ explicit Cursor(int use)
-      : stage(use % Traits::kStages), parity(use / Traits::kStages & 1) {}
+  __device__ __forceinline__ explicit RingPlace(int use)
+      : stage(use % Plan::kStages), parity(use / Plan::kStages & 1) {}
   __device__ __forceinline__ void advance() {
-    if (++stage == Traits::kStages) {
+    if (++stage == Plan::kStages) {
       stage = 0;
       parity ^= 1;
     }

@@ -38,23 +38,23 @@ struct LaneBias {
 };
 
 // One thread loads tiles, the second warp writes their biases: neither waits for the other.
-template <class Traits>
-__device__ __forceinline__ void produce(const HopperParams& p, const Shared<Traits>& shared) {
-  using Layout = typename Traits::Keys;
-  const int thread = threadIdx.x - Traits::kGroups * kGroupThreads;
+template <class Plan>
+__device__ __forceinline__ void produce(const HopperParams& p, const Shared<Plan>& shared) {
+  using Layout = typename Plan::Keys;
+  const int thread = threadIdx.x - Plan::kGroups * kWarpgroupThreads;
   const bool is_loader = thread == 0;
   if (!is_loader && thread / kWarpSize != 1) return;
-  Cursor<Traits> cursor(0);
-  LaneBias<Traits::kTileKeys> bias;
+  RingPlace<Plan> cursor(0);
+  LaneBias<Plan::kTileKeys> bias;
   if (!is_loader && blockIdx.x < p.passes) bias.load(p, blockIdx.x / p.head_passes / p.heads, 0);
   for (int pass = blockIdx.x; pass < p.passes; pass += gridDim.x) {
     for (int tile = 0; tile < p.key_tiles; ++tile, cursor.advance()) {
-      const int first_key = tile * Traits::kTileKeys;
+      const int first_key = tile * Plan::kTileKeys;
       const uint32_t full = shared.full(cursor.stage);
       barrier_wait(shared.empty(cursor.stage), cursor.parity ^ 1);
       if (is_loader) {
         // The one arrival that the stage waits for, beside the bytes of the biases too.
-        barrier_arrive_expecting(full, Traits::kStageBytes);
+        barrier_arrive_expecting(full, Plan::kStageBytes);
         load_tile<Layout>(p, p.k_map, full, shared.keys(cursor.stage), pass / p.head_passes, first_key);
         load_tile<Layout>(p, p.v_map, full, shared.values(cursor.stage), pass / p.head_passes, first_key);
         continue;
@@ -64,7 +64,7 @@ __device__ __forceinline__ void produce(const HopperParams& p, const Shared<Trai
       const bool is_last = tile + 1 == p.key_tiles;
       const int next = is_last ? pass + static_cast<int>(gridDim.x) : pass;
       if (next < p.passes)
-        bias.load(p, next / p.head_passes / p.heads, is_last ? 0 : first_key + Traits::kTileKeys);
+        bias.load(p, next / p.head_passes / p.heads, is_last ? 0 : first_key + Plan::kTileKeys);
     }
   }
 }

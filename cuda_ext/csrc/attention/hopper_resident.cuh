@@ -15,9 +15,7 @@
 namespace tome::attention_ops::hopper {
 
 constexpr int kDim = 64;
-constexpr int kGroupRows = 64;    // queries of a warpgroup's product
-constexpr int kAlignment = 1024;  // where the swizzle repeats
-constexpr int kBiasBytes = 16;    // of a key
+constexpr int kBiasBytes = 16;  // of a key
 
 struct HopperResidentParams {
   AttentionParams attention;
@@ -33,15 +31,15 @@ inline float unit_of(float scale) { return std::exp2(std::ceil(-std::log2(scale)
 
 template <int kKeys>
 struct ResidentPlan {
-  using Tile = TileLayout<kDim, kKeys>;
+  using Tile = sm90::Tile<kDim, kKeys>;
   static constexpr int kBlocks = kKeys > 224 ? 2 : kKeys > 112 ? 3 : 4;
   static constexpr int kValues = Tile::kBytes;
   // Not the last: compute-sanitizer takes what the product reads of it for twice as much, as if rows had 32
   // bytes.
   static constexpr int kBias = kValues + Tile::kBytes;
   static constexpr int kQueries = kBias + kKeys * kBiasBytes;
-  static constexpr int kTail = kQueries + kGroupRows * kDim * 2;
-  static constexpr int kSharedBytes = kTail + kTailBytes + kAlignment;
+  static constexpr int kTail = kQueries + kWarpgroupRows * kDim * 2;
+  static constexpr int kSharedBytes = kTail + kTailBytes + kSwizzleBytes;
   // The keys of the first of two products of queries and keys: its scores are looked at while the second
   // runs.
   static constexpr int kLeft = (kKeys + 16) / 32 * 16;
@@ -59,6 +57,16 @@ struct Scores {
   float left[kLeft];
   float right[ResidentPlan<kKeys>::kRight / 2];
   __device__ __forceinline__ float& operator[](int i) { return i < kLeft ? left[i] : right[i - kLeft]; }
+
+  // Into the highest scores of either row, in two chains of maxima each. fmaxf skips NaN: it shows in the
+  // weights, not here.
+  __device__ __forceinline__ void look(int n, float (&top)[2][2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half][n % 2] =
+          fmaxf(top[half][n % 2], fmaxf((*this)[4 * n + 2 * half], (*this)[4 * n + 2 * half + 1]));
+    }
+  }
 };
 
 // A descriptor of what lies `bytes` further on. Addresses stay below 2^18, so only the low word changes: one

@@ -23,7 +23,7 @@ using Count = std::integral_constant<int, kValue>;
 // kRowTiles: 16-row tiles of queries that a warp holds at once, so that what it reads of keys and values
 // serves twice. kBlocks: blocks that share a multiprocessor, as many as registers allow.
 template <int kHeadDim>
-struct Traits {
+struct WarpTiles {
   static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
   static constexpr int kBlocks = kHeadDim <= 32 ? 3 : 2;
 };
@@ -46,7 +46,7 @@ __host__ __device__ constexpr int key_block_bytes(int head_dim) { return kBlockK
 // The queries of all warps.
 template <int kHeadDim>
 __host__ __device__ constexpr int queries_bytes() {
-  return kWarps * Traits<kHeadDim>::kRowTiles * kTileRows * kHeadDim * 2;
+  return kWarps * WarpTiles<kHeadDim>::kRowTiles * kTileRows * kHeadDim * 2;
 }
 
 template <class F>

@@ -30,10 +30,10 @@ struct Place {
 };
 
 template <class T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention_resident_kernel(
+__global__ __launch_bounds__(kThreads, WarpTiles<kHeadDim>::kBlocks) void attention_resident_kernel(
     const ResidentParams plan) {
   using Block = KeyBlock<kHeadDim>;
-  constexpr int kRowTiles = Traits<kHeadDim>::kRowTiles;
+  constexpr int kRowTiles = WarpTiles<kHeadDim>::kRowTiles;
   const AttentionParams& p = plan.attention;
   const auto warp = [] { return forget(threadIdx.x) / kWarpSize; };
   const unsigned team_warps = kWarps >> plan.team_bits;  // each head of the block has a team of warps

@@ -26,11 +26,11 @@ constexpr int streamed_bytes() {
 }
 
 template <class T, int kHeadDim>
-__global__ __launch_bounds__(kThreads, Traits<kHeadDim>::kBlocks) void attention_streamed_kernel(
+__global__ __launch_bounds__(kThreads, WarpTiles<kHeadDim>::kBlocks) void attention_streamed_kernel(
     const StreamedParams plan) {
   using Block = KeyBlock<kHeadDim>;
   constexpr int kStages = attention_ops::kStages<kHeadDim>;
-  constexpr int kRowTiles = Traits<kHeadDim>::kRowTiles;
+  constexpr int kRowTiles = WarpTiles<kHeadDim>::kRowTiles;
   constexpr int kStageBytes = kStageBlocks * Block::kBytes;
   constexpr int kFirstStage = queries_bytes<kHeadDim>();
   constexpr int kBehindStages = kFirstStage + kStages * kStageBytes;
@@ -118,7 +118,7 @@ void launch_streamed(const AttentionParams& p, Dtype dtype, int max_shared_bytes
     using T = typename decltype(tag)::type;
     dispatch_head_dim(p.head_dim, [&](auto head_dim) {
       constexpr int kHeadDim = decltype(head_dim)::value;
-      constexpr int kBlockRows = kWarps * Traits<kHeadDim>::kRowTiles * kTileRows;
+      constexpr int kBlockRows = kWarps * WarpTiles<kHeadDim>::kRowTiles * kTileRows;
       const StreamedParams plan{p, (p.queries + kBlockRows - 1) / kBlockRows};
       launch_kernel(attention_streamed_kernel<T, kHeadDim>, p.batch * p.heads * plan.row_blocks, kThreads,
                     streamed_bytes<kHeadDim>(), max_shared_bytes, stream, plan);

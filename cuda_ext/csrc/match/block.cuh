@@ -4,21 +4,21 @@
 
 #include "scan.cuh"
 #include "select.cuh"
-#include "stream.cuh"
+#include "targets.cuh"
 
 namespace tome::match {
 
 // Which sources a block owns.
-template <class Traits>
+template <class Tiling>
 __device__ __forceinline__ Share share_of_block(const Params& p) {
-  const int blocks = (p.sources + Traits::kRows - 1) / Traits::kRows;  // per image
+  const int blocks = (p.sources + Tiling::kRows - 1) / Tiling::kRows;  // per image
   const int b = blockIdx.x / blocks;
   const int block = blockIdx.x % blocks;
-  const int first_row = block * Traits::kRows;
+  const int first_row = block * Tiling::kRows;
   const __half* image_ptr = p.metric_ptr + static_cast<int64_t>(b) * p.rows() * 2 * p.padded;
   return {image_ptr + static_cast<int64_t>(first_row) * 2 * p.padded,
           image_ptr + static_cast<int64_t>(p.sources) * 2 * p.padded,
-          min(Traits::kRows, p.sources - first_row),
+          min(Tiling::kRows, p.sources - first_row),
           b,
           block,
           blocks};
@@ -27,10 +27,10 @@ __device__ __forceinline__ Share share_of_block(const Params& p) {
 // Scoring a candidate takes about as long as scoring a row with this many targets in tiles does.
 constexpr int kTargetsPerCandidate = 128;
 
-template <class Traits>
+template <class Tiling>
 __device__ __forceinline__ int candidates_capacity(const Params& p, int bytes) {
   return min(bytes / static_cast<int>(sizeof(Candidate)),
-             Traits::kRows * (1 + p.targets / kTargetsPerCandidate));
+             Tiling::kRows * (1 + p.targets / kTargetsPerCandidate));
 }
 
 // The largest product of each of a thread's rows, over all threads, into block_top.
@@ -74,16 +74,16 @@ __device__ __forceinline__ void list_candidates(const Seen<kRows>& seen, const u
 
 // The second look where too many come close to be listed: all three products, except in tiles where nothing
 // comes close.
-template <class Traits>
+template <class Tiling>
 __device__ __forceinline__ void look_again(const Params& p, const Share& share, char* shared, int warp_row,
                                            int warp_column, const uint32_t* block_top, float close,
                                            unsigned long long* block_best) {
-  const Stream<Traits, true> stream(p, share, shared);
+  const Stream<Tiling, true> stream(p, share, shared);
   stream.begin();
   stream.await();
   const char* const source_ptr[kScanTiles] = {
-      source_address(shared, warp_row, Traits::kRows - 1, stream.stride),
-      source_address(shared, warp_row + kProductRows, Traits::kRows - 1, stream.stride)};
+      source_address(shared, warp_row, Tiling::kRows - 1, stream.stride),
+      source_address(shared, warp_row + kProductRows, Tiling::kRows - 1, stream.stride)};
   Best<kScanTiles> best;
 #pragma unroll
   for (int i = 0; i < 2 * kScanTiles; ++i) {
@@ -125,21 +125,21 @@ __device__ __forceinline__ void copy_best(const unsigned long long* best_ptr, in
 }
 
 // Publish the block's best; the block that ends an image last selects its pairs.
-template <class Traits>
+template <class Tiling>
 __device__ __forceinline__ void finish_block(const Params& p, const Share& share, char* shared,
                                              const unsigned long long* block_best) {
   static __shared__ bool is_last;
   const int b = share.image;
-  const int first_row = share.block * Traits::kRows;
+  const int first_row = share.block * Tiling::kRows;
   __syncthreads();
   if (p.merged == p.sources) {  // nothing to select
-    for (int i = threadIdx.x; i < share.rows; i += Traits::kThreads) {
+    for (int i = threadIdx.x; i < share.rows; i += Tiling::kThreads) {
       write_merged(p, b, first_row + i, block_best[i]);
     }
     return;
   }
   unsigned long long* best_ptr = p.best_ptr + static_cast<int64_t>(b) * p.sources;
-  for (int i = threadIdx.x; i < share.rows; i += Traits::kThreads) best_ptr[first_row + i] = block_best[i];
+  for (int i = threadIdx.x; i < share.rows; i += Tiling::kThreads) best_ptr[first_row + i] = block_best[i];
   // Every thread publishes its scores before the block counts itself as done; the last block sees them all.
   __threadfence();
   __syncthreads();
@@ -150,9 +150,9 @@ __device__ __forceinline__ void finish_block(const Params& p, const Share& share
   // The tiles have served: their memory holds what the selection needs, and the scores where they fit.
   auto& storage = *reinterpret_cast<SelectStorage*>(shared);
   auto* copied = reinterpret_cast<unsigned long long*>(shared + kStorageBytes);
-  const bool fits = kStorageBytes + static_cast<int64_t>(p.sources) * 8 <= Traits::shared_bytes(p.padded);
-  if (fits) copy_best<Traits::kThreads>(best_ptr, p.sources, copied);
-  write_sources<Traits::kThreads>(p, b, fits ? copied : best_ptr, storage);
+  const bool fits = kStorageBytes + static_cast<int64_t>(p.sources) * 8 <= Tiling::shared_bytes(p.padded);
+  if (fits) copy_best<Tiling::kThreads>(best_ptr, p.sources, copied);
+  write_sources<Tiling::kThreads>(p, b, fits ? copied : best_ptr, storage);
 }
 
 }  // namespace tome::match

@@ -35,22 +35,22 @@ __device__ __forceinline__ uint4 load_far(const char* from) {
 // in even columns, the second one's in odd ones. By both halves that is final; by the high ones those within
 // `close` of the row's largest are listed as pairs, for this warp alone, and counted. What is missing at the
 // end repeats the last group.
-template <class Traits, class Look>
-__device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stream, const Candidate* groups,
+template <class Tiling, class Look>
+__device__ __forceinline__ int score_groups(const WideStream<Tiling, Look>& stream, const Candidate* groups,
                                             int first, int count, const char* rows_ptr,
                                             const uint32_t* block_top, float close, Candidate* pairs,
                                             unsigned long long* block_best) {
   constexpr int kBatch = kWideBatch<Look>;
-  static_assert(16 * kBatch <= Traits::kWarpPairs);
-  constexpr int kPieces = (Traits::kSteps + 1) / 2;
-  constexpr int kLow = 2 * Traits::kSteps;  // chunks from the high to the low half
+  static_assert(16 * kBatch <= Tiling::kWarpPairs);
+  constexpr int kPieces = (Tiling::kSteps + 1) / 2;
+  constexpr int kLow = 2 * Tiling::kSteps;  // chunks from the high to the low half
   const int lane = threadIdx.x % kWarpSize;
   const auto group = [&](int i) { return groups[min(first + i, count - 1)]; };
   // The last tiles are still in the ring. Only they hold targets past the end.
   constexpr uint32_t kColumns = Look::kColumns;
   const uint32_t behind = Look::target_column(lane / 4);
   const uint32_t first_near = max(stream.count() - Look::kStages, 0);
-  const uint32_t tiles = async::shared_address(stream.tiles);
+  const uint32_t tiles = sm90::shared_address(stream.tiles);
   const auto* const targets = reinterpret_cast<const char*>(stream.share.targets_ptr);
   uint32_t column[2 * kBatch];
 #pragma unroll
@@ -61,7 +61,7 @@ __device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stre
     const uint32_t from = column[i];
     const uint32_t tile = from / kColumns;
     const uint32_t near = tiles + tile % Look::kStages * Look::Tile::kBytes;
-    const char* const far = targets + uint64_t{from + behind} * (4 * Traits::kPadded);
+    const char* const far = targets + uint64_t{from + behind} * (4 * Tiling::kPadded);
     const auto load = [&](auto&& load_chunk) {
 #pragma unroll
       for (int k = 0; k < kPieces; ++k) {
@@ -81,12 +81,12 @@ __device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stre
   int found = 0;
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
-    const char* const source_ptr = rows_ptr + group(2 * i + lane / 4 % 2).row * row_bytes(Traits::kPadded);
+    const char* const source_ptr = rows_ptr + group(2 * i + lane / 4 % 2).row * row_bytes(Tiling::kPadded);
     // The corrections have sums of their own: see score_exactly.
     float score[4] = {}, right[4] = {}, left[4] = {};
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
-      const Piece b = load_piece(source_ptr, k * 32 + lane % 4 * 8, Traits::kPadded);
+      const Piece b = load_piece(source_ptr, k * 32 + lane % 4 * 8, Tiling::kPadded);
       const Piece& a = target[2 * i][k];
       const Piece& a8 = target[2 * i + 1][k];
       multiply(score, {a.high.x, a8.high.x, a.high.y, a8.high.y}, b.high.x, b.high.y);
@@ -125,29 +125,29 @@ __device__ __forceinline__ int score_groups(const WideStream<Traits, Look>& stre
 }
 
 // Score single targets exactly, eight in one product, on its diagonal.
-template <class Traits>
+template <class Tiling>
 __device__ __forceinline__ void score_pairs(const Share& share, const Candidate* pairs, int first, int count,
                                             const char* rows_ptr, unsigned long long* block_best) {
-  constexpr int kPieces = (Traits::kSteps + 1) / 2;
+  constexpr int kPieces = (Tiling::kSteps + 1) / 2;
   const int lane = threadIdx.x % kWarpSize;
   Candidate mine[kPairBatch];
   Piece target[kPairBatch][kPieces];
 #pragma unroll
   for (int i = 0; i < kPairBatch; ++i) {
     mine[i] = pairs[min(first + 8 * i + lane / 4, count - 1)];
-    const __half* target_ptr = share.targets_ptr + static_cast<int64_t>(mine[i].column) * 2 * Traits::kPadded;
+    const __half* target_ptr = share.targets_ptr + static_cast<int64_t>(mine[i].column) * 2 * Tiling::kPadded;
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
-      target[i][k] = load_piece(target_ptr, k * 32 + lane % 4 * 8, Traits::kPadded);
+      target[i][k] = load_piece(target_ptr, k * 32 + lane % 4 * 8, Tiling::kPadded);
     }
   }
 #pragma unroll
   for (int i = 0; i < kPairBatch; ++i) {
-    const char* source_ptr = rows_ptr + mine[i].row * row_bytes(Traits::kPadded);
+    const char* source_ptr = rows_ptr + mine[i].row * row_bytes(Tiling::kPadded);
     float score[4] = {}, right[4] = {}, left[4] = {};
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
-      const Piece b = load_piece(source_ptr, k * 32 + lane % 4 * 8, Traits::kPadded);
+      const Piece b = load_piece(source_ptr, k * 32 + lane % 4 * 8, Tiling::kPadded);
       const Piece& a = target[i][k];
       multiply(score, {a.high.x, 0, a.high.y, 0}, b.high.x, b.high.y);
       multiply(score, {a.high.z, 0, a.high.w, 0}, b.high.z, b.high.w);

@@ -3,7 +3,7 @@
 // one instruction takes the maxima of two scores and another's products find registers.
 #pragma once
 
-#include "../warpgroup.cuh"
+#include "../hopper/warpgroup.cuh"
 #include "hopper_tiles.cuh"
 
 namespace tome::match {
@@ -56,13 +56,13 @@ struct WideSources {
   }
 };
 
-template <class Traits, class Look>
+template <class Tiling, class Look>
 struct Looker {
   using Tile = typename Look::Tile;
   using Product = WideProduct<Look::kBoth>;
   using Sum = typename Product::Sum;
   static constexpr int kSize = Look::kPart / (Look::kBoth ? 2 : 4);
-  const WideStream<Traits, Look>& stream;
+  const WideStream<Tiling, Look>& stream;
   const WideSources<Look>& sources;
   int first;  // this warpgroup's first column in a tile
   uint32_t mask;
@@ -72,19 +72,18 @@ struct Looker {
   __device__ __forceinline__ void start(int tile, int part, Sum (&score)[kSize]) const {
     constexpr int kSteps = Look::kSteps;
     const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(stream.place(tile))) / 16;
-    // From one lane, so that the compiler knows them to be uniform in a warp.
-    const uint32_t wide = __shfl_sync(kFullWarp, place + first * 8, 0);
-    const uint32_t narrow = __shfl_sync(kFullWarp, place + first * 2, 0);
-    fence_registers(score);
+    const uint32_t wide = sm90::uniform(place + first * 8);
+    const uint32_t narrow = sm90::uniform(place + first * 2);
+    sm90::fence_registers(score);
     cute::warpgroup_arrive();
 #pragma unroll
     for (int i = 0; i < (Look::kBoth ? 3 : 1) * kSteps; ++i) {
       const int source = i < 2 * kSteps ? i : i - 2 * kSteps;  // high, low, high
       const int target = i < kSteps ? i : i - kSteps;          // high, high, low
-      warpgroup_multiply<Product>(
+      sm90::warpgroup_multiply<Product>(
           sources.value[source],
-          Tile::descriptor(target < 4 * Tile::kWide ? wide : narrow, part * Look::kPart, target), score,
-          i == 0 ? ScaleOut::Zero : ScaleOut::One, std::make_integer_sequence<int, kSize>{});
+          Tile::by_columns(target < Tile::kMainSteps ? wide : narrow, part * Look::kPart, target), score,
+          i == 0 ? sm90::ScaleOut::Zero : sm90::ScaleOut::One, std::make_integer_sequence<int, kSize>{});
     }
     cute::warpgroup_commit_batch();
   }
@@ -95,7 +94,7 @@ struct Looker {
   template <int kPending>
   __device__ __forceinline__ void finish(int tile, int part, Sum (&score)[kSize]) const {
     cute::warpgroup_wait<kPending>();
-    fence_registers(score);
+    sm90::fence_registers(score);
     if (tile * Look::kColumns + first + part * Look::kPart >= stream.p.targets) return;
     const uint32_t group = tile * Look::kSeenGroups + part * Look::kPartGroups;
 #pragma unroll

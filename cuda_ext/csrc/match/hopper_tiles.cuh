@@ -1,52 +1,23 @@
 // How the score kernel for Hopper divides its work and its shared memory, and how targets stream through it.
 #pragma once
 
-#include "../async.cuh"
+#include "../hopper/async.cuh"
+#include "../hopper/tile.cuh"
+#include "../hopper/warpgroup.cuh"
 #include "block.cuh"
 
 namespace tome::match {
 
-constexpr int kGroupRows = 64;         // sources of a warpgroup
-constexpr int kGroupThreads = 128;     // of a warpgroup
 constexpr int kWideGroupColumns = 32;  // targets of a group: eight for each of the four threads of a row
-constexpr int kSwizzleBytes = 1024;    // where the widest swizzle repeats
 constexpr int kRowGroups = 4;          // of each row, on average, that can be listed
 
-// How a tile of targets lies in shared memory: panels of 64 numbers, 128 bytes wide, then panels of 16, each
-// swizzled so that neither copies nor products meet a bank twice.
+// A tile of targets: panels of 64 numbers, then panels of 16.
 template <int kSteps, int kColumns>
-struct WideTile {
-  static constexpr int kWide = kSteps / 4;
-  static constexpr int kWideBytes = kColumns * 128;
-  static constexpr int kNarrowBytes = kColumns * 32;
-  static constexpr int kBytes = kWide * kWideBytes + kSteps % 4 * kNarrowBytes;
-  static_assert(kNarrowBytes % kSwizzleBytes == 0);
-
-  // Byte offset of the chunk-th 16 bytes of a target.
-  __device__ static int offset(int target, int chunk) {
-    if (chunk < 8 * kWide) {
-      return chunk / 8 * kWideBytes + target * 128 + ((chunk ^ target) & 7) * 16;
-    }
-    const int narrow = chunk - 8 * kWide;
-    return kWide * kWideBytes + narrow / 2 * kNarrowBytes + target * 32 + ((narrow ^ target >> 2) & 1) * 16;
-  }
-
-  // Of the k-th 16 numbers of the targets from `first` on, a multiple of 8: where a product finds them.
-  // `low_word`: the tile's address in units of 16 bytes.
-  __device__ static uint64_t descriptor(uint32_t low_word, int first, int k) {
-    const bool is_wide = k < 4 * kWide;
-    const int pitch = is_wide ? 128 : 32;
-    const int panel =
-        is_wide ? k / 4 * kWideBytes + k % 4 * 32 : kWide * kWideBytes + (k - 4 * kWide) * kNarrowBytes;
-    const uint64_t mode = is_wide ? 1 : 3;
-    return (low_word + static_cast<uint32_t>(panel + first * pitch) / 16) | static_cast<uint64_t>(1) << 16 |
-           static_cast<uint64_t>(8 * pitch / 16) << 32 | mode << 62;
-  }
-};
+using WideTile = sm90::Tile<kSteps * kProductDepth, kColumns, 64>;
 
 // kColumnGroups warpgroups share the columns of a tile.
 template <int kBlockRows, int kBlockColumns, int kColumnGroups, int kDepth, int kTiles, int kMinBlocks>
-struct WideTraits {
+struct WideTiling {
   static constexpr int kRows = kBlockRows;
   static constexpr int kColumns = kBlockColumns;
   static constexpr int kGroupsN = kColumnGroups;
@@ -54,15 +25,15 @@ struct WideTraits {
   static constexpr int kPadded = kSteps * kProductDepth;
   static constexpr int kStages = kTiles;
   static constexpr int kBlocks = kMinBlocks;
-  static constexpr int kThreads = kRows / kGroupRows * kGroupsN * kGroupThreads;
+  static constexpr int kThreads = kRows / sm90::kWarpgroupRows * kGroupsN * sm90::kWarpgroupThreads;
   static constexpr int kRowLanes = kSteps <= 4 ? 8 : 16;  // of Stream
-  static constexpr int kWarpsN = kThreads / kRows;        // of the last look, as of Traits
+  static constexpr int kWarpsN = kThreads / kRows;        // of the last look, as of BlockTiling
   static constexpr int kExactColumns = kWarpsN * kGroupColumns;
 
   // Shared memory: sources, the ring of tiles, groups and pairs listed, and what is known of each row.
   static constexpr int kSourcesBytes = kRows * row_bytes(kPadded);
   static constexpr int kRingBytes = kStages * WideTile<kSteps, kColumns>::kBytes;
-  static constexpr int kListsAt = kSourcesBytes + kSwizzleBytes + kRingBytes;
+  static constexpr int kListsAt = kSourcesBytes + sm90::kSwizzleBytes + kRingBytes;
   static constexpr int kWarpPairs = kSteps > 4 ? 48 : 80;
   static constexpr int kBestAt = kListsAt + (kRows * kRowGroups + kThreads / kWarpSize * kWarpPairs) *
                                                 static_cast<int>(sizeof(Candidate));
@@ -74,19 +45,20 @@ struct WideTraits {
 constexpr int kDrift = 2;
 
 // A look at all targets: at their high halves, or at both halves, in tiles with half as many columns.
-template <class Traits, bool kBothHalves>
+template <class Tiling, bool kBothHalves>
 struct Look {
   static constexpr bool kBoth = kBothHalves;
-  static constexpr int kSteps = Traits::kSteps;
-  static constexpr int kColumns = kBoth ? Traits::kColumns / 2 : Traits::kColumns;
-  static constexpr int kGroupColumns = kColumns / Traits::kGroupsN;      // of a warpgroup in a tile
+  static constexpr int kSteps = Tiling::kSteps;
+  static constexpr int kColumns = kBoth ? Tiling::kColumns / 2 : Tiling::kColumns;
+  static constexpr int kGroupColumns = kColumns / Tiling::kGroupsN;      // of a warpgroup in a tile
   static constexpr int kPart = kGroupColumns / 2;                        // columns of a product
   static constexpr int kSeenGroups = kGroupColumns / kWideGroupColumns;  // groups of one tile
   static constexpr int kPartGroups = kSeenGroups / 2;
-  static constexpr int kStages = Traits::kStages;
+  static constexpr int kStages = Tiling::kStages;
   using Tile = WideTile<(1 + kBoth) * kSteps, kColumns>;
+  static_assert(Tile::Last::kBytes % sm90::kSwizzleBytes == 0);
   static_assert(kPart == (kBoth ? 32 : 64) && kStages > 1 + kDrift);
-  static_assert(kStages * Tile::kBytes <= Traits::kRingBytes);
+  static_assert(kStages * Tile::kBytes <= Tiling::kRingBytes);
 
   // Of a thread's g-th group in a tile: the first column, and how far behind it the n-th is. Two groups share
   // a product of the high halves, one of even columns and one of odd ones.
@@ -99,15 +71,13 @@ struct Look {
 };
 
 // The ring of tiles starts where the widest swizzle repeats.
-template <class Traits>
+template <class Tiling>
 __device__ __forceinline__ char* ring(char* shared) {
-  char* const from = shared + Traits::kSourcesBytes;
-  return from + (-static_cast<uint32_t>(__cvta_generic_to_shared(from)) & (kSwizzleBytes - 1));
+  char* const from = shared + Tiling::kSourcesBytes;
+  return from + (-static_cast<uint32_t>(__cvta_generic_to_shared(from)) & (sm90::kSwizzleBytes - 1));
 }
 
 constexpr int kBoxTargets = 128;  // of one copy: a tile of either look is a multiple
-constexpr int kWidePanel = 64;    // numbers, see WideTile
-constexpr int kNarrowPanel = 16;
 
 // Both halves of the targets as the copy engine sees them, in panels of either width. Targets past the end
 // arrive as NaN.
@@ -117,7 +87,7 @@ struct WideParams : Params {
 
 // All targets of an image, tile by tile, by the tensor copy engine: nothing waits for copies but those who
 // multiply. A place of the ring has two barriers: a tile has come, and all warps' products have been.
-template <class Traits, class Look>
+template <class Tiling, class Look>
 struct WideStream {
   using Tile = typename Look::Tile;
   const WideParams& p;
@@ -133,33 +103,32 @@ struct WideStream {
   __device__ __forceinline__ uint32_t empty(int tile) const { return full(tile) + Look::kStages * 8; }
 
   __device__ __forceinline__ void init() const {
-    async::prefetch_map(p.wide);
+    sm90::prefetch_map(p.wide);
     for (int i = 0; i < Look::kStages; ++i) {
-      async::barrier_init(full(i), 1);
-      async::barrier_init(empty(i), Traits::kThreads / kWarpSize);
+      sm90::barrier_init(full(i), 1);
+      sm90::barrier_init(empty(i), Tiling::kThreads / kWarpSize);
     }
-    async::barrier_fence();
+    sm90::barrier_fence();
   }
 
   // By one thread.
   __device__ __forceinline__ void copy_tile(int tile) const {
-    using namespace async;
+    using namespace sm90;
     barrier_arrive_expecting(full(tile), Tile::kBytes);
     const uint32_t to = shared_address(place(tile));
-    constexpr int kNarrow = (1 + Look::kBoth) * Look::kSteps % 4;
 #pragma unroll
     for (int first = 0; first < Look::kColumns; first += kBoxTargets) {
       const int column = tile * Look::kColumns + first;
 #pragma unroll
-      for (int i = 0; i < Tile::kWide; ++i) {
-        load_box(p.wide, full(tile), to + i * Tile::kWideBytes + first * 2 * kWidePanel, i * kWidePanel,
-                 column, 0, share.image);
+      for (int i = 0; i < Tile::kPanels; ++i) {
+        load_box(p.wide, full(tile), to + i * Tile::Main::kBytes + first * Tile::Main::kPitch,
+                 i * Tile::kPanel, column, 0, share.image);
       }
 #pragma unroll
-      for (int i = 0; i < kNarrow; ++i) {
+      for (int i = 0; i < Tile::kRestPanels; ++i) {
         load_box(p.narrow, full(tile),
-                 to + Tile::kWide * Tile::kWideBytes + i * Tile::kNarrowBytes + first * 2 * kNarrowPanel,
-                 Tile::kWide * kWidePanel + i * kNarrowPanel, column, 0, share.image);
+                 to + Tile::kRestAt + i * Tile::Last::kBytes + first * Tile::Last::kPitch,
+                 Tile::kPanels * Tile::kPanel + i * Tile::kRest, column, 0, share.image);
       }
     }
   }
@@ -170,14 +139,14 @@ struct WideStream {
   }
 
   __device__ __forceinline__ void await(int tile) const {
-    async::barrier_wait(full(tile), tile / Look::kStages % 2);
+    sm90::barrier_wait(full(tile), tile / Look::kStages % 2);
   }
 
   // Copy into the place of a tile that all have left by now, or nearly.
   __device__ __forceinline__ void refill(int tile) const {
     const int old = tile - 1 - kDrift;
     if (threadIdx.x == 0 && old >= 0 && old + Look::kStages < count()) {
-      async::barrier_wait(empty(old), old / Look::kStages % 2);
+      sm90::barrier_wait(empty(old), old / Look::kStages % 2);
       copy_tile(old + Look::kStages);
     }
     __syncwarp();
@@ -185,7 +154,7 @@ struct WideStream {
 
   // This warp's products of a tile are done.
   __device__ __forceinline__ void release(int tile) const {
-    if (threadIdx.x % kWarpSize == 0) async::barrier_arrive(empty(tile));
+    if (threadIdx.x % kWarpSize == 0) sm90::barrier_arrive(empty(tile));
   }
 };
 

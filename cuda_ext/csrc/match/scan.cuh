@@ -8,7 +8,7 @@
 #pragma once
 
 #include "score.cuh"
-#include "stream.cuh"
+#include "targets.cuh"
 
 namespace tome::match {
 

@@ -14,7 +14,7 @@
 //   needs one
 #pragma once
 
-#include "stream.cuh"
+#include "ring.cuh"
 
 namespace tome::merge_ops {
 

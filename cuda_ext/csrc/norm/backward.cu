@@ -9,7 +9,7 @@
 // cache. columns_kernel: sums over rows, in a fixed order; slabs of rows in different blocks are added by the
 // caller.
 #include "../launch.cuh"
-#include "vector.cuh"
+#include "any_dtype.cuh"
 
 namespace tome::norm {
 namespace {

@@ -30,6 +30,7 @@ __global__ __launch_bounds__(kThreads,
   const GatherParams& merge = p.merge;
   using Rows = NormRows<T, U, kCount, (kPacks > 0)>;
   Staged staged{};
+  // Rows of any width read the parameters from memory each time: they would not fit.
   if constexpr (kPacks > 0) {
     constexpr int kChannels = kPacks * kWarpSize * kCount;
     staged.weight = reinterpret_cast<float*>(dynamic_shared() + merge_ops::ring_bytes<Rows, kPacks>());
@@ -56,6 +57,7 @@ void launch(const NormParams& p, bool aligned, cudaStream_t stream) {
   merge_ops::dispatch_packs<T>(merge.channels, aligned, [&](auto count, auto packs) {
     constexpr int kCount = decltype(count)::value;
     constexpr int kPacks = decltype(packs)::value;
+    // gamma's place comes last, so that without it the block takes less.
     const int vectors = p.gamma.data_ptr == nullptr ? 2 : 3;
     constexpr int kRing = merge_ops::ring_bytes<NormRows<T, U, kCount, (kPacks > 0)>, kPacks>();
     constexpr int kVector = kPacks * kWarpSize * kCount * static_cast<int>(sizeof(float));
@@ -73,6 +75,7 @@ void launch_norm(const NormParams& p, Dtype dtype, Dtype branch_dtype, bool alig
   }
   dispatch(branch_dtype, [&](auto tag) {
     using U = typename decltype(tag)::type;
+    // x is float32 under autocast, whatever the branch is; else both have one dtype.
     dtype == Dtype::kFloat ? launch<float, U>(p, aligned, stream) : launch<U, U>(p, aligned, stream);
   });
 }

@@ -1,4 +1,7 @@
 // Host side of merge_add_norm: checks, shapes, outputs, launches.
+//
+// Views are read where they lie, so all that a kernel is told are pointers and strides. What is not checked
+// here is not checked at all: a kernel that reads past a tensor's end says nothing.
 #include "host.h"
 
 #include "../ops.h"
@@ -61,7 +64,7 @@ Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const s
   const Dtype branch_dtype = branch.has_value() ? check_branch(*branch, x) : dtype;
   const DeviceScope scope(x);
   const int64_t batch = x.size(0), channels = x.size(2);
-  // x itself stays what it is where nothing is added to it.
+  // Without a branch x stays what it is, and an operator may not return its own input.
   Tensor merged = new_empty(x, {branch.has_value() ? batch : 0, tokens, channels}, x.scalar_type());
   Tensor y = new_empty(x, {batch, tokens, channels}, norm_dtype);
   std::optional<Tensor> total, stats;
@@ -78,8 +81,9 @@ Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const s
   p.weight = vector(weight, "weight", x);
   p.bias = vector(bias, "bias", x);
   p.eps = static_cast<float>(eps);
-  p.share = 1.0f / static_cast<float>(channels);
+  p.share = 1.0f / static_cast<float>(channels);  // a multiplication per row instead of a division
   if (batch > 0 && tokens > 0) {
+    // One answer for all of them: a kernel for every mixture would be many more. What is new is aligned.
     const bool aligned = is_aligned_view(p.merge.x, dtype, channels) &&
                          (!branch.has_value() || is_aligned_like(p.branch, branch_dtype, dtype, channels)) &&
                          is_aligned_vector(p.gamma) && is_aligned_vector(p.weight) &&
@@ -94,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
     const Tensor& x, const std::optional<Tensor>& branch, const std::optional<Tensor>& slot, int64_t tokens,
     const std::optional<Tensor>& size, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     double eps, const std::optional<Tensor>& gamma, ScalarType norm_dtype, bool training) {
+  // The schema has no optional outputs; an empty tensor costs less than a kernel that fills one.
   const Normed out =
       merged_norm(x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype, training);
   return {out.merged, out.y,
@@ -137,6 +142,8 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
   p.x_out_ptr = x_out.mutable_data_ptr();
   p.branch_out_ptr = has_branch ? branch_out.mutable_data_ptr() : nullptr;
   p.branch_dtype = floating_dtype(branch_out, "branch");
+  // Without a map every token is its own only member, of whatever size: its share of the gradient is all of
+  // it.
   if (slot.has_value()) {
     p.slot = table<int32_t>(*slot, "slot", merged, ScalarType::Int, batch, length);
     p.total = table<float>(*total, "total", merged, ScalarType::Float, batch, tokens);
@@ -155,7 +162,7 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
         (!grad_x.has_value() || is_aligned_view(p.grad_x, dtype, channels)) &&
         (!grad_y.has_value() || is_aligned_like(p.grad_y, p.grad_y_dtype, dtype, channels)) &&
         is_aligned_vector(p.weight) && is_aligned_vector(p.gamma);
-    check_grid(batch * ((length + 7) / 8));
+    check_grid(batch * ((length + 7) / 8));  // eight warps of a block, a token each
     norm::launch_backward(p, dtype, aligned, current_stream(merged));
     check_launch();
   }
@@ -177,7 +184,7 @@ Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>
   p.batch = a.size(0);
   p.rows = to_int(a.size(1), "the number of rows");
   p.channels = to_int(a.size(2), "the number of channels");
-  check_grid(2 * p.batch * p.rows);
+  check_grid(2 * p.batch * p.rows);  // the kernel counts rows in 32 bits, and rounds them up to slabs
   const bool aligned = p.channels % norm::kColumnPack == 0 && is_aligned_view(p.a, p.a_dtype, p.channels) &&
                        is_aligned_view(p.b, p.b_dtype, p.channels);
   p.slabs = norm::slabs(p.batch * p.rows, p.channels);

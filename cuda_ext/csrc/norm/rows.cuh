@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../merge/rows.cuh"
-#include "vector.cuh"
+#include "any_dtype.cuh"
 
 namespace tome::norm {
 
@@ -83,6 +83,7 @@ struct NormRows {
       for (int c = 0; c < kCount; ++c) v[c] = missing;
     }
   }
+  // gamma is needed for the first row already, weight and bias for its end.
   __device__ __forceinline__ void prepare() const {
     if constexpr (kStaged) {
       stage<kCount>(p.weight, 1.0f, p.merge.channels, staged.weight);
@@ -122,6 +123,7 @@ struct NormRows {
     if constexpr (kHasBranch) fetched.branch = reinterpret_cast<const Pack<U, kCount>*>(from + kXBytes)[lane];
     return fetched;
   }
+  // Whether there is a gamma is asked per pack, opaquely: else the compiler would write the loop twice.
   __device__ __forceinline__ void value(const Fetched& fetched, int channel, float (&v)[kCount]) const {
     unpack(fetched.x, v);
     if constexpr (kHasBranch) {
@@ -194,7 +196,7 @@ struct NormRows {
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       if (is_inside<kCount, kPacks>(k, channel, channels)) {
-        if constexpr (kHasBranch) {
+        if constexpr (kHasBranch) {  // from here on as rounded, as whoever reads x' has it
           const Pack<T, kCount> rounded = to_pack<T>(row[k]);
           store_pack(out_ptr + k * kStep, rounded);
           unpack(rounded, row[k]);

@@ -13,6 +13,7 @@ using restoring::Chain;
 using restoring::FollowParams;
 using restoring::RestoreParams;
 
+// A map of no tokens has no pointer, and none is followed into it: every slot is past its end.
 Chain chain_of(const std::vector<Tensor>& steps, const Tensor& like, int64_t batch) {
   TOME_CHECK(steps.size() <= restoring::kMaxSteps, "at most ", restoring::kMaxSteps,
              " slot maps can be followed at once, got ", steps.size());
@@ -48,6 +49,7 @@ Tensor follow(const std::vector<Tensor>& steps) {
 Tensor restore(const Tensor& x, const std::optional<Tensor>& branch, const std::vector<Tensor>& steps,
                const std::optional<Tensor>& gamma) {
   check_tensor(x, "x", 3);
+  // A chain of no maps leaves the tokens where they are: then this is the addition alone.
   TOME_CHECK(branch.has_value() || !gamma.has_value(), "without a branch there is nothing to scale");
   const Dtype dtype = floating_dtype(x, "x");
   const Dtype branch_dtype = branch.has_value() ? check_branch(*branch, x) : dtype;

@@ -5,7 +5,7 @@
 // dependent load per merge, so that they are waited for once per block and not once per row. Then a warp
 // copies a row at a time.
 #include "../launch.cuh"
-#include "../norm/vector.cuh"
+#include "../norm/any_dtype.cuh"
 #include "restore.h"
 
 namespace tome::restoring {

@@ -26,7 +26,7 @@ __device__ __forceinline__ void copy_pack(const T* from, Pack<T, kCount>* to) {
 }
 
 // Where a warp is in the stream of its members.
-struct Cursor {
+struct MemberCursor {
   Window left;  // the outputs that it hasn't left behind
   int member = 0;
 
@@ -62,7 +62,7 @@ __device__ __forceinline__ void merge_stream(const GatherParams& p, const Rows& 
   constexpr int kStageBytes = kPacks * Rows::kPackBytes;
   const int channel = lane_channel<kCount>();
   char* const stages = ring + threadIdx.x / kWarpSize * (kDepth * kStageBytes);
-  Cursor ahead{mine}, now{mine};
+  MemberCursor ahead{mine}, now{mine};
   const auto copy_next = [&](int stage) {
     if (ahead.left.outputs != 0) {
       const int token = shared.list[ahead.output()][ahead.member].token;

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace tome::async {
+namespace tome::sm90 {
 
 __device__ __forceinline__ uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
@@ -81,4 +81,4 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-}  // namespace tome::async
+}  // namespace tome::sm90

@@ -24,7 +24,7 @@ struct Share {
 constexpr int high_bytes(int padded) { return 2 * padded + 16; }
 
 template <int kBlockRows, int kBlockColumns, int kBlockWarpsN, int kDepth, int kTiles, int kMinBlocks>
-struct Traits {
+struct BlockTiling {
   static constexpr int kRows = kBlockRows;
   static constexpr int kColumns = kBlockColumns;
   static constexpr int kSteps = kDepth;  // products over all channels; 0: any number
@@ -48,10 +48,10 @@ struct Traits {
 
 // All targets of an image, tile by tile through shared memory behind the block's sources: the high halves of
 // their rows, or both halves.
-template <class Traits, bool kBoth>
+template <class Tiling, bool kBoth>
 struct Stream {
-  static constexpr int kColumns = kBoth ? Traits::kExactColumns : Traits::kColumns;
-  static constexpr int kStages = kBoth ? 2 : Traits::kStages;
+  static constexpr int kColumns = kBoth ? Tiling::kExactColumns : Tiling::kColumns;
+  static constexpr int kStages = kBoth ? 2 : Tiling::kStages;
   const Share& share;
   char* shared;
   int targets, padded, lanes, stride;  // lanes: threads that share a row
@@ -59,8 +59,8 @@ struct Stream {
   __device__ __forceinline__ Stream(const Params& p, const Share& from, char* to)
       : share(from), shared(to), targets(p.targets) {
     // Known while compiling where the depth is: the copies then need hardly any arithmetic.
-    padded = Traits::kSteps > 0 ? Traits::kSteps * kProductDepth : p.padded;
-    lanes = Traits::kSteps > 0 ? Traits::kRowLanes : p.row_lanes;
+    padded = Tiling::kSteps > 0 ? Tiling::kSteps * kProductDepth : p.padded;
+    lanes = Tiling::kSteps > 0 ? Tiling::kRowLanes : p.row_lanes;
     stride = kBoth ? row_bytes(padded) : high_bytes(padded);
   }
 
@@ -69,7 +69,7 @@ struct Stream {
   __device__ __forceinline__ void copy_rows(const __half* metric_ptr, int row, int last, char* to) const {
     const int channel = threadIdx.x % lanes * kLaneChannels;
     if (channel >= padded) return;
-    const int step = Traits::kThreads / lanes;
+    const int step = Tiling::kThreads / lanes;
     const int first = threadIdx.x / lanes;
 #pragma unroll
     for (int i = 0; i < (kCount + step - 1) / step; ++i) {
@@ -86,7 +86,7 @@ struct Stream {
   }
 
   __device__ __forceinline__ char* place(int tile) const {
-    return shared + (Traits::kRows + tile % kStages * kColumns) * stride;
+    return shared + (Tiling::kRows + tile % kStages * kColumns) * stride;
   }
 
   __device__ __forceinline__ void copy_tile(int tile) const {
@@ -96,7 +96,7 @@ struct Stream {
   }
 
   __device__ __forceinline__ void begin() const {
-    copy_rows<Traits::kRows>(share.sources_ptr, 0, share.rows - 1, shared);
+    copy_rows<Tiling::kRows>(share.sources_ptr, 0, share.rows - 1, shared);
 #pragma unroll
     for (int tile = 0; tile < kStages - 1; ++tile) copy_tile(tile);
   }

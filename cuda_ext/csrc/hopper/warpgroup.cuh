@@ -7,9 +7,19 @@
 #include <cstdint>
 #include <utility>
 
-namespace tome {
+namespace tome::sm90 {
+
+constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupRows = 64;  // of a product
 
 using ScaleOut = cute::SM90::GMMA::ScaleOut;
+
+// The same number, from one lane: so the compiler knows that a warp agrees on it, and keeps it, and what
+// follows from it, in uniform registers.
+template <class N>
+__device__ __forceinline__ N uniform(N x) {
+  return __shfl_sync(0xffffffffu, x, 0);
+}
 
 // c = c scale + a b, with as many numbers of c as the sequence has: a from registers, b from shared memory.
 template <class Op, class Sum, int kSize, int... kI>
@@ -25,4 +35,4 @@ __device__ __forceinline__ void fence_registers(R (&registers)[kSize]) {
   for (int i = 0; i < kSize; ++i) cute::warpgroup_fence_operand(registers[i]);
 }
 
-}  // namespace tome
+}  // namespace tome::sm90
