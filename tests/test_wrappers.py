@@ -41,11 +41,12 @@ def test_hooks_on_attention_see_every_call():
 
 def test_what_a_hook_on_attention_returns_counts():
     model = patched(r=[1])
+    twin = with_replaced_forward(copy.deepcopy(model))
     before = model(images())
     model.blocks[0].attn.register_forward_hook(lambda module, args, out: out * 0)
     after = model(images())
     assert not torch.equal(before, after)
-    assert torch.equal(after, with_replaced_forward(patched(r=[1]))(images()))
+    assert torch.equal(after, twin(images()))
 
 
 def with_replaced_forward(model):
@@ -106,6 +107,7 @@ def cast(module, args):
 
 def test_sizes_survive_wrappers_that_cast_floating_tensors():
     model = patched("mae avg", 8).bfloat16()
+    assert _pytree.tree_map(lambda leaf: leaf, model.blocks[0](torch.zeros(2, 37, 32).bfloat16())).steps
     expected = model(images().bfloat16())
     for block in model.blocks:
         block.register_forward_pre_hook(cast)
@@ -197,6 +199,7 @@ def test_tensors_without_values(r):
     assert model.to("meta")(images().to("meta")).shape == (2, 7)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_gradients_of_each_image():
     model = patched()
     parameters = {name: p.detach() for name, p in model.named_parameters()}

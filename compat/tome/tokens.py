@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -66,6 +67,14 @@ class Mlp(NamedTuple):
         return ops.take(ops.mlp_half, x, self.y, *self.parts, norm[:3], norm.dtype)
 
 
+class Counts:
+    """Sizes float32 [B, M], out of the reach of wrappers that cast floating tensors: a half cannot hold counts."""
+
+    def __init__(self, size: Tensor | None) -> None:
+        self.size = size
+
+
+@dataclass(eq=False, repr=False)
 class Tokens:
     """The tokens between two blocks.
 
@@ -75,20 +84,23 @@ class Tokens:
     Attributes:
         x: [B, M, C], the merged tokens.
         size: float32 [B, M], how many original tokens each stands for; None while nothing has been merged.
+        unadded: x without what waits to be added to it.
         slot: int32 [B, N0], where each original token is now; None while nothing has been merged.
         steps: the slot maps of the merges so far, int32 [B, N_i], first to last.
         waiting: an addition to x that its reader computes, together with the norm through which it reads x.
 
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        size: Tensor | None = None,
-        steps: tuple[Tensor, ...] = (),
-        waiting: Branch | Mlp | None = None,
-    ) -> None:
-        self._x, self.size, self.steps, self.waiting = x, size, steps, waiting
+    # A dataclass, whose tensors wrappers find, as FSDP2 must those that need gradients.
+    unadded: Tensor
+    counts: Counts | None = None
+    steps: tuple[Tensor, ...] = ()
+    waiting: Branch | Mlp | None = None
+
+    @property
+    def size(self) -> Tensor | None:
+        """How many original tokens each stands for, float32 [B, M]; None while nothing has been merged."""
+        return None if self.counts is None else self.counts.size
 
     @property
     def x(self) -> Tensor:
@@ -102,20 +114,15 @@ class Tokens:
 
     def count(self) -> int:
         """M, the number of tokens that are left."""
-        return self._x.shape[1]
-
-    @property
-    def unadded(self) -> Tensor:
-        """X [B, M, C] without what waits for it."""
-        return self._x
+        return self.unadded.shape[1]
 
     def device_type(self) -> str:
         """The type of the device that x lies on."""
-        return self._x.device.type
+        return self.unadded.device.type
 
     def enter(self, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """X [B, M, C] with what waited for it and, where a norm is given and can be had with it, its norm."""
-        return (self._x, None) if self.waiting is None else self.waiting.add(self._x, norm)
+        return (self.unadded, None) if self.waiting is None else self.waiting.add(self.unadded, norm)
 
     def restored(self) -> Tensor:
         """The full grid [B, N0, C]."""
@@ -123,22 +130,22 @@ class Tokens:
             return self.x
         branch = self.waiting.branch() if isinstance(self.waiting, Mlp) else self.waiting
         value, gamma = (None, None) if branch is None else branch
-        return ops.restore(self._x, value, self.steps, gamma)
+        return ops.restore(self.unadded, value, self.steps, gamma)
 
     def complete(self) -> Tokens:
         """The same with x computed and, where nothing has been merged, sizes of one and the identity for a map."""
         x = self.x
         if self.steps:
-            return Tokens(x, self.size, (ops.follow(self.steps),))
+            return Tokens(x, self.counts, (ops.follow(self.steps),))
         batch, n, _ = x.shape
         identity = torch.arange(n, dtype=torch.int32, device=x.device).expand(batch, n).contiguous()
-        return Tokens(x, torch.ones(batch, n, dtype=torch.float32, device=x.device), (identity,))
+        return Tokens(x, Counts(torch.ones(batch, n, dtype=torch.float32, device=x.device)), (identity,))
 
     def to(self, *args: Any, **kwargs: Any) -> Tokens:
         """As Tensor.to, for the tokens; sizes and maps follow to the device and keep their dtype."""
         x = self.x.to(*args, **kwargs)
         size = None if self.size is None else self.size.to(x.device)
-        return Tokens(x, size, tuple(step.to(x.device) for step in self.steps))
+        return Tokens(x, Counts(size), tuple(step.to(x.device) for step in self.steps))
 
     @classmethod
     def __torch_function__(
@@ -153,7 +160,9 @@ class Tokens:
         return getattr(self.restored(), name)
 
     def __repr__(self) -> str:
-        return f"Tokens({self.count()} of {self.steps[0].shape[1] if self.steps else self.count()}: {self._x.dtype})"
+        return (
+            f"Tokens({self.count()} of {self.steps[0].shape[1] if self.steps else self.count()}: {self.unadded.dtype})"
+        )
 
 
 def _as_tensor(name: str) -> Callable[..., Any]:
@@ -219,7 +228,7 @@ def add(
 
 
 def _flatten(tokens: Tokens) -> tuple[list[Tensor | None], None]:
-    x, waiting = tokens._x, tokens.waiting
+    x, waiting = tokens.unadded, tokens.waiting
     if isinstance(waiting, Mlp):
         x, waiting = tokens.x, None
     value, gamma = (None, None) if waiting is None else waiting
@@ -231,7 +240,7 @@ def _unflatten(values: Iterable[Any], _: None) -> Tokens:
     x, value, gamma, size, *steps = values
     if isinstance(size, Tensor):
         size = size.view(torch.float32)
-    return Tokens(x, size, tuple(steps), None if value is None else Branch(value, gamma))
+    return Tokens(x, Counts(size), tuple(steps), None if value is None else Branch(value, gamma))
 
 
 _pytree.register_pytree_node(Tokens, _flatten, _unflatten, serialized_type_name="tome.Tokens")

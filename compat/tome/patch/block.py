@@ -20,7 +20,7 @@ from tome.patch.row import BlockSettings, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError
 from tome.recording import PART, record
 from tome.streams import side_stream
-from tome.tokens import Branch, Mlp, MlpParts, Norm, Tokens, add, keep
+from tome.tokens import Branch, Counts, Mlp, MlpParts, Norm, Tokens, add, keep
 from tome_reference.attention import size_bias
 
 Half = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, what the MLP reads, size, slot
@@ -63,7 +63,7 @@ class MergingBlock(Patched):
                 self._tell(tokens)
                 return tokens.restored()
             # Hooks may take the block's parameters away, with which an addition waits.
-            return Tokens(tokens.x, tokens.size, tokens.steps) if has_hooks(self) else tokens
+            return Tokens(tokens.x, tokens.counts, tokens.steps) if has_hooks(self) else tokens
 
     def _check_call(self, *others: Any) -> None:
         name = self._tome.name
@@ -102,7 +102,7 @@ class MergingBlock(Patched):
             done = *add(x, branch, slot, left, tokens.size, norm2), slot
         x, mlp_input, size, slot = done
         steps = tokens.steps if slot is None else (*tokens.steps, slot)
-        return Tokens(x, size, steps, self._mlp(plan, x, mlp_input, norm2))
+        return Tokens(x, Counts(size), steps, self._mlp(plan, x, mlp_input, norm2))
 
     def _norms(self, attn: Any, device: str, plan: Plan) -> tuple[Norm | None, Norm | None]:
         """The norms that attention and MLP read x through, where they can be computed with the addition before."""
