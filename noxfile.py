@@ -16,6 +16,8 @@ nox.options.sessions = ["lint", "types", "test"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 # torch is large: environments are kept, and uv links its files into all of them from one cache.
 nox.options.reuse_venv = "yes"
+# A process for each core, and few on large machines: each one imports torch, and may use a GPU.
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")
 
 
 def install(session: nox.Session, *groups: str) -> None:
@@ -51,7 +53,7 @@ def build(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run the tests; what needs a GPU is skipped where there is none, and counted."""
     install(session, "test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session
@@ -62,7 +64,7 @@ def oldest(session: nox.Session) -> None:
     groups = nox.project.dependency_groups(PROJECT, "test")
     session.install(*(requirement.replace(">=", "==") for requirement in claimed), *groups)
     session.install("--no-deps", ".")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *PARALLEL, *session.posargs)
 
 
 @nox.session

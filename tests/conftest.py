@@ -11,6 +11,12 @@ from hypothesis import HealthCheck, settings
 
 from tome import use_backend
 
+# Workers share the cores, and so does what they start.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    torch.set_num_threads(threads)
+    os.environ.update(OMP_NUM_THREADS=str(threads), TORCHINDUCTOR_COMPILE_THREADS=str(threads))
+
 # The examples are derandomised, so that a red run is red again; HYPOTHESIS_PROFILE=thorough draws new ones.
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=60, derandomize=True, **common)

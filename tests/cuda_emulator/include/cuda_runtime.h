@@ -215,7 +215,8 @@ inline void run_block(unsigned block, int threads) {
     f.groups.clear();
     f.open.clear();
   }
-  unsigned held = s.random();  // a bit for each warp that waits while others run ahead
+  unsigned held = s.random();                   // a bit for each warp that waits while others run ahead
+  const unsigned patience = 1u << s.random() % 4;  // for about so many rounds
   while (s.live > 0) {
     bool has_run = false;
     for (const int t : order) {
@@ -226,7 +227,7 @@ inline void run_block(unsigned block, int threads) {
     if (!has_run && held == 0) stop("a block never ends: not every thread comes to a barrier");
     if (!has_run) {
       held = 0;
-    } else if (s.random() % 8 == 0) {
+    } else if (s.random() % patience == 0) {
       held = s.random();
     }
   }
