@@ -49,7 +49,7 @@ class PatchedModel(Patched):
             schedule.warn_if_clipped(value, len(blocks), length, prefix)
         self._tome_r = value
         for i, (name, block) in enumerate(blocks.items()):
-            block._tome = BlockSettings(name, entries[i], prefix, i == len(blocks) - 1, settings)
+            block._tome = BlockSettings(name, entries[i].as_integer_ratio(), prefix, i == len(blocks) - 1, settings)
 
     @property
     def _tome_info(self) -> Mapping[str, Any]:

@@ -67,7 +67,13 @@ class BlockSettings(NamedTuple):
     """What a block needs to know of the model and of its schedule."""
 
     name: str  # "blocks.3"
-    entry: int | float
+    ratio: tuple[int, int]  # of the schedule, an entry as integers: a float would be a symbol to torch.compile
     prefix: int
     is_last: bool
     model: ModelSettings
+
+    @property
+    def entry(self) -> int | float:
+        """Its entry of the schedule: tokens, or a share of the free ones."""
+        count, parts = self.ratio
+        return count if parts == 1 else count / parts
