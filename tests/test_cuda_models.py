@@ -172,14 +172,20 @@ def test_the_report_of_a_model_names_the_kernels():
     model.r = 4
     with tome.use_backend("auto"):
         parts = report.ranges(report.parts(model, images().half().cuda()))
-    assert [part.name for part in parts] == ["patch_embed", "blocks.0-3"]
+    # The first block has no addition to wait for, and the last restores the grid.
+    assert [part.name for part in parts] == ["patch_embed", "blocks.0", "blocks.1-2", "blocks.3", "norm"]
     assert [call.op for call in parts[0].calls] == ["matrix product"]
-    assert parts[1].calls == tuple(
-        recording.Call(op, "cuda", None) for op in ("match", "attention", "merge_add_norm", "merge_add_norm")
-    )
+    halves = tuple(recording.Call(half, "cuda", "one call") for half in ("attend_half", "mlp_half"))
+    assert parts[2].calls == halves
+    assert parts[3].calls == (*halves, recording.Call("restore", "cuda", None))
+    assert parts[4].calls == (recording.Call("merge_add_norm", "cuda", None),)
     with tome.use_backend("auto"):
-        (wide,) = report.ranges(report.parts(model.float(), images().cuda()))[1:]
-    assert "by torch: the kernels of attention know float16 and bfloat16" in wide.calls[1].reason
+        wide = report.ranges(report.parts(model.float(), images().cuda()))[2]
+    (half,) = [call for call in wide.calls if call.op == "attend_half"]
+    assert half.backend is None
+    assert "the kernels of attention know float16 and bfloat16" in half.reason
+    (attention,) = [call for call in wide.calls if call.op == "attention"]
+    assert "by torch: the kernels of attention know float16 and bfloat16" in attention.reason
 
 
 def launches(model: nn.Module, x: Tensor) -> int:
