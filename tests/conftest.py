@@ -38,6 +38,17 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "of the selected tests every K-th from the I-th on: compute-sanitizer takes its time"
+    parser.addoption("--share", default="0/1", metavar="I/K", help=told)
+
+
+@pytest.hookimpl(trylast=True)  # when all others have selected theirs
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first, step = map(int, config.getoption("--share").split("/"))
+    items[:] = items[first::step]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line for each reason to skip, so that no skip goes unseen and none floods the report."""
     reasons = Counter(report.longrepr[2] for report in terminalreporter.getreports("skipped"))

@@ -11,8 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Rounding of the unit vectors (2^-23 relative) and of the score (3 * 2^-22, metric.cuh), on either side.
 TOLERANCE = 2.0e-6
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """The largest absolute error, in float64; 0 of nothing."""
+    return float((value.detach().double() - truth.detach()).abs().max()) if truth.numel() else 0.0
 
 
 class Verdict(NamedTuple):

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
+from judge import ROUNDING, error
 from torch import Tensor
 
 import tome_reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 EPS = 1e-5
 
 
@@ -108,10 +108,6 @@ def norm_cases(draw: st.DrawFn, lengths: tuple[int, ...], widths: tuple[int, ...
         crowded=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    return float((value.detach().double() - truth.detach()).abs().max()) if truth.numel() else 0.0
 
 
 def check_outputs(call: Call, out: Tensor, y: Tensor) -> None:

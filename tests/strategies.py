@@ -133,6 +133,16 @@ def cases(
     )
 
 
+LONG_TOKENS = st.one_of(st.sampled_from((1, 2, 3, 15, 16, 17, 63, 64, 65, 197, 577)), st.integers(1, 2000))
+
+
+def long_cases(*features: str) -> st.SearchStrategy[Case]:
+    """What takes a GPU, with metrics as wide as kernels take."""
+    widths = st.one_of(st.sampled_from((8, 16, 32, 64, 72, 80, 128, 256)), st.integers(1, 256))
+    batches = st.sampled_from((1, 2, 3, 64))
+    return cases(features, batches=batches, tokens=LONG_TOKENS, heads=(0, 1, 2, 3, 12), widths=widths)
+
+
 FINITE = tuple(f for f in FEATURES if f not in ("nan", "inf", "mixed"))
 
 

@@ -1,18 +1,17 @@
-"""The attention kernels on a GPU beyond the laws of every backend: agreement with float64 over lengths, widths and
-layouts, borders, determinism, streams, graphs, compilation, registration, gradients.
+"""Attention on a GPU beyond the laws of every backend: agreement with float64 over lengths, widths and layouts,
+borders, determinism, streams, graphs, compilation, registration, gradients.
 """
 
 from __future__ import annotations
-
-import importlib
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from backends import NO_EXTENSION
+from gpu import assert_replays, assert_same_bits, compiled, generator
 from hypothesis import given
 from hypothesis import strategies as st
+from judge import ROUNDING, error
 from strategies import HEAD_DIMS
 from torch import Tensor
 
@@ -25,46 +24,13 @@ pytestmark = NO_EXTENSION
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
-ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-LENGTHS = st.one_of(
-    st.sampled_from(
-        [
-            1,
-            2,
-            3,
-            15,
-            16,
-            17,
-            31,
-            32,
-            33,
-            63,
-            64,
-            65,
-            80,
-            81,
-            101,
-            133,
-            149,
-            197,
-            208,
-            225,
-            255,
-            256,
-            257,
-            376,
-            377,
-            577,
-        ]
-    ),
-    st.integers(1, 1500),
+SOME_LENGTHS = (
+    *(1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 80, 81, 101, 133, 149),
+    *(197, 208, 225, 255, 256, 257, 376, 377, 577),
 )
+LENGTHS = st.one_of(st.sampled_from(SOME_LENGTHS), st.integers(1, 1500))
 LAYOUTS = ("packed", "separate", "dense", "misaligned", "sparse")
 SIZES = ("none", "ones", "small", "large", "some zero")
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator("cuda").manual_seed(seed)
 
 
 def lay(value: Tensor, layout: str) -> Tensor:
@@ -114,10 +80,6 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float)
     return score.softmax(-1) @ v
 
 
-def error(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).abs().max()) if truth.numel() else 0.0
-
-
 @given(inputs(), st.sampled_from([None, 1e-5, 0.05, 1.0]))
 def test_agrees_with_float64(drawn: Inputs, scale: float | None) -> None:
     """No further from the truth than the definition in the same dtype, but for the rounding of the result."""
@@ -159,31 +121,15 @@ SHAPES = pytest.mark.parametrize("shape", [(64, 11, 12, 64), (4, 197, 12, 64), (
 
 
 @SHAPES
-def test_a_hundred_runs_and_two_streams_give_the_same_bits(shape: tuple[int, ...]) -> None:
+def test_the_same_bits_again_and_on_two_streams(shape: tuple[int, ...]) -> None:
     drawn = layer(*shape)
-    first = tome_cuda.attention(*drawn)
-    for _ in range(100):
-        assert torch.equal(first, tome_cuda.attention(*drawn))
-    torch.cuda.synchronize()
-    results = []
-    for stream in [torch.cuda.Stream(), torch.cuda.Stream()] * 5:
-        with torch.cuda.stream(stream):
-            results.append(tome_cuda.attention(*drawn))
-    torch.cuda.synchronize()
-    assert all(torch.equal(first, result) for result in results)
+    assert_same_bits(lambda: tome_cuda.attention(*drawn))
 
 
 @SHAPES
 def test_a_graph_replays_on_new_inputs(shape: tuple[int, ...]) -> None:
     drawn = layer(*shape)
-    tome_cuda.attention(*drawn)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = tome_cuda.attention(*drawn)
-    for old, new in zip(drawn, layer(*shape), strict=True):
-        old.copy_(new)
-    graph.replay()
-    assert torch.equal(captured, tome_cuda.attention(*drawn))
+    assert_replays(lambda: tome_cuda.attention(*drawn), drawn, layer(*shape))
 
 
 @pytest.mark.parametrize("d", HEAD_DIMS)
@@ -222,21 +168,16 @@ def test_bad_numbers_stay_where_softmax_leaves_them(n: int) -> None:
 # torch records an empty graph of its own first, and silences the warning only where warnings are no errors.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_compiles_without_breaks_or_recompiles() -> None:
-    with warnings.catch_warnings():  # importing the compiler of some versions of torch uses what torch deprecates
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._inductor.compile_fx")
-    torch._dynamo.reset()
-
     def block(x: Tensor, size: Tensor) -> Tensor:
         q, k, v = (x * 2).permute(2, 0, 3, 1, 4)
         return tome_cuda.attention(q, k, v, size).transpose(1, 2).reshape(4, 197, -1).relu()
 
-    compiled = torch.compile(block, fullgraph=True, mode="reduce-overhead")
+    function = compiled(block)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(4):
             x = torch.randn(4, 197, 3, 3, 64, device="cuda").half().requires_grad_()
             size = torch.randint(1, 9, (4, 197), device="cuda").float()
-            out = compiled(x, size).clone()
+            out = function(x, size).clone()
             torch.testing.assert_close(out, block(x, size))
             (ours,) = torch.autograd.grad(out, x, out.detach())
             (eager,) = torch.autograd.grad(block(x, size), x, out.detach())

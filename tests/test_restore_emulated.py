@@ -6,7 +6,7 @@ import cuda_emulator as emulator
 import pytest
 import torch
 from cuda_emulator.guard import at_the_end
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from norm_cases import NormCase, norm_cases
 from torch import Tensor
@@ -34,14 +34,12 @@ def followed(steps: list[Tensor]) -> Tensor:
     return slot
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 9), LENGTHS, st.integers(1, 40), st.booleans(), SEEDS)
 def test_follow(batch: int, lengths: list[int], tokens: int, strided: bool, seed: int) -> None:
     steps = chain(batch, lengths, tokens, seed, strided)
     assert torch.equal(emulator.follow(steps, seed), followed(steps))
 
 
-@settings(deadline=None, max_examples=80)
 @given(
     norm_cases((1, 2, 17, 33), (1, 3, 8, 24, 100, 264, 768, 1032), 20_000),
     LENGTHS | st.just([]),
@@ -72,7 +70,6 @@ def test_a_bad_map_reads_nothing_out_of_range() -> None:
     assert bool(out[0, torch.arange(40) != 7].isnan().all())
 
 
-@settings(deadline=None, max_examples=40)
 @given(norm_cases((1, 2, 17, 33), (1, 3, 8, 24, 100, 264, 768, 1300, 2056), 20_000), SEEDS)
 def test_a_norm_without_a_branch(case: NormCase, seed: int) -> None:
     """The bits of the norm behind an addition of zeros."""

@@ -1,20 +1,19 @@
-"""The kernels on a GPU beyond the laws of every backend: agreement with the reference on long and wide inputs,
-several layers, determinism, streams, graphs, compilation, registration.
+"""Merging on a GPU beyond the laws of every backend: long and wide inputs, several layers, determinism, streams,
+graphs, compilation, registration, borders.
 """
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from backends import NO_EXTENSION
+from gpu import assert_replays, assert_same_bits, assert_writes_nothing_else, compiled, generator
 from hypothesis import given
 from hypothesis import strategies as st
-from judge import judge_match
-from strategies import FEATURES, LAYOUTS, Case, cases, strided
+from judge import ROUNDING, error
+from strategies import FEATURES, LAYOUTS, LONG_TOKENS, Case, long_cases, strided
 from torch import Tensor
 
 import tome_cuda
@@ -23,61 +22,13 @@ import tome_reference
 pytestmark = NO_EXTENSION
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SEEDS = st.integers(0, 2**31 - 1)
-LENGTHS = st.one_of(st.sampled_from([1, 2, 3, 15, 16, 17, 63, 64, 65, 197, 577]), st.integers(1, 2000))
-WIDTHS = st.one_of(st.sampled_from([8, 16, 32, 64, 72, 80, 128, 256]), st.integers(1, 256))
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator("cuda").manual_seed(seed)
-
-
-def long_cases(*features: str) -> st.SearchStrategy[Case]:
-    batches = st.sampled_from([1, 2, 3, 64])
-    return cases(features, batches=batches, tokens=LENGTHS, heads=(0, 1, 2, 3, 12), widths=WIDTHS)
-
-
-@given(long_cases("exact"))
-def test_exact_keys_give_equal_slots(case: Case) -> None:
-    value, r, prefix = case.keys("cuda"), case.r, case.prefix
-    assert torch.equal(tome_cuda.match(value, r, prefix), tome_reference.match(value, r, prefix))
-    assert torch.equal(tome_cuda.kth_match(value, r + 1, prefix), tome_reference.kth_match(value, r + 1, prefix))
-    ours = tome_cuda.random_match(value, r, prefix, generator(r))
-    assert torch.equal(ours, tome_reference.random_match(value, r, prefix, generator(r)))
-
-
-@given(long_cases(*FEATURES))
-def test_real_keys_differ_in_near_ties_only(case: Case) -> None:
-    value = case.keys("cuda")
-    before = value.nan_to_num()
-    slot = tome_cuda.match(value, case.r, case.prefix)
-    assert torch.equal(value.nan_to_num(), before)
-    verdict = judge_match(value, slot, case.r, case.prefix)
-    assert verdict.is_right(), verdict
-
-
-@pytest.mark.parametrize(
-    ("batch", "n", "d"),
-    [(1, 4096, 64), (1, 2500, 72), (1, 2308, 80), (8, 4100, 64), (64, 577, 64), (32, 1369, 80), (2, 1030, 128)],
-)
-@pytest.mark.parametrize("noise", [0.0, 0.01, 0.1, 0.3, 10.0])
-def test_long_images_of_like_tokens(batch: int, n: int, d: int, noise: float) -> None:
-    """From one candidate a row to all targets within the bound, NaN and equal tokens among them."""
-    draw = torch.randn(1, 1, d, device="cuda", generator=generator(d))
-    value = draw + noise * torch.randn(batch, n, d, device="cuda", generator=generator(n))
-    value[0, 7::50] = torch.nan
-    value[:, 31] = value[:, 33]
-    slot = tome_cuda.match(value, n // 3, 0)
-    some = torch.tensor([0, batch - 1], device="cuda")
-    verdict = judge_match(value[some], slot[some], n // 3, 0)
-    assert verdict.is_right(), verdict
 
 
 @st.composite
 def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor | None]:
     """x [B, N, C], a map onto [0, M), M, and sizes, above one as a rule."""
-    batch, n = draw(st.sampled_from([1, 2, 5])), draw(LENGTHS)
+    batch, n = draw(st.sampled_from([1, 2, 5])), draw(LONG_TOKENS)
     channels = draw(st.one_of(st.sampled_from([8, 64, 384, 768, 1024, 1280]), st.integers(1, 1300)))
     tokens = draw(st.one_of(st.integers(1, n), st.sampled_from([1, n, max(1, n // 2)])))
     crowded = draw(st.sampled_from([1, tokens]))
@@ -89,10 +40,6 @@ def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, Tensor | None]:
     x = strided(x, draw(st.sampled_from(LAYOUTS)))[:, 0]
     size = torch.randint(1, 300, (batch, n), device="cuda", generator=random).float()
     return x, slot.gather(1, order).int(), tokens, draw(st.sampled_from([size, size, None]))
-
-
-def error(value: Tensor, truth: Tensor) -> float:
-    return float((value.detach().double() - truth.detach()).abs().max())
 
 
 @pytest.mark.parametrize("channels", [8, 20, 640, 1300])
@@ -185,50 +132,29 @@ SHAPES = pytest.mark.parametrize(
 
 
 @SHAPES
-def test_a_hundred_runs_and_two_streams_give_the_same_bits(shape: tuple[int, int, int, int], r: int) -> None:
+def test_the_same_bits_again_and_on_two_streams(shape: tuple[int, int, int, int], r: int) -> None:
     x, value, size = layer(*shape)
-    first = step(x, value, r, size)
-    for _ in range(100):
-        assert all(map(torch.equal, first, step(x, value, r, size)))
-    torch.cuda.synchronize()
-    results = []
-    for stream in [torch.cuda.Stream(), torch.cuda.Stream()] * 5:
-        with torch.cuda.stream(stream):
-            results.append(step(x, value, r, size))
-    torch.cuda.synchronize()
-    assert all(all(map(torch.equal, first, result)) for result in results)
+    assert_same_bits(lambda: step(x, value, r, size))
 
 
 @SHAPES
 def test_a_graph_replays_on_new_inputs(shape: tuple[int, int, int, int], r: int) -> None:
     x, value, size = layer(*shape)
-    step(x, value, r, size)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(x, value, r, size)
-    for old, new in zip((x, value, size), layer(*shape), strict=True):
-        old.copy_(new)
-    graph.replay()
-    assert all(map(torch.equal, captured, step(x, value, r, size)))
+    assert_replays(lambda: step(x, value, r, size), (x, value, size), layer(*shape))
 
 
 # torch records an empty graph of its own first, and silences the warning only where warnings are no errors.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_compiles_without_breaks_or_recompiles() -> None:
-    with warnings.catch_warnings():  # importing the compiler of some versions of torch uses what torch deprecates
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._inductor.compile_fx")
-    torch._dynamo.reset()
-
     def block(x: Tensor, value: Tensor, size: Tensor) -> Tensor:
         return step(x * 2, value, 16, size)[3].relu()
 
-    compiled = torch.compile(block, fullgraph=True, mode="reduce-overhead")
+    function = compiled(block)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(4):
             x, value, size = layer(4, 197, 768, 64)
             x.requires_grad_()
-            out = compiled(x, value, size).clone()
+            out = function(x, value, size).clone()
             torch.testing.assert_close(out, block(x, value, size))
             out.sum().backward()
 
@@ -257,19 +183,15 @@ def test_gradients_of_gradients() -> None:
         torch.testing.assert_close(second, function(probe))
 
 
-@pytest.mark.parametrize("name", ["bipartite_match", "kth_match", "listed_match", "merge", "merge_backward",
-                                  "unmerge", "unmerge_backward"])  # fmt: skip
-def test_opcheck(name: str) -> None:
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize("name", ["merge", "merge_backward", "unmerge", "unmerge_backward"])
+def test_opcheck(name: str, sized: bool) -> None:
     x = torch.randn(2, 9, 24, device="cuda", requires_grad=True)
-    value = torch.randn(2, 3, 9, 16, device="cuda")
-    slot, size = tome_cuda.match(value, 3), torch.rand(2, 9, device="cuda") + 1
+    slot = tome_cuda.match(torch.randn(2, 3, 9, 16, device="cuda"), 3)
+    size = torch.rand(2, 9, device="cuda") + 1 if sized else None
     merged, total = tome_cuda.merge(x, slot, 6, size)
     y = merged.detach().requires_grad_()
-    positions = torch.arange(1, 9, device="cuda").repeat(2, 1)
     arguments = {
-        "bipartite_match": (value, 3, 1),
-        "kth_match": (value, 2, 1),
-        "listed_match": (value, positions[:, :3].contiguous(), positions[:, 3:].contiguous(), 1),
         "merge": (x, slot, 6, size),
         "merge_backward": (y, slot, size, total),
         "unmerge": (y, slot),
@@ -279,14 +201,21 @@ def test_opcheck(name: str) -> None:
 
 
 def test_empty_tensors() -> None:
-    assert tome_cuda.match(torch.empty(0, 9, 4, device="cuda"), 2).shape == (0, 9)
-    assert tome_cuda.match(torch.empty(2, 0, 4, device="cuda"), 2, 0).shape == (2, 0)
     for b, n, c, m in ((0, 4, 3, 2), (2, 0, 3, 0), (2, 4, 0, 3)):
         slot = (torch.arange(n, device="cuda").int() % max(1, m)).expand(b, n)
         merged, total = tome_cuda.merge(torch.empty(b, n, c, device="cuda"), slot, m)
         assert (merged.shape, total.shape) == ((b, m, c), (b, m))
         assert torch.equal(total, tome_reference.merge(torch.empty(b, n, c, device="cuda"), slot, m)[1])
         assert tome_cuda.unmerge(merged, slot).shape == (b, n, c)
+
+
+@pytest.mark.parametrize(("n", "m", "c"), [(64, 32, 128), (192, 128, 256)])
+def test_writes_nothing_else(n: int, m: int, c: int) -> None:
+    x = torch.randn(4, n, c, device="cuda").half()
+    slot = tome_cuda.match(x, n - m, 0)
+    merged, _ = tome_cuda.merge(x, slot, m)
+    assert_writes_nothing_else(lambda: tome_cuda.merge(x, slot, m), 2 * 4 * m * c, 4 * 4 * m)
+    assert_writes_nothing_else(lambda: tome_cuda.unmerge(merged, slot), 2 * 4 * n * c)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")

@@ -4,14 +4,13 @@ streams, graphs, compilation, registration.
 
 from __future__ import annotations
 
-import importlib
-import warnings
-
 import pytest
 import torch
 from backends import NO_EXTENSION
+from gpu import assert_replays, assert_same_bits, compiled
 from hypothesis import given
-from norm_cases import DTYPES, NormCase, check_outputs, error, norm_cases
+from judge import error
+from norm_cases import DTYPES, NormCase, check_outputs, norm_cases
 from torch import Tensor
 
 import tome_cuda
@@ -100,54 +99,35 @@ SHAPES = pytest.mark.parametrize(
 
 
 @SHAPES
-def test_a_hundred_runs_and_two_streams_give_the_same_bits(case: NormCase) -> None:
+def test_the_same_bits_again_and_on_two_streams(case: NormCase) -> None:
     call = case.build("cuda")
     grads = [torch.randn_like(call.x[:, : case.tokens]) for _ in range(2)]
-    outs, first = tome_cuda.merge_add_norm(*call), gradients(tome_cuda, call, grads)
-    for _ in range(100):
-        assert all(map(torch.equal, outs, tome_cuda.merge_add_norm(*call)))
-        assert all(map(torch.equal, first, gradients(tome_cuda, call, grads)))
-    torch.cuda.synchronize()
-    results = []
-    for stream in [torch.cuda.Stream(), torch.cuda.Stream()] * 5:
-        with torch.cuda.stream(stream):
-            results.append(tome_cuda.merge_add_norm(*call))
-    torch.cuda.synchronize()
-    assert all(all(map(torch.equal, outs, result)) for result in results)
+    assert_same_bits(lambda: tome_cuda.merge_add_norm(*call))
+    assert_same_bits(lambda: gradients(tome_cuda, call, grads))
 
 
 @SHAPES
 def test_a_graph_replays_on_new_inputs(case: NormCase) -> None:
     call = case.build("cuda")
-    tome_cuda.merge_add_norm(*call)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = tome_cuda.merge_add_norm(*call)
-    for old in (call.x, call.branch, call.weight):
-        old.normal_()
-    graph.replay()
-    assert all(map(torch.equal, captured, tome_cuda.merge_add_norm(*call)))
+    inputs = (call.x, call.branch, call.weight)
+    assert_replays(lambda: tome_cuda.merge_add_norm(*call), inputs, [torch.randn_like(value) for value in inputs])
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")  # torch records one of its own first
 @pytest.mark.parametrize("merging", [True, False])
 def test_compiles_without_breaks_or_recompiles(merging: bool) -> None:
-    with warnings.catch_warnings():  # importing the compiler of some versions of torch uses what torch deprecates
-        warnings.simplefilter("ignore", DeprecationWarning)
-        importlib.import_module("torch._inductor.compile_fx")
-    torch._dynamo.reset()
     call = case_of((4, 197, 768), 16 if merging else 0, torch.float32, torch.float16).build("cuda")
 
     def block(x: Tensor, weight: Tensor) -> Tensor:
         out, y, _ = tome_cuda.merge_add_norm(*call._replace(x=x * 2, weight=weight))
         return out + y.relu()
 
-    compiled = torch.compile(block, fullgraph=True, mode="reduce-overhead")
+    function = compiled(block)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(4):
             x, weight = torch.randn_like(call.x).requires_grad_(), torch.randn_like(call.weight).requires_grad_()
-            torch.testing.assert_close(compiled(x, weight).clone(), block(x, weight))
-            compiled(x, weight).sum().backward()
+            torch.testing.assert_close(function(x, weight).clone(), block(x, weight))
+            function(x, weight).sum().backward()
             assert x.grad is not None
             assert weight.grad is not None
 

@@ -1,0 +1,107 @@
+"""Every kernel and every path of it on small odd shapes: what compute-sanitizer runs on.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m pytest -m sanitizer --share 0/6
+
+Without torch's cache every allocation ends where it is said to end. Values are held to the definitions elsewhere: here
+as few kernels of torch's own as can be are launched.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from backends import NO_EXTENSION
+from gpu import generator
+from norm_cases import DTYPES, NormCase
+from strategies import HEAD_DIMS, Case, Map, strided
+from torch import Tensor
+
+import tome_cuda
+
+pytestmark = [NO_EXTENSION, pytest.mark.sanitizer]
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "packed", "misaligned", "stepped")
+SHORT = product((3, 17, 197), (3, 16, 72), LAYOUTS)
+LONG = product((577, 1030), (1, 64, 80, 200, 256), ("packed",))
+LONGEST = product((2100,), (64, 72), ("packed",))
+ROWS = (*product((2,), (1, 33, 197, 1100), (1, 8, 100, 264, 768, 1024, 1280)), *product((9,), (2100,), (8, 100)))
+LENGTHS = (1, 16, 33, 70, 101, 197, 212, 256, 270, 400)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "layout"), [*SHORT, *LONG, *LONGEST])
+def test_matching(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
+    keys = Case(2, n, d, 3, n // 3, 1, dtype, layout, "normal", n + d).keys("cuda")
+    assert int(tome_cuda.match(keys, n // 3).max()) == n - n // 3 - 1
+    if n < 200:
+        assert int(tome_cuda.kth_match(keys, 2).max()) == (n - 1) // 2
+        assert int(tome_cuda.random_match(keys, n // 3).max()) == n - n // 3 - 1
+
+
+def parts(n: int) -> list[int]:
+    """All tokens merged into one, half of them, and none."""
+    return sorted({1, max(1, n // 2), n})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "n", "channels"), ROWS)
+def test_merging(batch: int, n: int, channels: int, dtype: torch.dtype) -> None:
+    for tokens in parts(n):
+        x, slot, size = Map(batch, n, tokens, channels, dtype, "contiguous", True, n).build("cuda")
+        x.requires_grad_()
+        tome_cuda.unmerge(tome_cuda.merge(x, slot, tokens, size)[0], slot).sum().backward()
+        assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "n", "channels"), ROWS)
+def test_norms(batch: int, n: int, channels: int, dtype: torch.dtype) -> None:
+    """With a map, without one, and without a branch; with gradients."""
+    branch = torch.float16 if dtype is torch.float32 else dtype
+    for tokens in parts(n):
+        case = NormCase(
+            *(batch, n, tokens, channels, tokens < n, tokens < n, dtype, branch, branch),
+            parameters=(torch.float32, None, torch.float32),
+            layouts=("dense", "dense"),
+            crowded=False,
+            seed=n,
+        )
+        call = case.build("cuda")
+        leaves = [value.requires_grad_() for value in (call.x, call.branch, call.weight, call.gamma)]
+        out, y, _ = tome_cuda.merge_add_norm(*call)
+        (out.sum() + y.sum()).backward()
+        assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves)
+    y = tome_cuda.merge_add_norm(call.x.detach(), None, None, n, None, call.weight.detach(), None, 1e-5)[1]
+    assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "n", "channels"), ROWS)
+def test_the_way_back(batch: int, n: int, channels: int, dtype: torch.dtype) -> None:
+    maps = [
+        Map(batch, before, after, 1, dtype, "contiguous", False, n) for before, after in ((n + 7, n + 2), (n + 2, n))
+    ]
+    steps = [case.build("cuda")[1] for case in maps]
+    x, branch = torch.randn(2, batch, n, channels, device="cuda", generator=generator(n)).to(dtype)
+    gamma = torch.ones(channels, device="cuda")
+    assert int(tome_cuda.follow(steps).max()) == n - 1
+    for arguments in ((branch, steps, gamma), (branch, steps), (None, steps), (branch, ())):
+        assert bool(tome_cuda.restore(x, *arguments).isfinite().all())
+
+
+def heads(n: int, d: int, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
+    return strided(torch.randn(2, 3, n, d, device="cuda", generator=generator(seed)).to(dtype), layout)
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("layout", ["packed", "misaligned"])
+@pytest.mark.parametrize(("n", "d"), [*product(LENGTHS, HEAD_DIMS)])
+def test_attention(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
+    q, k, v = (heads(n, d, dtype, layout, seed) for seed in range(3))
+    size = torch.randint(0, 9, (2, n), device="cuda", generator=generator(n)).float()
+    size[:, 0] = 1.0
+    assert bool(tome_cuda.attention(q[:, :, : n - n // 3], k, v, size).isfinite().all())
+    assert bool(tome_cuda.attention(q, k, v).isfinite().all())
