@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(emulator.missing() is not None, reason=str(emula
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
 LENGTHS = st.sampled_from([1, 2, 7, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 79, 101])
 # Which kernel, how many heads share a block, how many blocks share a head.
-PATHS = ((False, 1, 1), (False, 2, 1), (False, 4, 1), (False, 1, 2), (True, 0, 0))
+PATHS = tuple(emulator.Plan(0, *path) for path in ((1, 1), (2, 1), (4, 1), (1, 2), (0, 0, True)))
+RESIDENT, STREAMED = emulator.Plan(), emulator.Plan(is_streamed=True)
 
 
 @st.composite
@@ -51,11 +52,10 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float)
 
 @given(inputs(), st.sampled_from(PATHS), st.sampled_from([0.125, 0.7]), st.integers(0, 2**31 - 1))
 def test_agrees_with_float64(
-    drawn: tuple[Tensor, Tensor, Tensor, Tensor | None], path: tuple[bool, int, int], scale: float, seed: int
+    drawn: tuple[Tensor, Tensor, Tensor, Tensor | None], path: emulator.Plan, scale: float, seed: int
 ) -> None:
     q, k, v, size = drawn
-    streamed, teams, splits = path
-    out = emulator.attention(*drawn, scale, streamed, teams, splits, seed=seed)
+    out = emulator.run("attention", *drawn, scale, seed=seed, plan=path)
     truth = explicit(q, k, v, size, scale)
     torch.testing.assert_close(out.double(), truth, rtol=0, atol=TOLERANCE[q.dtype] * float(v.abs().max()))
 
@@ -63,15 +63,15 @@ def test_agrees_with_float64(
 @pytest.mark.parametrize("d", HEAD_DIMS)
 def test_the_streamed_kernel_fits_every_gpu(d: int) -> None:
     q, k, v = torch.randn(3, 1, 1, 70, d).half()
-    out = emulator.attention(q, k, v, None, 0.1, streamed=True, shared_bytes=emulator.SMALL_SHARED_BYTES)
+    out = emulator.run("attention", q, k, v, None, 0.1, gpu=emulator.SMALL, plan=STREAMED)
     torch.testing.assert_close(out.double(), explicit(q, k, v, None, 0.1), rtol=0, atol=3e-3)
 
 
 def test_the_order_of_threads_changes_no_bit() -> None:
     q, k, v = torch.randn(3, 1, 2, 70, 64).half()
     size = torch.randint(1, 9, (1, 70)).float()
-    for streamed in (False, True):
-        first, *others = (emulator.attention(q, k, v, size, 0.1, streamed, seed=seed) for seed in range(4))
+    for plan in (RESIDENT, STREAMED):
+        first, *others = (emulator.run("attention", q, k, v, size, 0.1, seed=seed, plan=plan) for seed in range(4))
         assert all(torch.equal(first, other) for other in others)
 
 
@@ -79,7 +79,7 @@ def test_no_key_that_counts_gives_nan() -> None:
     q, k, v = torch.randn(3, 2, 1, 40, 64).half()
     size = torch.ones(2, 40)
     size[0] = 0.0
-    for streamed in (False, True):
-        out = emulator.attention(q, k, v, size, 0.1, streamed)
+    for plan in (RESIDENT, STREAMED):
+        out = emulator.run("attention", q, k, v, size, 0.1, plan=plan)
         assert bool(out[0].isnan().all())
         assert bool(out[1].isfinite().all())

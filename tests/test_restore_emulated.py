@@ -37,7 +37,7 @@ def followed(steps: list[Tensor]) -> Tensor:
 @given(st.integers(1, 9), LENGTHS, st.integers(1, 40), st.booleans(), SEEDS)
 def test_follow(batch: int, lengths: list[int], tokens: int, strided: bool, seed: int) -> None:
     steps = chain(batch, lengths, tokens, seed, strided)
-    assert torch.equal(emulator.follow(steps, seed), followed(steps))
+    assert torch.equal(emulator.run("follow", steps, seed=seed), followed(steps))
 
 
 @given(
@@ -49,10 +49,11 @@ def test_restore(case: NormCase, lengths: list[int], has_branch: bool, block_row
     x, branch, gamma = (getattr(case.build("cpu", at_the_end), name) for name in ("x", "branch", "gamma"))
     steps = chain(case.batch, lengths, case.n, seed, strided=bool(seed % 2))
     if has_branch:  # the sum has the bits of merge_add_norm's
-        added = emulator.merge_add_norm(x, branch, None, case.n, None, None, None, 1e-5, gamma)[0]
+        rest = (None, case.n, None, None, None, 1e-5, gamma, case.dtype, False)
+        added = emulator.run("merge_add_norm", x, branch, *rest)[0]
     else:
         added, branch, gamma = x, None, None
-    ours = emulator.restore(x, branch, steps, gamma, block_rows, seed)
+    ours = emulator.run("restore", x, branch, steps, gamma, seed=seed, plan=emulator.Plan(block_rows))
     index = followed(steps).long()[..., None].expand(-1, -1, case.channels) if steps else None
     assert torch.equal(ours, added if index is None else added.gather(1, index))
 
@@ -64,8 +65,8 @@ def test_a_bad_map_reads_nothing_out_of_range() -> None:
     first[0, 7], first[0, 9] = 2, 3
     second = torch.tensor([[0, 1, 4, 5]], dtype=torch.int32)  # 5 is one too many
     steps = [at_the_end(first), at_the_end(second)]
-    assert emulator.follow(steps).tolist() == [[-1] * 7 + [4, -1, 5] + [-1] * 30]
-    out = emulator.restore(x, branch, steps, None)
+    assert emulator.run("follow", steps).tolist() == [[-1] * 7 + [4, -1, 5] + [-1] * 30]
+    out = emulator.run("restore", x, branch, steps, None)
     assert torch.equal(out[0, 7], (x + branch)[0, 4])
     assert bool(out[0, torch.arange(40) != 7].isnan().all())
 
@@ -74,9 +75,10 @@ def test_a_bad_map_reads_nothing_out_of_range() -> None:
 def test_a_norm_without_a_branch(case: NormCase, seed: int) -> None:
     """The bits of the norm behind an addition of zeros."""
     call = case.build("cpu", at_the_end)
-    parameters = (None, case.n, None, call.weight, call.bias, call.eps, None, call.norm_dtype)
-    out, y, _, stats = emulator.merge_add_norm(call.x, None, *parameters, seed=seed)
-    theirs = emulator.merge_add_norm(call.x, torch.zeros_like(call.x), *parameters, seed=seed)
+    norm_dtype = call.norm_dtype or case.dtype
+    parameters = (None, case.n, None, call.weight, call.bias, call.eps, None, norm_dtype, True)
+    out, y, _, stats = emulator.run("merge_add_norm", call.x, None, *parameters, seed=seed)
+    theirs = emulator.run("merge_add_norm", call.x, torch.zeros_like(call.x), *parameters, seed=seed)
     assert out.numel() == 0
     assert torch.equal(y, theirs[1])
     assert torch.equal(stats, theirs[3])

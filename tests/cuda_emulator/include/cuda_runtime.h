@@ -40,6 +40,12 @@ enum {
   cudaFuncAttributePreferredSharedMemoryCarveout,
   cudaSharedmemCarveoutMaxShared
 };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor
+};
 
 struct dim3 {
   unsigned x, y, z;
@@ -135,7 +141,9 @@ struct State {
   std::mt19937 random{1};
   std::map<const void*, size_t> asked;  // dynamic shared memory that a kernel was promised
   int device = 0;                       // another one for each GPU that is imagined
-  size_t limit = kSharedBytes;          // of one block of the imagined GPU
+  size_t limit = kSharedBytes;          // shared memory of one block of the imagined GPU
+  int multiprocessor_bytes = 228 << 10;
+  int multiprocessors = 132;
   bool plan_only = false;
   int launches = 0;
   char refused[200] = "";  // the last launch that CUDA would refuse
@@ -215,7 +223,7 @@ inline void run_block(unsigned block, int threads) {
     f.groups.clear();
     f.open.clear();
   }
-  unsigned held = s.random();                   // a bit for each warp that waits while others run ahead
+  unsigned held = s.random();                      // a bit for each warp that waits while others run ahead
   const unsigned patience = 1u << s.random() % 4;  // for about so many rounds
   while (s.live > 0) {
     bool has_run = false;
@@ -349,7 +357,29 @@ T atomicMax(T* ptr, T value) {
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = emulator::state().device;
-  return 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() {
+  return emulator::state().refused[0] == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const emulator::State& s = emulator::state();
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(s.limit);
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = s.multiprocessor_bytes;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = s.multiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;
+      break;
+  }
+  return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
@@ -377,15 +407,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                   threads, bytes, s.limit, asked);
   }
   ++s.launches;
-  if (s.plan_only) return 0;
-  if (s.refused[0] != 0) {
-    std::fprintf(stderr, "CUDA would refuse this launch: %s\n", s.refused);
-    std::abort();
-  }
+  if (s.refused[0] != 0) return cudaErrorInvalidValue;
+  if (s.plan_only) return cudaSuccess;
   s.body = [=] { kernel(params); };
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), s.random);
   for (const unsigned block : order) emulator::run_block(block, static_cast<int>(threads));
-  return 0;
+  return cudaSuccess;
 }
