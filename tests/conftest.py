@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
+import emulated
 import pytest
 import torch
 from backends import BACKENDS
@@ -34,7 +35,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Choose the backend of the ``device`` fixture, and for nothing but the test: the fixture outlives it."""
     chosen = getattr(item, "callspec", None) and item.callspec.params.get("device")
-    with use_backend(chosen[0] if isinstance(chosen, tuple) else None):
+    name = chosen[0] if isinstance(chosen, tuple) else None
+    with emulated.chosen() if name == "emulated" else use_backend(name):
         return (yield)
 
 

@@ -15,7 +15,8 @@ import torch
 
 from cuda_emulator.build import library, missing
 
-__all__ = ["HOPPER", "SMALL", "STATIC_BYTES", "Gpu", "Plan", "library", "missing", "planned", "run", "second_grant"]
+__all__ = ["HOPPER", "SMALL", "STATIC_BYTES", "Gpu", "Plan", "begin", "end", "library", "missing", "planned", "run",
+           "second_grant"]  # fmt: skip
 
 STATIC_BYTES = 9 << 10  # the most static shared memory of a kernel: kStaticReserve of launch.cuh
 
@@ -49,11 +50,28 @@ def run(name: str, *args: Any, seed: int = 0, gpu: Gpu = HOPPER, plan: Plan = AS
         RuntimeError: the host code refuses the arguments, or CUDA would refuse a launch.
 
     """
-    library().emulated_gpu(*gpu, 0)
-    library().emulated_begin(seed, *map(int, plan))
+    begin(seed, gpu, plan)
     out = getattr(torch.ops.tome_emulated, name)(*args)
-    assert library().emulated_end() >= 0, "a kernel wrote beside its output"
+    end()
     return out
+
+
+def begin(seed: int = 0, gpu: Gpu = HOPPER, plan: Plan = AS_PLANNED, plan_only: bool = False) -> None:
+    """What follows is for this GPU."""
+    library().emulated_gpu(*gpu, int(plan_only))
+    library().emulated_begin(seed, *map(int, plan))
+
+
+def end() -> int:
+    """How many kernels were launched since :func:`begin`.
+
+    Raises:
+        AssertionError: one of them wrote beside a tensor that was allocated for it.
+
+    """
+    launches: int = library().emulated_end()
+    assert launches >= 0, "a kernel wrote beside its output"
+    return launches
 
 
 def planned(name: str, *args: Any, gpu: Gpu = HOPPER) -> int:
@@ -63,11 +81,9 @@ def planned(name: str, *args: Any, gpu: Gpu = HOPPER) -> int:
         RuntimeError: CUDA would refuse one of them.
 
     """
-    library().emulated_gpu(*gpu, 1)
-    library().emulated_begin(0, *map(int, AS_PLANNED))
+    begin(gpu=gpu, plan_only=True)
     getattr(torch.ops.tome_emulated, name)(*args)
-    launches: int = library().emulated_end()
-    return launches
+    return end()
 
 
 def second_grant(needed: int, granted: int) -> int:

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "cuda_ext" / "csrc"
 BUILDS = HERE.parents[1] / "build" / "cuda-emulator"
 TORCH = Path(torch.__file__).parent
-READ = {".cu", ".cuh", ".h", ".hpp", ".cpp", ".py"}
+READ = {".cu", ".cuh", ".h", ".hpp", ".cpp"}
 FLAGS = (
     *("-std=c++17", "-O1", "-mf16c", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"),
     *("-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"),  # which takes a jump to another stack for a mistake
@@ -54,7 +54,8 @@ def library() -> ctypes.CDLL:
 def _library() -> ctypes.CDLL | subprocess.CalledProcessError:
     read = [path for folder in (CSRC, HERE) for path in sorted(folder.rglob("*.*")) if path.suffix in READ]
     compiler = subprocess.run(["g++", "--version"], check=True, capture_output=True).stdout
-    told = [compiler, torch.__version__.encode(), *(part for path in read for part in (bytes(path), path.read_bytes()))]
+    told = [compiler, torch.__version__.encode(), repr((FLAGS, HOST_FLAGS)).encode()]
+    told += [part for path in read for part in (bytes(path), path.read_bytes())]
     name = hashlib.sha256(b"\0".join(told)).hexdigest()[:16] + ".so"
     BUILDS.mkdir(parents=True, exist_ok=True)
     with (BUILDS / "lock").open("w") as lock:
