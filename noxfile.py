@@ -57,6 +57,13 @@ def test(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Break the code in one place at a time: each time a test must fail. Takes a quarter of an hour."""
+    install(session, "test")
+    session.run("python", "tests/mutants.py", *session.posargs)
+
+
+@nox.session
 def oldest(session: nox.Session) -> None:
     """Run the tests on the oldest versions of everything that pyproject.toml claims to work with."""
     project = PROJECT["project"]

@@ -1,0 +1,149 @@
+"""Break the code in one place at a time, in a copy of it, and see that a test fails: ``nox -s mutants [-- NAME ...]``.
+
+A mutant that survives shows what no test would notice. One whose text is gone must be pointed at what took its place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+CSRC = "cuda_ext/csrc"
+
+
+class Mutant(NamedTuple):
+    """``old``, which is in the file once, becomes ``new``; one of the tests must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # what pytest takes
+
+
+MUTANTS = (
+    Mutant("a merge without its weights", "reference/tome_reference/merging.py",
+           "_group_sum(x, groups, size / total.gather(1, slot.long()))",
+           "_group_sum(x, groups, torch.ones_like(size) / total.gather(1, slot.long()))", "tests/test_merge.py"),
+    Mutant("the last of equal pairs merges first", "reference/tome_reference/matching.py",
+           "tied & (tied.cumsum(dim=1) <= r - merged.sum(dim=1, keepdim=True))",
+           "tied & (tied.flip(1).cumsum(dim=1).flip(1) <= r - merged.sum(dim=1, keepdim=True))", "tests/test_match.py"),
+    Mutant("slot maps composed the other way round", "reference/tome_reference/merging.py",
+           "slot = step.gather(1, slot.long())", "slot = slot.gather(1, step.long())", "tests/test_restore.py"),
+    Mutant("attention forgets sizes", "reference/tome_reference/attention.py",
+           "bias = None if size is None else size_bias(size).to(q.dtype)", "bias = None", "tests/test_attention.py"),
+    Mutant("a block forgets its LayerScale", "compat/tome/patch/block.py",
+           "return Branch(value, getattr(factor, name))", "return Branch(value)", "tests/test_block.py"),
+    Mutant("a block forgets its sizes", "compat/tome/patch/block.py",
+           "weights = size if s.model.prop_attn else None", "weights = None", "tests/test_timm.py"),
+    Mutant("the grid is restored without what waits", "compat/tome/tokens.py",
+           "value, gamma = (None, None) if branch is None else branch", "value, gamma = None, None",
+           "tests/test_timm.py"),
+    Mutant("an inflection the other way round", "compat/tome/schedule.py",
+           "math.trunc(mean * (1.0 - inflection))", "math.trunc(mean * (1.0 + inflection))", "tests/test_schedule.py"),
+    Mutant("a fake of as many slabs as another kernel's", "cuda_ext/tome_cuda/fakes.py",
+           "768 // (channels // 256 + 1)", "512 // (channels // 256 + 1)", "tests/test_cuda_ops.py"),
+    Mutant("gradients of weight and bias change places", "cuda_ext/tome_cuda/registration.py",
+           'shift, scale = launch("column_sums"', 'scale, shift = launch("column_sums"', "tests/test_norm.py"),
+    Mutant("no barrier before counts are overwritten", f"{CSRC}/match/select.cuh",
+           "    __syncthreads();  // the counts are overwritten by the next round\n", "",
+           "tests/test_match_emulated.py"),
+    Mutant("no barrier between metric and scores", f"{CSRC}/match/fused.cu",
+           "  load_metric<T, kAligned>(p, b, shared);\n  __syncthreads();\n",
+           "  load_metric<T, kAligned>(p, b, shared);\n", "tests/test_match_emulated.py"),
+    Mutant("no barrier before members are read", f"{CSRC}/merge/members.cuh",
+           "    }\n  });\n  __syncthreads();\n", "    }\n  });\n", "tests/test_merge_emulated.py"),
+    Mutant("no barrier between sums of columns", f"{CSRC}/norm/backward.cu",
+           "    __syncthreads();\n  }\n  if (warp > 0", "  }\n  if (warp > 0", "tests/test_norm_emulated.py"),
+    Mutant("no barrier before slots are read", f"{CSRC}/restore/restore.cu",
+           "  __syncthreads();\n", "", "tests/test_restore_emulated.py"),
+    Mutant("no barrier before keys are overwritten", f"{CSRC}/attention/streamed.cu",
+           "      __syncthreads();  // the next stage is full", "      // the next stage is full",
+           "tests/test_attention_emulated.py"),
+    Mutant("a later target wins a tie", f"{CSRC}/match/score.cuh",
+           "index < columns && score[m][n][i] > best.score", "index < columns && score[m][n][i] >= best.score",
+           "tests/test_match_emulated.py"),
+    Mutant("one more of equal pairs merges", f"{CSRC}/match/select.cuh",
+           "is_equal && equal_before < equal", "is_equal && equal_before <= equal", "tests/test_match_emulated.py"),
+    Mutant("a kernel's merge without its weights", f"{CSRC}/merge/members.cuh",
+           "list[base + i].weight = size[i];", "list[base + i].weight = 1.0f;", "tests/test_merge_emulated.py"),
+    Mutant("a kernel follows slot maps backwards", f"{CSRC}/restore/restore.cu",
+           "i = __ldg(chain.slot[k].data_ptr + chain.slot[k].offset(b, i));",
+           "i = __ldg(chain.slot[chain.count - 1 - k].data_ptr + chain.slot[chain.count - 1 - k].offset(b, i));",
+           "tests/test_restore_emulated.py"),
+    Mutant("a head dimension less", f"{CSRC}/attention/attention.h",
+           "{32, 64, 72, 80, 96, 128}", "{32, 64, 80, 96, 128}", "tests/test_attention_emulated.py"),
+    Mutant("more shared memory than small GPUs have", f"{CSRC}/attention/streamed.cu",
+           "kHeadDim <= 96 ? 3 : 2;", "3;", "tests/test_launches.py"),
+    Mutant("a grant that was refused counts", f"{CSRC}/launch.cuh",
+           "if (bytes <= most) return cudaSuccess;\n", "if (bytes <= most) return cudaSuccess;\n  most = bytes;\n",
+           "tests/test_launches.py"),
+    Mutant("any tensor counts as aligned", f"{CSRC}/merge/merge.cpp",
+           "return is_aligned_view(x, dtype, channels) && is_aligned_view(out, dtype, channels);", "return true;",
+           "tests/test_merge_emulated.py"),
+    Mutant("statistics are read as they lie", f"{CSRC}/norm/norm.cpp",
+           'TOME_CHECK(stats.is_contiguous(), "stats must be contiguous");', "", "tests/test_host_emulated.py"),
+)  # fmt: skip
+
+
+def copy(folder: Path) -> None:
+    """What git would commit of this checkout."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def fails(folder: Path, *tests: str) -> bool:
+    """Whether a test fails, or ends the process that runs it.
+
+    Raises:
+        RuntimeError: pytest finds nothing to run, or can't.
+
+    """
+    path = os.pathsep.join(str(folder / name) for name in ("reference", "compat", "cuda_ext"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    if done.returncode > 1:
+        raise RuntimeError(f"pytest exits with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode != 0
+
+
+def main() -> int:
+    """Try the mutants that are named, or all; how many survive."""
+    chosen = [m for m in MUTANTS if len(sys.argv) == 1 or m.name in sys.argv[1:]]
+    gone = [m for m in chosen if (ROOT / m.file).read_text().count(m.old) != 1]
+    for m in gone:
+        print(f"{m.name}: its text is not in {m.file}, or more than once")
+    if gone or not chosen:
+        return len(gone) or sys.exit("no such mutant")
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = Path(name)
+        copy(folder)
+        if fails(folder, *sorted({m.tests for m in chosen})):
+            sys.exit("the tests fail as it is: nothing can be learnt")
+        for m in chosen:
+            whole = (folder / m.file).read_text()
+            (folder / m.file).write_text(whole.replace(m.old, m.new))
+            is_seen = fails(folder, m.tests)
+            (folder / m.file).write_text(whole)
+            print(f"{'seen' if is_seen else 'SURVIVED'}: {m.name} ({m.file})", flush=True)
+            survivors += not is_seen
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main())
