@@ -2,10 +2,14 @@
 
 import copy
 
+import emulated
 import numpy as np
 import pytest
 import torch
+from backends import NO_EMULATOR
+from functorch.compile import make_boxed_func
 from models import images, make
+from torch._dynamo.backends.common import aot_autograd
 
 import tome
 import tome_reference
@@ -141,3 +145,30 @@ def test_models_run_in_onnx_runtime(host, tmp_path):
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: images().numpy()})
     np.testing.assert_allclose(got, model(images()).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+@NO_EMULATOR
+@pytest.mark.parametrize("training", [False, True])
+def test_the_grid_is_restored_by_what_inductor_fuses(training):
+    """An operator that only the last block has takes inductor of torch 2.11 minutes to write out."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph)
+
+    model = tome.patch.timm(make("mae avg"))
+    model.r = 5
+    outcomes = []
+    with torch.set_grad_enabled(training), emulated.chosen():
+        for module in (model, torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))):
+            model.zero_grad()
+            outcomes.append([module(images())])
+            if training:
+                outcomes[-1][0].square().sum().backward()
+                outcomes[-1] += [p.grad.clone() for p in model.parameters()]
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-3, atol=1e-4)
+    names = {name.split(".")[1] for name in graphs[0] if name.startswith(emulated.NAMESPACE)}
+    assert "merge_add_norm" in names
+    assert not names & {"restore", "follow", "unmerge"}
+    assert training == any(f"{emulated.NAMESPACE}.unmerge_backward.default" in graph for graph in graphs)

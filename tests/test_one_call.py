@@ -11,7 +11,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import tome
+import tome_reference
 from tome import ops, recording, report
+from tome.patch import block
 
 # Which halves of which hosts have other parts than one call knows.
 OTHER_ATTENTION = {"scale norm", "res-post-norm"}
@@ -20,13 +22,14 @@ every_host = pytest.mark.parametrize("host", HOSTS)
 
 
 class Halves:
-    """What stands in for the extension on a CPU: the halves by the reference, and how often each was taken."""
+    """What stands in for the extension on a CPU: the halves by the reference, and how often each was asked for."""
 
     def __init__(self):
         self.taken = []
 
-    def declined(self, half, *args):
+    def one_call(self, half, *args):
         self.taken.append(half.__name__)
+        return getattr(tome_reference, half.__name__)
 
     def counts(self):
         counts = self.taken.count("attend_half"), self.taken.count("mlp_half")
@@ -35,11 +38,18 @@ class Halves:
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
+def remembered(monkeypatch):
     """Let the CPU take the one calls."""
     halves = Halves()
-    monkeypatch.setattr(ops, "declined", halves.declined)
+    monkeypatch.setattr(ops, "one_call", halves.one_call)
     return halves
+
+
+@pytest.fixture
+def stand_in(remembered, monkeypatch):
+    """The same, asked for in every pass."""
+    monkeypatch.setattr(block, "is_recording", lambda: True)
+    return remembered
 
 
 def patched(host, r=4, **kwargs):
@@ -57,7 +67,8 @@ def expected(host, r):
 def by_parts(model, x):
     """The result of calling the parts one by one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "declined", lambda half, *args: "not now")
+        patch.setattr(ops, "one_call", lambda half, *args: None)
+        patch.setattr(block, "is_recording", lambda: True)  # nothing is remembered
         return model(x)
 
 
@@ -85,6 +96,29 @@ def test_sizes_that_do_not_weigh_attention_are_summed(stand_in):
     with torch.no_grad():
         assert torch.equal(model(images()), by_parts(model, images()))
     assert stand_in.counts() == (4, 4)
+
+
+def test_what_is_known_of_a_kind_of_tokens_is_not_asked_again(remembered):
+    model = patched("plain")
+    with torch.no_grad():
+        first = model(images())
+        assert remembered.counts() == (4, 4)
+        assert torch.equal(model(images()), first)
+        assert remembered.counts() == (0, 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images())
+        assert remembered.counts() == (4, 4)
+        with tome.use_backend("reference"):
+            model(images())
+        assert remembered.counts() == (4, 4)
+        with recording.recorded():  # the report is told
+            model(images())
+        assert remembered.counts() == (4, 4)
+        model.blocks[1].mlp.fc1.bias = nn.Parameter(model.blocks[1].mlp.fc1.bias + 1)
+        changed = model(images())
+        assert remembered.counts() == (1, 1)
+        assert torch.equal(changed, by_parts(model, images()))
+        assert not torch.equal(changed, first)
 
 
 def neighbours(keys, r, prefix):

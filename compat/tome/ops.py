@@ -20,15 +20,14 @@ from tome_reference import checks
 __all__ = [
     "attend_half",
     "attention",
-    "declined",
     "follow",
-    "in_one_call",
     "kth_match",
     "match",
     "max_r",
     "merge",
     "merge_add_norm",
     "mlp_half",
+    "one_call",
     "random_match",
     "restore",
     "take",
@@ -74,8 +73,8 @@ def _operation(definition: Callable[P, T], checks_first: bool = True) -> Callabl
     return run
 
 
-def declined(half: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> str | None:
-    """Why a half of a block cannot be one call of the kernels, or None; recorded.
+def one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[P, T] | None:
+    """What computes a half of a block in one call, for :func:`take`; None where its parts have to be called; recorded.
 
     Args:
         half: :func:`attend_half` or :func:`mlp_half`.
@@ -87,21 +86,15 @@ def declined(half: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> st
     if kernels is not None:
         reason = kernels.PREDICATES[half.__name__](*args, **kwargs)  # why_not, in less of the host's time
     record(half.__name__, "cuda" if reason is None else None, "one call" if reason is None else reason)
-    return reason
+    return None if kernels is None or reason is not None else getattr(kernels, half.__name__)
 
 
-def in_one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """What a half of a block computes, in one call; None where its parts have to be called (:func:`declined`)."""
-    return None if declined(half, *args, **kwargs) is not None else take(half, *args, **kwargs)
-
-
-def take(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The one call of a half that :func:`declined` found nothing against, for these arguments or their like."""
-    run: Callable[P, T] = getattr(extension(args[0])[0] or tome_reference, half.__name__)
+def take(call: Callable[..., T], *args: object) -> T:
+    """Do what :func:`one_call` gave, with the arguments that it was asked about, or their like."""
     try:
-        return run(*args, **kwargs)
+        return call(*args)
     except Exception:
-        getattr(checks, half.__name__)(*args, **kwargs)
+        getattr(checks, call.__name__)(*args)
         raise
 
 

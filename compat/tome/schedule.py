@@ -60,9 +60,7 @@ def per_layer(depth: int, r: Schedule) -> tuple[int | float, ...]:
 
 def merged(entry: int | float, free: int) -> int:
     """How many of ``free`` tokens one layer merges, given its entry of :func:`per_layer`."""
-    from tome_reference import max_r  # here, because PyTorch comes with it
-
-    return min(_wanted(entry, free), max_r(free, 0))
+    return min(_wanted(entry, free), free // 2)  # max_r of tome_reference, with which PyTorch would come
 
 
 def plan(r: Schedule, depth: int, tokens: int, prefix: int = 1) -> Plan:

@@ -49,10 +49,11 @@ class MlpParts(NamedTuple):
 
 
 class Mlp(NamedTuple):
-    """Such an MLP that is yet to run on y [B, N, C], and to be added to x."""
+    """Such an MLP that is yet to run on y [B, N, C], and to be added to x: ``call`` does both, and the norm behind."""
 
     y: Tensor
     parts: MlpParts
+    call: Callable[..., tuple[Tensor, Tensor]]
 
     def branch(self) -> Branch:
         """What the MLP adds."""
@@ -64,7 +65,7 @@ class Mlp(NamedTuple):
         """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""
         if norm is None:
             return self.branch().add(x, None)
-        return ops.take(ops.mlp_half, x, self.y, *self.parts, norm[:3], norm.dtype)
+        return ops.take(self.call, x, self.y, *self.parts, norm[:3], norm.dtype)
 
 
 class Counts:

@@ -22,6 +22,10 @@
 
 #include "dtype.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has the one that tells less
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace tome {
 
 using torch::headeronly::ScalarType;

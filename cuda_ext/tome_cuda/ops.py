@@ -7,7 +7,7 @@ fast and brief, and what can't be computed by a kernel is for :func:`tome_cuda.w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +61,44 @@ def unmerge(x: Tensor, slot: Tensor) -> Tensor:
 
 
 def follow(steps: Sequence[Tensor]) -> Tensor:
-    return steps[0] if len(steps) == 1 else launch("follow", steps)
+    if not torch.compiler.is_compiling():
+        return steps[0] if len(steps) == 1 else launch("follow", steps)
+    slot = steps[0]
+    for step in steps[1:]:
+        slot = step.gather(1, slot.long())
+    return slot
 
 
 def restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Tensor | None = None) -> Tensor:
     if branch is None and not steps:
         return x
-    if not (torch.is_grad_enabled() and _requires_grad(x, branch, gamma)):
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and not (torch.is_grad_enabled() and _requires_grad(x, branch, gamma)):
         return launch("restore", x, branch, steps, gamma)  # type: ignore[no-any-return]
     if branch is not None:
         x = x + (branch if gamma is None else branch * gamma).to(x.dtype)
-    return unmerge(x, follow(steps)) if steps else x
+    if not steps:
+        return x
+    return _Spread.apply(x, follow(steps)) if is_compiling else unmerge(x, follow(steps))
+
+
+class _Spread(torch.autograd.Function):
+    """An unmerge that torch.compile fuses with what stands around it.
+
+    Inductor of torch 2.11 writes out all that an operator new to it is computed from, every path to the image one by
+    one: behind the twelfth block that takes it longer than anyone waits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.tokens = x.shape[1]
+        return x.gather(1, slot.long()[:, :, None].expand(-1, -1, x.shape[2]))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slot,) = ctx.saved_tensors
+        return launch("unmerge_backward", grad, slot, ctx.tokens), None
 
 
 def attention(

@@ -51,8 +51,7 @@ inline AOTITorchError empty_strided(int64_t dims, const int64_t* sizes, const in
       2 * kMargin + std::accumulate(sizes, sizes + dims, int64_t{1}, std::multiplies<int64_t>());
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &count, &stride, dtype, device_type, device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &stride, dtype, device_type, device, &handle));
   const torch::stable::Tensor whole(handle);
   const size_t size = whole.element_size();
   auto* data = static_cast<unsigned char*>(whole.mutable_data_ptr());

@@ -28,7 +28,7 @@ int divided(int planned, int most) {
 namespace tome::merge_ops {
 void emulated_launch_gather(const GatherParams& params, Dtype dtype, bool aligned, cudaStream_t stream) {
   GatherParams p = params;
-  p.block_outputs = divided(p.block_outputs, 2 * kMaxBlockOutputs);
+  p.block_outputs = divided(p.block_outputs, kMaxBlockOutputs);
   launch_gather(p, dtype, aligned, stream);
 }
 }  // namespace tome::merge_ops

@@ -18,7 +18,7 @@ from tome.patch import plain
 from tome.patch.plain import AttentionParts, NotPlain, Plan, Reading, has_hooks, through
 from tome.patch.row import BlockSettings, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError
-from tome.recording import PART, record
+from tome.recording import PART, is_recording, record
 from tome.streams import side_stream
 from tome.tokens import Branch, Counts, Mlp, MlpParts, Norm, Tokens, add, keep
 from tome_reference.attention import size_bias
@@ -90,26 +90,29 @@ class MergingBlock(Patched):
     def _merged(self, tokens: Tokens) -> Tokens:
         s, row, attn = self._tome, self._tome_row, self._modules[self._tome_row.attn]
         watched = plain.why_watched(tokens.unadded)
-        plan = self._plan() if watched is None else Plan(watched, watched, watched)
-        norm1, norm2 = self._norms(attn, tokens.device_type(), plan)
+        plan = self._plan() if watched is None else Plan(watched, watched, watched, calls={})
+        autocast = plain.autocast_dtype(tokens.device_type())
+        norm1, norm2 = self._norms(attn, autocast, plan)
         x, y = tokens.enter(norm1)
         if y is None:
             y = x if row.is_post else self._normed(x, norm1, watched)
         amount, left = s.model.matching.plan(s.entry, x.shape[1], s.prefix)
-        made, done = self._attend_half(plan, attn, x, y, tokens.size, amount, left, norm2)
+        # Of a plan's parts the verdict on one call depends on no more than this.
+        kind = x.dtype, x.get_device(), autocast, backend.get_backend()
+        calls = {} if is_recording() else plan.calls.setdefault(kind, {})
+        made, done = self._attend_half(plan, calls, attn, x, y, tokens.size, amount, left, norm2)
         if done is None:
             branch, slot = self._attention(attn, y, *made, tokens.size, amount, left)
             done = *add(x, branch, slot, left, tokens.size, norm2), slot
         x, mlp_input, size, slot = done
         steps = tokens.steps if slot is None else (*tokens.steps, slot)
-        return Tokens(x, Counts(size), steps, self._mlp(plan, x, mlp_input, norm2))
+        return Tokens(x, Counts(size), steps, self._mlp(plan, calls, x, mlp_input, norm2))
 
-    def _norms(self, attn: Any, device: str, plan: Plan) -> tuple[Norm | None, Norm | None]:
+    def _norms(self, attn: Any, to: torch.dtype | None, plan: Plan) -> tuple[Norm | None, Norm | None]:
         """The norms that attention and MLP read x through, where they can be computed with the addition before."""
         row = self._tome_row
         if row.is_post:
             return None, None
-        to = plain.autocast_dtype(device)
         if to is None and not isinstance(plan.norms, str):
             return plan.norms
         first, second = self._modules[row.norm1], self._modules[row.norm2]
@@ -128,8 +131,8 @@ class MergingBlock(Patched):
         return normed
 
     def _attend_half(
-        self, plan: Plan, attn: Any, x: Tensor, y: Tensor, size: Tensor | None, amount: int, left: int,
-        norm: Norm | None,
+        self, plan: Plan, calls: dict[str, Any], attn: Any, x: Tensor, y: Tensor, size: Tensor | None, amount: int,
+        left: int, norm: Norm | None,
     ) -> tuple[tuple[Qkv | None, Tensor | None], Half | None]:  # fmt: skip
         """What it made of q, k, v and slot before it could know, and in one call, if that can be, the half."""
         s, kind, qkv, slot = self._tome, self._tome_row.attention, None, None
@@ -144,11 +147,13 @@ class MergingBlock(Patched):
             qkv = kind.project(attn, y, through)
             slot = s.model.matching.rule(qkv[1], amount, s.prefix) if is_own else None
         heads, scale, _ = kind.numbers(attn)
-        done = ops.in_one_call(
-            ops.attend_half, x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,
+        half = (
+            x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,
             parts.qkv if qkv is None else None, *parts[1:], norm[:3], norm.dtype,
         )  # fmt: skip
-        return (qkv, slot), done
+        call = calls.get("attend") if qkv is None else None  # q, k and v that were made by parts may lie anyhow
+        call = calls["attend"] = call or ops.one_call(ops.attend_half, *half)
+        return (qkv, slot), None if call is None else ops.take(call, *half)
 
     def _attention(
         self, attn: Any, y: Tensor, qkv: Qkv | None, slot: Tensor | None, size: Tensor | None, amount: int, left: int
@@ -180,7 +185,7 @@ class MergingBlock(Patched):
             value = getattr(self, row.norm1)(value)
         return self._scaled(value, row.scale1, row.drop1), slot
 
-    def _mlp(self, plan: Plan, x: Tensor, y: Tensor | None, norm: Norm | None) -> Branch | Mlp:
+    def _mlp(self, plan: Plan, calls: dict[str, Any], x: Tensor, y: Tensor | None, norm: Norm | None) -> Branch | Mlp:
         """What the MLP adds to x, or the MLP itself, where its reader may compute it."""
         row = self._tome_row
         parts = plan.mlp
@@ -188,8 +193,11 @@ class MergingBlock(Patched):
             record(
                 "mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched"
             )
-        elif ops.declined(ops.mlp_half, x, y, *parts, norm[:3], norm.dtype) is None:
-            return Mlp(y, parts)
+        else:
+            call = calls.get("mlp") or ops.one_call(ops.mlp_half, x, y, *parts, norm[:3], norm.dtype)
+            if call is not None:
+                calls["mlp"] = call
+                return Mlp(y, parts, call)
         norm2 = getattr(self, row.norm2)
         value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))
         return self._scaled(norm2(value) if row.is_post else value, row.scale2, row.drop2)
@@ -228,7 +236,7 @@ class MergingBlock(Patched):
                 found.append(read())
             except NotPlain as error:
                 found.append(str(error))
-        plan = Plan(*found)
+        plan = Plan._make([*found, {}])
         if reading.holds(self):
             self._tome_kept = reading, plan
         return plan

@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     attention: AttentionParts | str
     mlp: MlpParts | str
     norms: tuple[Norm, Norm] | str
+    calls: dict[Any, dict[str, Callable[..., Any]]]  # the halves that can be one call, by the kind of tokens
 
 
 class Reading:
@@ -65,13 +66,11 @@ class Reading:
         for owner, name, value in self._entries:
             if owner.get(name) is not value:
                 return False
-        for module, own, kind in self._modules:  # the same as has_hooks, in less of the host's time
+        for module, own, kind in self._modules:  # as has_hooks, in less of the host's time; nobody wants gradients
             if (
                 own["training"]
                 or own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
                 or "forward" in own
                 or type(module) is not kind
             ):
@@ -118,7 +117,9 @@ class Reading:
     def linear(self, owner: Any, name: str) -> Linear:
         """Weight and bias of a child."""
         child = self.part(owner, name, {nn.Linear: None})
-        return self.parameter(child, "weight"), child._parameters["bias"]
+        weight, bias = self.parameter(child, "weight"), child._parameters["bias"]
+        self._entries.append((child._parameters, "bias", bias))
+        return weight, bias
 
     def gamma(self, owner: Any, scale: str | None, drop: str | None) -> Tensor | None:
         """The factor of a LayerScale, or None where there is none; and a drop path that drops nothing."""

@@ -2,17 +2,15 @@
 // The weight is size_i / total_m for a merge, and 1 for the gradient of an unmerge.
 //
 // A block owns block_outputs consecutive output rows of one image. It first scans the slots of the image and
-// lists the tokens that fall into its rows; then a warp sums a row at a time (rows.cuh). Where there is much
-// to scan blocks are twice as large.
+// lists the tokens that fall into its rows; then a warp sums a row at a time (rows.cuh).
 #include "../launch.cuh"
 #include "rows.cuh"
 
 namespace tome::merge_ops {
 namespace {
 
-template <class T, int kCount_, int kWarps_>
+template <class T, int kCount_>
 struct PlainRows {
-  static constexpr int kWarps = kWarps_;
   static constexpr int kCount = kCount_;
   using Fetched = Pack<T, kCount>;
   const GatherParams& p;
@@ -49,7 +47,7 @@ struct PlainRows {
   __device__ __forceinline__ void prepare() const {}
 };
 
-// Blocks of four warps per multiprocessor that registers must allow; more would spill.
+// Blocks per multiprocessor that registers must allow; more would spill.
 template <int kCount, int kPacks>
 constexpr int kMinBlocks = kCount * kPacks == 0    ? 4
                            : kCount * kPacks <= 16 ? 7
@@ -57,11 +55,11 @@ constexpr int kMinBlocks = kCount * kPacks == 0    ? 4
                            : kPacks <= 8           ? 5
                                                    : 4;
 
-template <class T, int kCount, int kPacks, int kWarps>
-__global__ __launch_bounds__(kWarps* kWarpSize, (kMinBlocks<kCount, kPacks> * kFewWarps /
-                                                 kWarps)) void gather_kernel(const GatherParams p) {
-  using Rows = PlainRows<T, kCount, kWarps>;
-  static __shared__ Storage<kWarps> shared;
+template <class T, int kCount, int kPacks>
+__global__ __launch_bounds__(kBlockThreads,
+                             (kMinBlocks<kCount, kPacks>)) void gather_kernel(const GatherParams p) {
+  using Rows = PlainRows<T, kCount>;
+  static __shared__ Storage shared;
   const int blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;
   const int first = static_cast<int>(blockIdx.x % blocks) * p.block_outputs;
@@ -70,12 +68,11 @@ __global__ __launch_bounds__(kWarps* kWarpSize, (kMinBlocks<kCount, kPacks> * kF
   merge_rows<kPacks>(p, rows, shared, b, first, min(p.block_outputs, p.tokens - first), dynamic_shared());
 }
 
-template <class T, int kCount, int kPacks, int kWarps>
+template <class T, int kCount, int kPacks>
 void launch(const GatherParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs * p.batch;
-  constexpr int kBytes = ring_bytes<PlainRows<T, kCount, kWarps>, kPacks>();
-  launch_kernel(gather_kernel<T, kCount, kPacks, kWarps>, blocks, kWarps * kWarpSize, kBytes, kBytes, stream,
-                p);
+  constexpr int kBytes = ring_bytes<PlainRows<T, kCount>, kPacks>();
+  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kBlockThreads, kBytes, kBytes, stream, p);
 }
 
 }  // namespace
@@ -85,11 +82,7 @@ void launch_gather(const GatherParams& p, Dtype dtype, bool aligned, cudaStream_
     using T = typename decltype(tag)::type;
     dispatch_packs<T>(p.channels, aligned, [&](auto count, auto packs) {
       constexpr int kCount = decltype(count)::value, kPacks = decltype(packs)::value;
-      if (p.block_outputs > kMaxBlockOutputs) {
-        launch<T, kCount, kPacks, 2 * kFewWarps>(p, stream);
-      } else {
-        launch<T, kCount, kPacks, kFewWarps>(p, stream);
-      }
+      launch<T, kCount, kPacks>(p, stream);
     });
   });
 }

@@ -23,10 +23,9 @@ void check_tokens(const Tensor& x, int64_t tokens, bool has_map);
 
 void check_grid(int64_t blocks);
 
-// A merge of x into out; the totals are the caller's. All of its blocks, each with at most most_outputs rows,
-// fit a grid.
+// A merge of x into out; the totals are the caller's. All of its blocks fit a grid.
 GatherParams gather_params(const Tensor& x, const Tensor& out, const std::optional<Tensor>& slot,
-                           int64_t tokens, const std::optional<Tensor>& size, int64_t most_outputs);
+                           int64_t tokens, const std::optional<Tensor>& size);
 
 template <class T>
 Table<T> table(const Tensor& tensor, const char* name, const Tensor& like, ScalarType dtype, int64_t batch,

@@ -2,15 +2,14 @@
 #pragma once
 
 #include <climits>
-#include <type_traits>
 
 #include "merge.h"
 #include "packs.cuh"
 
 namespace tome::merge_ops {
 
-constexpr int kFewWarps = 4;  // of a block, unless it is one of twice as many
-constexpr int kWarpOutputs = kMaxBlockOutputs / kFewWarps;
+constexpr int kBlockWarps = 4;
+constexpr int kBlockThreads = kBlockWarps * kWarpSize;
 constexpr int kShortGroup = 16;  // members up to which a group is listed, and summed in plain float32
 
 struct Member {
@@ -19,41 +18,17 @@ struct Member {
 };
 constexpr int kLastMember = INT_MIN;
 
-template <int kWarps>
 struct Storage {
-  static constexpr int kOutputs = kWarps * kWarpOutputs;
-  int count[kOutputs];  // of members; the lists hold no more than the first kShortGroup that came
-  Member list[kOutputs][kShortGroup + 1];  // an odd stride, for the banks' sake
+  int count[kMaxBlockOutputs];  // of members; the lists hold no more than the first kShortGroup that came
+  Member list[kMaxBlockOutputs][kShortGroup + 1];  // an odd stride, for the banks' sake
 };
 
-// Outputs of the block, a bit for each.
-template <int kWarps>
-using Outputs = std::conditional_t<(Storage<kWarps>::kOutputs > kWarpSize), unsigned long long, unsigned>;
+// Some of the block's outputs, a bit and a lane for each.
+using Outputs = unsigned;
+static_assert(kMaxBlockOutputs == kWarpSize);
 
-// Outputs of a warp: a bit for each of 32 from `first` on.
-struct Window {
-  int first;
-  unsigned outputs;
-
-  __device__ __forceinline__ int lane_output() const {
-    return first + static_cast<int>(threadIdx.x % kWarpSize);
-  }
-  __device__ __forceinline__ bool has_lane() const { return (outputs >> threadIdx.x % kWarpSize & 1) != 0; }
-};
-
-// Moves the first of these outputs to a window. More than one window is rare: where outputs in between have
-// no members, or too many to be listed.
-__device__ __forceinline__ Window take_window(unsigned& outputs) {
-  const Window window{0, outputs};
-  outputs = 0;
-  return window;
-}
-__device__ __forceinline__ Window take_window(unsigned long long& outputs) {
-  const int first = outputs == 0 ? 0 : __ffsll(static_cast<long long>(outputs)) - 1;
-  const Window window{first, static_cast<unsigned>(outputs >> first)};
-  outputs &= ~(static_cast<unsigned long long>(kFullWarp) << first);
-  return window;
-}
+__device__ __forceinline__ int lane_output() { return static_cast<int>(threadIdx.x % kWarpSize); }
+__device__ __forceinline__ bool has_lane(Outputs outputs) { return (outputs >> lane_output() & 1) != 0; }
 
 __device__ __forceinline__ float token_size(const GatherParams& p, int64_t b, int token) {
   return p.size.data_ptr == nullptr ? 1.0f : __ldg(p.size.data_ptr + p.size.offset(b, token));
@@ -65,23 +40,23 @@ __device__ __forceinline__ int token_slot(const GatherParams& p, int64_t b, int 
 
 // Calls visit(token, slot) for all tokens of the image, shared out among the block's threads. So many slots
 // are under way at a time that it hardly takes more than one trip to memory.
-template <int kThreads, class Visit>
+template <class Visit>
 __device__ __forceinline__ void scan_slots(const GatherParams& p, int64_t b, Visit&& visit) {
   const int* slots_ptr = p.slot.data_ptr + p.slot.offset(b, 0);
   const auto scan = [&](auto count, int length, auto&& load, auto&& see) {
     constexpr int kCount = decltype(count)::value;  // loads per thread
     decltype(load(0)) loaded[kCount];
 #pragma unroll 1
-    for (int base = 0; base < length; base += kCount * kThreads) {
+    for (int base = 0; base < length; base += kCount * kBlockThreads) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const int at = base + j * kThreads + static_cast<int>(threadIdx.x);
+        const int at = base + j * kBlockThreads + static_cast<int>(threadIdx.x);
         if (at < length) loaded[j] = load(at);
       }
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        if (base + j * kThreads >= length) break;
-        const int at = base + j * kThreads + static_cast<int>(threadIdx.x);
+        if (base + j * kBlockThreads >= length) break;
+        const int at = base + j * kBlockThreads + static_cast<int>(threadIdx.x);
         if (at < length) see(at, loaded[j]);
       }
     }
@@ -107,13 +82,11 @@ __device__ __forceinline__ void scan_slots(const GatherParams& p, int64_t b, Vis
 
 // List the tokens with slots in [first, first + outputs), each output's in the order in which threads come.
 // The counters are integers, so what is counted doesn't depend on that order.
-template <int kWarps>
 __device__ __forceinline__ void list_members(const GatherParams& p, int64_t b, int first, int outputs,
-                                             Storage<kWarps>& shared) {
-  constexpr int kThreads = kWarps * kWarpSize;
-  for (int output = threadIdx.x; output < outputs; output += kThreads) shared.count[output] = 0;
+                                             Storage& shared) {
+  for (int output = threadIdx.x; output < outputs; output += kBlockThreads) shared.count[output] = 0;
   __syncthreads();
-  scan_slots<kThreads>(p, b, [&](int token, int slot) {
+  scan_slots(p, b, [&](int token, int slot) {
     // In unsigned arithmetic, so that no slot, however bad, overflows.
     const unsigned output = static_cast<unsigned>(slot) - static_cast<unsigned>(first);
     if (output < static_cast<unsigned>(outputs)) {
@@ -125,45 +98,32 @@ __device__ __forceinline__ void list_members(const GatherParams& p, int64_t b, i
 }
 
 // Whether the list of an output holds all of its members, and there are any.
-template <int kWarps>
-__device__ __forceinline__ bool is_listed(const Storage<kWarps>& shared, int output) {
+__device__ __forceinline__ bool is_listed(const Storage& shared, int output) {
   return static_cast<unsigned>(shared.count[output]) - 1u < static_cast<unsigned>(kShortGroup);
 }
 
 // The outputs that this warp sums: consecutive ones, with about as many members as those of any other warp.
 // `count(output)`: its members, or 0 for one that no warp is to have.
-template <int kWarps, class Count>
-__device__ __forceinline__ Outputs<kWarps> share_outputs(Count&& count) {
-  constexpr int kParts = Storage<kWarps>::kOutputs / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
+template <class Count>
+__device__ __forceinline__ Outputs share_outputs(Count&& count) {
+  const int lane = lane_output();
   const int warp = threadIdx.x / kWarpSize;
-  int here[kParts], before[kParts], all = 0;
+  const int here = count(lane);
+  int end = here;
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    int end = here[i] = count(i * kWarpSize + lane);
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int other = __shfl_up_sync(kFullWarp, end, step);
-      if (lane >= step) end += other;
-    }
-    before[i] = all + end - here[i];
-    all += __shfl_sync(kFullWarp, end, kWarpSize - 1);
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, end, step);
+    if (lane >= step) end += other;
   }
-  Outputs<kWarps> mine = 0;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    const int start = kWarps * before[i];
-    const bool is_mine = here[i] > 0 && start >= warp * all && start < (warp + 1) * all;
-    mine |= static_cast<Outputs<kWarps>>(__ballot_sync(kFullWarp, is_mine)) << i * kWarpSize;
-  }
-  return mine;
+  const int all = __shfl_sync(kFullWarp, end, kWarpSize - 1);
+  const int start = kBlockWarps * (end - here);
+  return __ballot_sync(kFullWarp, here > 0 && start >= warp * all && start < (warp + 1) * all);
 }
 
 // Without a map each of these outputs is its own only member.
-template <int kWarps>
-__device__ __forceinline__ void list_identity(int first, const Window& mine, Storage<kWarps>& shared) {
-  const int output = mine.lane_output();
-  if (mine.has_lane()) {
+__device__ __forceinline__ void list_identity(int first, Outputs mine, Storage& shared) {
+  const int output = lane_output();
+  if (has_lane(mine)) {
     shared.count[output] = 1;
     shared.list[output][0] = {(first + output) | kLastMember, 1.0f};
   }
@@ -172,10 +132,9 @@ __device__ __forceinline__ void list_identity(int first, const Window& mine, Sto
 
 // Put the members of these outputs in ascending order, so that they are summed in the same order every time,
 // whatever came first. A lane per output.
-template <int kWarps>
-__device__ __forceinline__ void order_members(const Window& mine, Storage<kWarps>& shared) {
-  const int output = mine.lane_output();
-  if (mine.has_lane()) {
+__device__ __forceinline__ void order_members(Outputs mine, Storage& shared) {
+  const int output = lane_output();
+  if (has_lane(mine)) {
     const int count = shared.count[output];
     Member* list = shared.list[output];
 #pragma unroll 1
@@ -193,12 +152,12 @@ __device__ __forceinline__ void order_members(const Window& mine, Storage<kWarps
 
 // The weights of the members of these outputs, in order, and the totals. A lane per output. `meanwhile` is
 // done while the first sizes are under way.
-template <int kWarps, class Meanwhile>
-__device__ __forceinline__ void weigh_members(const GatherParams& p, int64_t b, int first, const Window& mine,
-                                              Storage<kWarps>& shared, Meanwhile&& meanwhile) {
+template <class Meanwhile>
+__device__ __forceinline__ void weigh_members(const GatherParams& p, int64_t b, int first, Outputs mine,
+                                              Storage& shared, Meanwhile&& meanwhile) {
   constexpr int kLoads = 4;  // sizes under way
-  const int output = mine.lane_output();
-  const int count = mine.has_lane() ? shared.count[output] : 0;
+  const int output = lane_output();
+  const int count = has_lane(mine) ? shared.count[output] : 0;
   Member* list = shared.list[output];
   float size[kLoads];
   const auto load = [&](int base) {

@@ -41,7 +41,7 @@ bool are_aligned(const View& x, const View& out, Dtype dtype, int64_t channels) 
 }  // namespace
 
 GatherParams gather_params(const Tensor& x, const Tensor& out, const std::optional<Tensor>& slot,
-                           int64_t tokens, const std::optional<Tensor>& size, int64_t most_outputs) {
+                           int64_t tokens, const std::optional<Tensor>& size) {
   const int64_t batch = x.size(0);
   GatherParams p{};
   p.x = view(x);
@@ -52,7 +52,7 @@ GatherParams gather_params(const Tensor& x, const Tensor& out, const std::option
   p.length = to_int(x.size(1), "the number of tokens");
   p.tokens = to_int(tokens, "tokens");
   p.channels = to_int(x.size(2), "the number of channels");
-  p.block_outputs = merge_ops::block_outputs(batch, x.size(1), tokens, slot.has_value(), most_outputs);
+  p.block_outputs = merge_ops::block_outputs(batch, x.size(1), tokens, slot.has_value());
   check_grid((tokens + p.block_outputs - 1) / p.block_outputs * batch);
   return p;
 }
@@ -63,7 +63,7 @@ Tensor gather(const Tensor& x, const Tensor& slot, int64_t tokens, const std::op
               float* total_ptr) {
   const Dtype dtype = floating_dtype(x, "x");
   Tensor out = new_empty(x, {x.size(0), tokens, x.size(2)}, x.scalar_type());
-  GatherParams p = gather_params(x, out, slot, tokens, size, 2 * merge_ops::kMaxBlockOutputs);
+  GatherParams p = gather_params(x, out, slot, tokens, size);
   p.total_ptr = total_ptr;
   // Without channels there are still sizes to sum.
   if (p.batch == 0 || tokens == 0 || (p.channels == 0 && total_ptr == nullptr)) return out;

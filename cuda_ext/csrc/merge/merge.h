@@ -32,7 +32,7 @@ struct GatherParams {
   Table<float> size;    // [batch, length]
   int64_t batch;
   int length, tokens, channels;
-  int block_outputs;  // how many output rows one block owns, at most kMaxBlockOutputs; a gather twice that
+  int block_outputs;  // how many output rows one block owns, at most kMaxBlockOutputs
 };
 
 struct SpreadParams {
@@ -45,16 +45,16 @@ struct SpreadParams {
   int length, tokens, channels;
 };
 
-constexpr int kMaxBlockOutputs = 32;  // of a block of four warps
+constexpr int kMaxBlockOutputs = 32;  // so that a bit for each fits a word
 
 // Few rows: small blocks, so that a single image still reaches many multiprocessors. Many rows: larger
-// blocks, so that the scan of the slots is shared by more of them, all alike; the largest, most_outputs, only
-// where there is much to scan, as a grid of few blocks ends unevenly. Without a map nothing is scanned.
-inline int block_outputs(int64_t batch, int64_t length, int64_t tokens, bool has_map, int64_t most_outputs) {
+// blocks, so that the scan of the slots is shared by more of them, all alike; the largest only where
+// there is much to scan, as a grid of few blocks ends unevenly. Without a map nothing is scanned.
+inline int block_outputs(int64_t batch, int64_t length, int64_t tokens, bool has_map) {
   constexpr int64_t kFewRows = 1024, kManyRows = 8192, kLong = 2048;
   const int64_t rows = batch * tokens;
   if (rows <= kManyRows || !has_map) return rows <= kFewRows ? 4 : 8;
-  const int64_t most = length > kLong ? most_outputs : kMaxBlockOutputs / 2;
+  const int64_t most = length > kLong ? kMaxBlockOutputs : kMaxBlockOutputs / 2;
   const int64_t blocks = (tokens + most - 1) / most;
   return static_cast<int>((tokens + blocks - 1) / blocks);
 }

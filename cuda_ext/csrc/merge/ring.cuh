@@ -27,12 +27,12 @@ __device__ __forceinline__ void copy_pack(const T* from, Pack<T, kCount>* to) {
 
 // Where a warp is in the stream of its members.
 struct MemberCursor {
-  Window left;  // the outputs that it hasn't left behind
+  Outputs left;  // the outputs that it hasn't left behind
   int member = 0;
 
-  __device__ __forceinline__ int output() const { return left.first + __ffs(left.outputs) - 1; }
+  __device__ __forceinline__ int output() const { return __ffs(left) - 1; }
   __device__ __forceinline__ void step(bool is_last) {
-    if (is_last) left.outputs &= left.outputs - 1;
+    if (is_last) left &= left - 1;
     member = is_last ? 0 : member + 1;
   }
 };
@@ -47,16 +47,15 @@ constexpr int ring_depth() {
 
 template <class Rows, int kPacks>
 constexpr int ring_bytes() {
-  return Rows::kWarps * ring_depth<Rows, kPacks>() * kPacks * Rows::kPackBytes;
+  return kBlockWarps * ring_depth<Rows, kPacks>() * kPacks * Rows::kPackBytes;
 }
 
 // Rows of up to kPacks packs. The members of a warp's rows form one stream through a ring in shared memory,
 // where each lane reads what it has copied itself: while one of them is added and its row finished, the next
 // are under way. `begin` is what is done behind the first copies.
 template <int kPacks, class Rows, class Begin>
-__device__ __forceinline__ void merge_stream(const GatherParams& p, const Rows& rows,
-                                             const Storage<Rows::kWarps>& shared, const Window& mine,
-                                             char* ring, Begin&& begin) {
+__device__ __forceinline__ void merge_stream(const GatherParams& p, const Rows& rows, const Storage& shared,
+                                             Outputs mine, char* ring, Begin&& begin) {
   constexpr int kCount = Rows::kCount;
   constexpr int kDepth = ring_depth<Rows, kPacks>();
   constexpr int kStageBytes = kPacks * Rows::kPackBytes;
@@ -64,7 +63,7 @@ __device__ __forceinline__ void merge_stream(const GatherParams& p, const Rows& 
   char* const stages = ring + threadIdx.x / kWarpSize * (kDepth * kStageBytes);
   MemberCursor ahead{mine}, now{mine};
   const auto copy_next = [&](int stage) {
-    if (ahead.left.outputs != 0) {
+    if (ahead.left != 0) {
       const int token = shared.list[ahead.output()][ahead.member].token;
 #pragma unroll
       for (int k = 0; k < kPacks; ++k) {
@@ -90,7 +89,7 @@ __device__ __forceinline__ void merge_stream(const GatherParams& p, const Rows& 
   reset();
   int stage = 0;
 #pragma unroll 1
-  while (now.left.outputs != 0) {
+  while (now.left != 0) {
     const int output = now.output();
     const Member member = shared.list[output][now.member];
     cute::cp_async_wait<kDepth - 1>();

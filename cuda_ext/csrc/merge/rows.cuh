@@ -2,7 +2,6 @@
 // token's row is (x, or x + gamma * branch) and in what happens to a finished row.
 //
 // A Rows type supplies, for packs of kCount channels:
-//   kWarps                       of a block
 //   Fetched                      what is loaded for a pack of a token
 //   fetch(token, channel)        -> Fetched
 //   kPackBytes, copy(token, channel, to), arrived(from) -> Fetched    the same through shared memory, at
@@ -22,9 +21,8 @@ namespace tome::merge_ops {
 // by compensated (Kahan) addition, as hundreds of plain float32 additions would lose bits that the
 // definition's tree of additions keeps.
 template <int kWidth, class Rows>
-__device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& rows,
-                                             const Storage<Rows::kWarps>& shared, int64_t b, int first,
-                                             int output) {
+__device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& rows, const Storage& shared,
+                                             int64_t b, int first, int output) {
   constexpr int kCount = Rows::kCount;
   constexpr int kStep = kWarpSize * kCount;
   constexpr int kPacks = kWidth;  // packs of a member in flight
@@ -113,35 +111,25 @@ __device__ __forceinline__ void merge_slowly(const GatherParams& p, const Rows& 
 
 // All output rows of the block; kPacks = 0 for rows of any width. `ring`: ring_bytes() of shared memory.
 template <int kPacks, class Rows>
-__device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows,
-                                           Storage<Rows::kWarps>& shared, int64_t b, int first, int outputs,
-                                           char* ring) {
+__device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& rows, Storage& shared,
+                                           int64_t b, int first, int outputs, char* ring) {
   const bool has_map = p.slot.data_ptr != nullptr;
   if (has_map) list_members(p, b, first, outputs, shared);
-  auto mine = share_outputs<Rows::kWarps>([&](int output) {
+  const Outputs mine = share_outputs([&](int output) {
     if (!has_map) return output < outputs ? 1 : 0;
     return output < outputs && is_listed(shared, output) ? shared.count[output] : 0;
   });
-  bool is_first = true;
-  do {
-    const Window window = take_window(mine);
-    if (has_map) {
-      order_members(window, shared);
-    } else {
-      list_identity(first, window, shared);
-    }
-    const auto begin = [&] {
-      weigh_members(p, b, first, Window{window.first, has_map ? window.outputs : 0}, shared, [&] {
-        if (is_first) rows.prepare();
-      });
-    };
-    if constexpr (kPacks > 0) {
-      merge_stream<kPacks>(p, rows, shared, window, ring, begin);
-    } else {
-      begin();
-    }
-    is_first = false;
-  } while (mine != 0);
+  if (has_map) {
+    order_members(mine, shared);
+  } else {
+    list_identity(first, mine, shared);
+  }
+  const auto begin = [&] { weigh_members(p, b, first, has_map ? mine : 0, shared, [&] { rows.prepare(); }); };
+  if constexpr (kPacks > 0) {
+    merge_stream<kPacks>(p, rows, shared, mine, ring, begin);
+  } else {
+    begin();
+  }
   if constexpr (kPacks == 0) {
     __syncthreads();
   } else {
@@ -149,7 +137,7 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
   }
   // In a loop of their own: together the two would need half as many registers again.
 #pragma unroll 1
-  for (int output = threadIdx.x / kWarpSize; output < outputs; output += Rows::kWarps) {
+  for (int output = threadIdx.x / kWarpSize; output < outputs; output += kBlockWarps) {
     if (kPacks == 0 || !is_listed(shared, output)) {
       merge_slowly<kPacks == 0 ? (Rows::kCount == 1 ? 8 : 2) : 1>(p, rows, shared, b, first, output);
     }

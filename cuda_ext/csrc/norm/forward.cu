@@ -26,7 +26,7 @@ constexpr int min_blocks() {
 template <class T, class U, int kCount, int kPacks>
 __global__ __launch_bounds__(kThreads,
                              (min_blocks<U, kCount, kPacks>())) void norm_kernel(const NormParams p) {
-  static __shared__ merge_ops::Storage<merge_ops::kFewWarps> shared;
+  static __shared__ merge_ops::Storage shared;
   const GatherParams& merge = p.merge;
   using Rows = NormRows<T, U, kCount, (kPacks > 0)>;
   Staged staged{};

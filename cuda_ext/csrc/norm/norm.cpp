@@ -71,7 +71,7 @@ Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const s
   if (slot.has_value()) total = new_empty(x, {batch, tokens}, ScalarType::Float);
   if (training) stats = new_empty(x, {batch, tokens, 2}, ScalarType::Float);
   NormParams p{};
-  p.merge = gather_params(x, merged, slot, tokens, size, merge_ops::kMaxBlockOutputs);
+  p.merge = gather_params(x, merged, slot, tokens, size);
   if (total.has_value()) p.merge.total_ptr = static_cast<float*>(total->mutable_data_ptr());
   if (branch.has_value()) p.branch = view(*branch);
   p.y_ptr = y.mutable_data_ptr();

@@ -14,7 +14,7 @@ using merge_ops::is_inside;
 using merge_ops::lane_channel;
 using merge_ops::RowPart;
 
-constexpr int kThreads = merge_ops::kFewWarps * kWarpSize;
+constexpr int kThreads = merge_ops::kBlockThreads;
 
 // gamma, weight and bias in float32, in shared memory: converted once per block, and read without bank
 // conflicts as 16 bytes of all lanes lie side by side.
@@ -58,7 +58,6 @@ struct NoBranch {};
 template <class T, class U, int kCount_, bool kStaged>
 struct NormRows {
   static constexpr bool kHasBranch = !std::is_same_v<U, NoBranch>;
-  static constexpr int kWarps = merge_ops::kFewWarps;
   static constexpr int kCount = kCount_;
   static constexpr int kStep = kWarpSize * kCount;
   struct Fetched {
