@@ -67,7 +67,11 @@ def mutants(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """Run the tests on the oldest versions of everything that pyproject.toml claims to work with."""
     project = PROJECT["project"]
-    claimed = [*project["dependencies"], *project["optional-dependencies"]["plot"]]
+    claimed = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["plot"],
+        *project["optional-dependencies"]["transformers"],
+    ]
     groups = nox.project.dependency_groups(PROJECT, "test")
     session.install(*(requirement.replace(">=", "==") for requirement in claimed), *groups)
     session.install("--no-deps", ".")

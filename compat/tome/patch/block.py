@@ -44,6 +44,10 @@ class MergingBlock(Patched):
         """Whether the MLP reads its tokens through linear layers only."""
         raise NotImplementedError
 
+    def is_unknown(self, argument: object) -> bool:
+        """Whether a further argument of a call asks for what merging cannot give."""
+        return argument is not None and argument is not False
+
     def forward(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Any:
         """The tokens that are left, or as many as came in behind the last block."""
         s = self._tome
@@ -76,7 +80,7 @@ class MergingBlock(Patched):
             raise UnsupportedModelError(
                 f"{name} has backward hooks, which need a tensor between blocks: hook a part of it, or set r = 0"
             )
-        if any(other is not None and other is not False for other in others):
+        if any(map(self.is_unknown, others)):
             raise UnsupportedModelError(f"{name}: a patched block takes no attn_mask: merging moves the tokens")
 
     def _backend(self) -> str | None:
@@ -183,7 +187,7 @@ class MergingBlock(Patched):
                 torch.cuda.current_stream(y.device).wait_stream(side)
         if row.is_post:
             value = getattr(self, row.norm1)(value)
-        return self._scaled(value, row.scale1, row.drop1), slot
+        return plain.scaled(self, value, row.scale1, row.drop1), slot
 
     def _mlp(self, plan: Plan, calls: dict[str, Any], x: Tensor, y: Tensor | None, norm: Norm | None) -> Branch | Mlp:
         """What the MLP adds to x, or the MLP itself, where its reader may compute it."""
@@ -200,18 +204,7 @@ class MergingBlock(Patched):
                 return Mlp(y, parts, call)
         norm2 = getattr(self, row.norm2)
         value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))
-        return self._scaled(norm2(value) if row.is_post else value, row.scale2, row.drop2)
-
-    def _scaled(self, value: Tensor, scale: str | None, drop: str | None) -> Branch:
-        """The branch behind LayerScale and drop path; a plain LayerScale is left to the addition."""
-        factor: Any = None if scale is None else getattr(self, scale)
-        path: Any = None if drop is None else getattr(self, drop)
-        name = plain.SCALES.get(type(factor))
-        if name is not None and not has_hooks(factor) and (path is None or plain.is_inert(path)):
-            return Branch(value, getattr(factor, name))
-        for part in (factor, path):
-            value = value if part is None else through(part, value)
-        return Branch(value)
+        return plain.scaled(self, norm2(value) if row.is_post else value, row.scale2, row.drop2)
 
     def _plan(self) -> Plan:
         """What the block computes with; read again when anything has changed since."""

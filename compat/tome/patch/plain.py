@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tome.recording import record
-from tome.tokens import Linear, MlpParts, Norm
+from tome.tokens import Branch, Linear, MlpParts, Norm
 
 Kinds = dict[type[nn.Module], Any]
 
@@ -173,6 +173,18 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 def through(module: nn.Module, x: Tensor) -> Tensor:
     """The module's output; a call costs microseconds, which count where a block takes a hundred."""
     return x if is_inert(module) else module(x)
+
+
+def scaled(block: Any, value: Tensor, scale: str | None, drop: str | None) -> Branch:
+    """The branch behind LayerScale and drop path; a plain LayerScale is left to the addition."""
+    factor: Any = None if scale is None else getattr(block, scale)
+    path: Any = None if drop is None else getattr(block, drop)
+    name = SCALES.get(type(factor))
+    if name is not None and not has_hooks(factor) and (path is None or is_inert(path)):
+        return Branch(value, getattr(factor, name))
+    for part in (factor, path):
+        value = value if part is None else through(part, value)
+    return Branch(value)
 
 
 def is_inert(module: nn.Module) -> bool:

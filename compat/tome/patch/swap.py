@@ -70,6 +70,16 @@ def check_own(name: str, module: nn.Module) -> None:
         )
 
 
+def check_block(name: str, block: nn.Module) -> None:
+    """Refuse a block whose new class would not be called, or that :func:`check_own` refuses."""
+    check_own(name, block)
+    if "forward" in vars(block):
+        raise UnsupportedModelError(
+            f"{name}: its forward was replaced (as accelerate's hooks for offloading do), so that a patch would not be "
+            "called; patch before that"
+        )
+
+
 _made: dict[tuple[type[Patched], type[nn.Module]], type[nn.Module]] = {}
 
 

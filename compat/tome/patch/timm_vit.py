@@ -21,7 +21,7 @@ from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
 from tome.patch.model import PatchedModel, pass_on
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
-from tome.patch.swap import UnsupportedModelError, base_of, check_own, swap
+from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, swap
 from tome.tokens import MlpParts, restored
 
 plain.NORMS[LayerNorm] = plain.INERT_IN_EVAL[DropPath] = None
@@ -164,14 +164,9 @@ def _check_model(model: Any) -> None:
     check_own("", model)
     for i, block in enumerate(model.blocks):
         name = f"blocks.{i}"
-        check_own(name, block)
+        check_block(name, block)
         if base_of(block) not in BLOCKS:
             raise UnsupportedModelError(f"{name}: {type(block).__name__} is not supported")
-        if "forward" in vars(block):
-            raise UnsupportedModelError(
-                f"{name}: its forward was replaced (as accelerate's hooks for offloading do), so that a patch would "
-                "not be called; patch before that"
-            )
         if type(block.attn) is not timm_vit.Attention:
             raise UnsupportedModelError(f"{name}.attn: {type(block.attn).__name__} is not supported")
         for part, module, known in ((name, block, BLOCK_PARTS), (f"{name}.attn", block.attn, ATTENTION_PARTS)):

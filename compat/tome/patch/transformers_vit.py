@@ -1,0 +1,248 @@
+"""transformers' Vision Transformers: ViT, DeiT, ViT-MAE, I-JEPA, DINOv2 with and without registers, CLIP, SigLIP.
+
+Only types that are known by name, with the parts that they are known to have, are swapped: a change in transformers
+ends in an error instead of a model that is quietly wrong. Text towers and decoders, whose layers are of the same
+classes, stay as they are.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh
+
+from tome.patch import plain
+from tome.patch.block import MergingBlock
+from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
+from tome.patch.model import PassedOn, PatchedModel
+from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks
+from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
+from tome.patch.swap import Patched, UnsupportedModelError, base_of, check_block, check_own, swap
+from tome.tokens import MlpParts, restored
+
+OLDEST = "5.19"  # that names the parts as below
+plain.GELUS[GELUTanh] = lambda gelu: True
+plain.GELUS[GELUActivation] = lambda gelu: False
+
+
+class SeparateAttention(Attention):
+    """A linear layer for each of q, k and v, and one behind."""
+
+    def __init__(self, heads: str, scale: str, dropout: str, proj: str) -> None:
+        self.heads, self.scale, self.dropout, self.proj = heads, scale, dropout, proj
+        self.parts = {"q_proj", "k_proj", "v_proj", proj}
+
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
+        made = (call(part, y) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k, v = (part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for part in made)
+        return q, k, v
+
+    def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:
+        return cast(Tensor, getattr(attn, self.proj)(seen.transpose(1, 2).flatten(2)))
+
+    def whole(self, attn: Any, y: Tensor, bias: Tensor | None) -> Tensor:
+        kernel = attn.config._attn_implementation
+        if bias is not None and kernel not in ("eager", "sdpa"):
+            raise UnsupportedModelError(
+                f"{type(attn).__name__} is watched, so that it has to be called with log sizes as its mask, which "
+                f"attn_implementation {kernel!r} takes none of: use 'sdpa' or 'eager'"
+            )
+        return cast(Tensor, attn(y, attention_mask=bias)[0])
+
+    def is_watched(self, attn: Any) -> bool:
+        return has_hooks(attn)
+
+    def numbers(self, attn: Any) -> tuple[int, float | None, float]:
+        dropout_p = getattr(attn, self.dropout) if attn.training else 0.0
+        return getattr(attn, self.heads), getattr(attn, self.scale), dropout_p
+
+    def reads_linearly(self, attn: Any) -> bool:
+        return all(type(part) is nn.Linear for part in attn.children())
+
+    def read(self, reading: Reading, attn: Any) -> AttentionParts:
+        return AttentionParts(None, reading.linear(attn, self.proj))
+
+
+class TransformersBlock(MergingBlock):
+    """A layer of transformers: MLPs of Linear, activation, Linear; others are called."""
+
+    def is_unknown(self, argument: object) -> bool:
+        """A mask. What is to be recorded of the model comes as flags, which concern hooks."""
+        return isinstance(argument, Tensor)
+
+    def mlp_reads_linearly(self) -> bool:
+        return {type(part) for part in cast(nn.Module, self.mlp).children()} <= {nn.Linear, *plain.GELUS}
+
+    def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
+        if {name for name, _ in mlp.named_children()} != {"fc1", "activation_fn", "fc2"}:
+            raise NotPlain(f"mlp is a {type(mlp).__name__}")
+        tanh = reading.is_tanh(mlp, "activation_fn")
+        return MlpParts(reading.linear(mlp, "fc1"), tanh, reading.linear(mlp, "fc2"))
+
+
+class ViTBlock(TransformersBlock):
+    """The layer of ViT and what follows it."""
+
+    _tome_row = Row(
+        SeparateAttention("num_attention_heads", "scaling", "attention_dropout", "o_proj"),
+        *("attention", "layernorm_before", None, "dropout", "mlp", "layernorm_after", None, "dropout"),
+    )
+
+
+class DinoBlock(TransformersBlock):
+    """The layer of DINOv2, with LayerScale."""
+
+    _tome_row = Row(
+        ViTBlock._tome_row.attention,
+        *("attention", "norm1", "layer_scale1", "drop_path", "mlp", "norm2", "layer_scale2", "drop_path"),
+    )
+
+
+class CLIPBlock(TransformersBlock):
+    """The layer of CLIP and SigLIP."""
+
+    _tome_row = Row(
+        SeparateAttention("num_heads", "scale", "dropout", "out_proj"),
+        *("self_attn", "layer_norm1", None, None, "mlp", "layer_norm2", None, None),
+    )
+
+
+class Tower(NamedTuple):
+    """A class of models that runs layers over the tokens of an image."""
+
+    layers: str
+    class_tokens: int  # 2: a distillation token too
+    patches: str = "embeddings.patch_embeddings"
+    norm: str = "layernorm"
+    is_any_size: bool = False
+
+
+# By the names behind transformers.models, so that none of them is imported before a user has.
+_DINOV2 = "dinov2.modeling_dinov2.Dinov2"
+_REGISTERS = "dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters"
+LAYERS: dict[str, tuple[type[MergingBlock], str]] = {  # the mixin, and the class of the attention
+    "vit.modeling_vit.ViTLayer": (ViTBlock, "ViTAttention"),
+    "deit.modeling_deit.DeiTLayer": (ViTBlock, "DeiTAttention"),
+    "vit_mae.modeling_vit_mae.ViTMAELayer": (ViTBlock, "ViTMAEAttention"),
+    "ijepa.modeling_ijepa.IJepaLayer": (ViTBlock, "IJepaAttention"),
+    f"{_DINOV2}Layer": (DinoBlock, "Dinov2Attention"),
+    f"{_REGISTERS}Layer": (DinoBlock, "Dinov2WithRegistersAttention"),
+    "clip.modeling_clip.CLIPEncoderLayer": (CLIPBlock, "CLIPAttention"),
+    "siglip.modeling_siglip.SiglipEncoderLayer": (CLIPBlock, "SiglipAttention"),
+}
+TOWERS = {
+    "vit.modeling_vit.ViTModel": Tower("layers", 1),
+    "deit.modeling_deit.DeiTModel": Tower("layers", 2),
+    "vit_mae.modeling_vit_mae.ViTMAEModel": Tower("layers", 1, is_any_size=True),  # most patches are masked
+    "ijepa.modeling_ijepa.IJepaModel": Tower("layers", 0),
+    "clip.modeling_clip.CLIPVisionModel": Tower("encoder.layers", 1, "embeddings", "post_layernorm"),
+    "siglip.modeling_siglip.SiglipVisionModel": Tower("encoder.layers", 0, "embeddings", "post_layernorm"),
+    **{
+        f"{family}{kind}": Tower("encoder.layer", 1, is_any_size=True)
+        for family in (_DINOV2, _REGISTERS)
+        for kind in ("Model", "Backbone")
+    },
+}
+SCALES = {f"{_DINOV2}LayerScale", f"{_REGISTERS}LayerScale"}
+DROP_PATHS = {f"{_DINOV2}DropPath", f"{_REGISTERS}DropPath"}
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models.")
+
+
+def _tower(module: object) -> Tower | None:
+    return next((TOWERS[name] for name in map(_name, type(module).__mro__) if name in TOWERS), None)
+
+
+class TransformersTower(PatchedModel):
+    """The model whose layers are patched. What it returns of its middle layers is on the full grid."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; not ``forward``, whose signature is asked for the names of inputs."""
+        return restored(super().__call__(*args, **kwargs))
+
+    def _tome_blocks(self) -> dict[str, MergingBlock]:
+        path = cast(Tower, _tower(self)).layers
+        return {f"{path}.{i}": layer for i, layer in enumerate(attrgetter(path)(self))}
+
+    def _tome_prefix(self) -> tuple[int, bool, bool]:
+        count, config = cast(Tower, _tower(self)).class_tokens, cast(Any, self).config
+        return count + getattr(config, "num_register_tokens", 0), count > 0, count > 1
+
+    def _tome_length(self) -> int | None:
+        tower = cast(Tower, _tower(self))
+        patches = None if tower.is_any_size else getattr(attrgetter(tower.patches)(self), "num_patches", None)
+        return None if patches is None else patches + self._tome_prefix()[0]
+
+
+class Holder(Patched):
+    """Mixed into a model around the tower, with a head or a text tower beside it."""
+
+    _tome_path: str
+
+    @property
+    def _tome_tower(self) -> nn.Module:
+        return cast(nn.Module, self).get_submodule(self._tome_path)
+
+    r, _tome_info = PassedOn("_tome_tower", "r"), PassedOn("_tome_tower", "_tome_info")
+
+
+def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
+    """See :func:`tome.patch.transformers`."""
+    towers = [(name, module) for name, module in model.named_modules() if _tower(module) is not None]
+    if len(towers) != 1:
+        known = sorted(name.rpartition(".")[2] for name in TOWERS)
+        found = f"{len(towers)} of them" if towers else "none"
+        raise UnsupportedModelError(
+            f"{type(model).__module__}.{type(model).__name__} must hold one of {', '.join(known)}; found {found}"
+        )
+    path, inner = towers[0]
+    tower = cast(Tower, _tower(inner))
+    check_own("", model)
+    check_own(path, inner)
+    layers = attrgetter(tower.layers)(inner)
+    for i, layer in enumerate(layers):
+        _check_layer(f"{tower.layers}.{i}", layer)
+    for part in layers.modules():
+        if _name(type(part)) in SCALES:
+            plain.SCALES[type(part)] = "lambda1"
+        elif _name(type(part)) in DROP_PATHS:
+            plain.INERT_IN_EVAL[type(part)] = None
+    for layer in layers:
+        swap(layer, LAYERS[_name(base_of(layer))][0])
+    for module in inner.modules():
+        if is_patch_conv(module):
+            module.__class__ = PatchConv2d
+    norm = getattr(inner, tower.norm, None)
+    if type(norm) is nn.LayerNorm:
+        swap(norm, LastNorm)
+    swap(inner, TransformersTower)
+    inner._tome = settings
+    inner.r = 0
+    if path:
+        swap(model, Holder)
+        model._tome_path = path
+    return model
+
+
+def _check_layer(name: str, layer: Any) -> None:
+    check_block(name, layer)
+    known = LAYERS.get(_name(base_of(layer)))
+    if known is None:
+        raise UnsupportedModelError(f"{name}: {type(layer).__name__} is not supported")
+    row, attn = known[0]._tome_row, layer._modules.get(known[0]._tome_row.attn)
+    if type(attn).__name__ != known[1]:
+        raise UnsupportedModelError(f"{name}.{row.attn}: {type(attn).__name__} is not supported")
+    for part, module, names in (
+        (name, layer, {row.attn, row.norm1, row.scale1, row.drop1, row.mlp, row.norm2, row.scale2, row.drop2} - {None}),
+        (f"{name}.{row.attn}", attn, cast(SeparateAttention, row.attention).parts),
+    ):
+        found = set(module._modules)
+        if found != names:
+            raise UnsupportedModelError(
+                f"{part}: {type(module).__name__} has the parts {sorted(found)}, not {sorted(map(str, names))} as in "
+                f"transformers {OLDEST}"
+            )
