@@ -20,7 +20,7 @@ from tome.patch.model import PassedOn, PatchedModel
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks
 from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError, base_of, check_block, check_own, swap
-from tome.tokens import MlpParts, restored
+from tome.tokens import MlpParts, Tokens, restored
 
 OLDEST = "5.19"  # that names the parts as below
 plain.GELUS[GELUTanh] = lambda gelu: True
@@ -36,18 +36,15 @@ class SeparateAttention(Attention):
 
     def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         made = (call(part, y) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
-        q, k, v = (part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for part in made)
-        return q, k, v
+        return cast(Qkv, tuple(part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for part in made))
 
     def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:
         return cast(Tensor, getattr(attn, self.proj)(seen.transpose(1, 2).flatten(2)))
 
     def whole(self, attn: Any, y: Tensor, bias: Tensor | None) -> Tensor:
-        kernel = attn.config._attn_implementation
-        if bias is not None and kernel not in ("eager", "sdpa"):
+        if bias is not None and (kernel := attn.config._attn_implementation) not in ("eager", "sdpa"):
             raise UnsupportedModelError(
-                f"{type(attn).__name__} is watched, so that it has to be called with log sizes as its mask, which "
-                f"attn_implementation {kernel!r} takes none of: use 'sdpa' or 'eager'"
+                f"{type(attn).__name__} is watched and {kernel!r} takes no log sizes as its mask: use 'sdpa' or 'eager'"
             )
         return cast(Tensor, attn(y, attention_mask=bias)[0])
 
@@ -55,8 +52,7 @@ class SeparateAttention(Attention):
         return has_hooks(attn)
 
     def numbers(self, attn: Any) -> tuple[int, float | None, float]:
-        dropout_p = getattr(attn, self.dropout) if attn.training else 0.0
-        return getattr(attn, self.heads), getattr(attn, self.scale), dropout_p
+        return getattr(attn, self.heads), getattr(attn, self.scale), attn.training * getattr(attn, self.dropout)
 
     def reads_linearly(self, attn: Any) -> bool:
         return all(type(part) is nn.Linear for part in attn.children())
@@ -68,6 +64,13 @@ class SeparateAttention(Attention):
 class TransformersBlock(MergingBlock):
     """A layer of transformers: MLPs of Linear, activation, Linear; others are called."""
 
+    def forward(self, x: Tensor | Tokens, *args: Any, tome_unmasked: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, which makes a mask of ones while a model is traced, asked for or not."""
+        if tome_unmasked:
+            args = tuple(None for _ in args)
+            kwargs |= {"attention_mask": None} if "attention_mask" in kwargs else {}
+        return super().forward(x, *args, **kwargs)
+
     def is_unknown(self, argument: object) -> bool:
         """A mask. What is to be recorded of the model comes as flags, which concern hooks."""
         return isinstance(argument, Tensor)
@@ -78,8 +81,8 @@ class TransformersBlock(MergingBlock):
     def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
         if {name for name, _ in mlp.named_children()} != {"fc1", "activation_fn", "fc2"}:
             raise NotPlain(f"mlp is a {type(mlp).__name__}")
-        tanh = reading.is_tanh(mlp, "activation_fn")
-        return MlpParts(reading.linear(mlp, "fc1"), tanh, reading.linear(mlp, "fc2"))
+        fc1, fc2 = reading.linear(mlp, "fc1"), reading.linear(mlp, "fc2")
+        return MlpParts(fc1, reading.is_tanh(mlp, "activation_fn"), fc2)
 
 
 class ViTBlock(TransformersBlock):
@@ -139,11 +142,10 @@ TOWERS = {
     "ijepa.modeling_ijepa.IJepaModel": Tower("layers", 0),
     "clip.modeling_clip.CLIPVisionModel": Tower("encoder.layers", 1, "embeddings", "post_layernorm"),
     "siglip.modeling_siglip.SiglipVisionModel": Tower("encoder.layers", 0, "embeddings", "post_layernorm"),
-    **{
-        f"{family}{kind}": Tower("encoder.layer", 1, is_any_size=True)
-        for family in (_DINOV2, _REGISTERS)
-        for kind in ("Model", "Backbone")
-    },
+    f"{_DINOV2}Model": Tower("encoder.layer", 1, is_any_size=True),
+    f"{_DINOV2}Backbone": Tower("encoder.layer", 1, is_any_size=True),
+    f"{_REGISTERS}Model": Tower("encoder.layer", 1, is_any_size=True),
+    f"{_REGISTERS}Backbone": Tower("encoder.layer", 1, is_any_size=True),
 }
 SCALES = {f"{_DINOV2}LayerScale", f"{_REGISTERS}LayerScale"}
 DROP_PATHS = {f"{_DINOV2}DropPath", f"{_REGISTERS}DropPath"}
@@ -162,6 +164,8 @@ class TransformersTower(PatchedModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; not ``forward``, whose signature is asked for the names of inputs."""
+        if kwargs.get("attention_mask") is None and not any(isinstance(other, Tensor) for other in args[1:]):
+            kwargs["tome_unmasked"] = True
         return restored(super().__call__(*args, **kwargs))
 
     def _tome_blocks(self) -> dict[str, MergingBlock]:
@@ -195,9 +199,8 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     towers = [(name, module) for name, module in model.named_modules() if _tower(module) is not None]
     if len(towers) != 1:
         known = sorted(name.rpartition(".")[2] for name in TOWERS)
-        found = f"{len(towers)} of them" if towers else "none"
         raise UnsupportedModelError(
-            f"{type(model).__module__}.{type(model).__name__} must hold one of {', '.join(known)}; found {found}"
+            f"{type(model).__module__}.{type(model).__name__} must hold one of {', '.join(known)}; found {len(towers)}"
         )
     path, inner = towers[0]
     tower = cast(Tower, _tower(inner))
@@ -240,8 +243,7 @@ def _check_layer(name: str, layer: Any) -> None:
         (name, layer, {row.attn, row.norm1, row.scale1, row.drop1, row.mlp, row.norm2, row.scale2, row.drop2} - {None}),
         (f"{name}.{row.attn}", attn, cast(SeparateAttention, row.attention).parts),
     ):
-        found = set(module._modules)
-        if found != names:
+        if (found := set(module._modules)) != names:
             raise UnsupportedModelError(
                 f"{part}: {type(module).__name__} has the parts {sorted(found)}, not {sorted(map(str, names))} as in "
                 f"transformers {OLDEST}"
