@@ -38,7 +38,7 @@ MUTANTS = (
            "slot = step.gather(1, slot.long())", "slot = slot.gather(1, step.long())", "tests/test_restore.py"),
     Mutant("attention forgets sizes", "reference/tome_reference/attention.py",
            "bias = None if size is None else size_bias(size).to(q.dtype)", "bias = None", "tests/test_attention.py"),
-    Mutant("a block forgets its LayerScale", "compat/tome/patch/block.py",
+    Mutant("a block forgets its LayerScale", "compat/tome/patch/plain.py",
            "return Branch(value, getattr(factor, name))", "return Branch(value)", "tests/test_block.py"),
     Mutant("a block forgets its sizes", "compat/tome/patch/block.py",
            "weights = size if s.model.prop_attn else None", "weights = None", "tests/test_timm.py"),

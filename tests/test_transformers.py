@@ -302,6 +302,24 @@ def test_of_two_towers_the_vision_tower_is_patched(kind, config):
     assert twin._tome_info["size"].shape == (2, tome.merged(twin, **inputs).count(), 1)
 
 
+@pytest.mark.parametrize("kind", [transformers.TimmWrapperModel, transformers.TimmWrapperForImageClassification])
+def test_a_timm_model_in_transformers_clothes(kind):
+    args = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=3, model_args=args)
+    model = shaken(kind(config))
+    twin = tome.patch.auto(copy.deepcopy(model))
+    with torch.no_grad():
+        before, after = (each(images(), output_hidden_states=True) for each in (model, twin))
+        assert same(after, before)
+        assert all(map(torch.equal, after.hidden_states, before.hidden_states))
+        twin.r = 4
+        after = twin(images(), output_hidden_states=True)
+    assert [h.shape for h in after.hidden_states] == [h.shape for h in before.hidden_states]
+    assert not torch.equal(after[0], before[0])
+    assert tome.merged(twin, images()).count() == 37 - 16
+    assert same(tome.unpatch(twin)(images()), model(images()))
+
+
 def test_a_backbone_gives_grids():
     config = transformers.Dinov2Config(**SMALL, out_indices=[2, 4])
     model = shaken(transformers.Dinov2Backbone(config))

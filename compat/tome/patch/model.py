@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tome import schedule
 from tome.patch.block import MergingBlock
 from tome.patch.row import BlockSettings, ModelSettings
-from tome.patch.swap import Patched, UnsupportedModelError
+from tome.patch.swap import Patched, UnsupportedModelError, swap
 from tome.tokens import Tokens, kept
 from tome.utils import adjacency
 
@@ -91,6 +91,25 @@ class PassedOn:
             setattr(inner, self.name, value)
         else:
             vars(wrapper)[self.name] = value
+
+
+class Holder(Patched):
+    """Mixed into a model around the patched one, with a head or a text tower beside it."""
+
+    _tome_path: str
+
+    @property
+    def _tome_inner(self) -> nn.Module:
+        return cast(nn.Module, self).get_submodule(self._tome_path)
+
+    r, _tome_info = PassedOn("_tome_inner", "r"), PassedOn("_tome_inner", "_tome_info")
+
+
+def hold(model: nn.Module, path: str) -> None:
+    """Let a model pass ``r`` and ``_tome_info`` on to the patched one in it."""
+    if path:
+        swap(model, Holder)
+        model._tome_path = path  # type: ignore[assignment]
 
 
 def pass_on(wrapper: type[nn.Module], inner: str) -> None:

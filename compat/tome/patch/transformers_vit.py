@@ -16,10 +16,10 @@ from transformers.activations import GELUActivation, GELUTanh
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
-from tome.patch.model import PassedOn, PatchedModel
+from tome.patch.model import PatchedModel, hold
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks
 from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
-from tome.patch.swap import Patched, UnsupportedModelError, base_of, check_block, check_own, swap
+from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, swap
 from tome.tokens import MlpParts, Tokens, restored
 
 OLDEST = "5.19"  # that names the parts as below
@@ -147,6 +147,7 @@ TOWERS = {
     f"{_REGISTERS}Model": Tower("encoder.layer", 1, is_any_size=True),
     f"{_REGISTERS}Backbone": Tower("encoder.layer", 1, is_any_size=True),
 }
+TIMM_WRAPPER = "timm_wrapper.modeling_timm_wrapper.TimmWrapper"  # with a head, or without one
 SCALES = {f"{_DINOV2}LayerScale", f"{_REGISTERS}LayerScale"}
 DROP_PATHS = {f"{_DINOV2}DropPath", f"{_REGISTERS}DropPath"}
 
@@ -182,20 +183,15 @@ class TransformersTower(PatchedModel):
         return None if patches is None else patches + self._tome_prefix()[0]
 
 
-class Holder(Patched):
-    """Mixed into a model around the tower, with a head or a text tower beside it."""
-
-    _tome_path: str
-
-    @property
-    def _tome_tower(self) -> nn.Module:
-        return cast(nn.Module, self).get_submodule(self._tome_path)
-
-    r, _tome_info = PassedOn("_tome_tower", "r"), PassedOn("_tome_tower", "_tome_info")
-
-
 def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     """See :func:`tome.patch.transformers`."""
+    for path, module in model.named_modules():
+        if _name(type(module)).startswith(TIMM_WRAPPER):
+            from tome.patch import timm_vit
+
+            timm_vit.apply_patch(module.timm_model, settings)
+            hold(model, f"{path}.timm_model".lstrip("."))
+            return model
     towers = [(name, module) for name, module in model.named_modules() if _tower(module) is not None]
     if len(towers) != 1:
         known = sorted(name.rpartition(".")[2] for name in TOWERS)
@@ -225,9 +221,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     swap(inner, TransformersTower)
     inner._tome = settings
     inner.r = 0
-    if path:
-        swap(model, Holder)
-        model._tome_path = path
+    hold(model, path)
     return model
 
 
