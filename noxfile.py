@@ -69,8 +69,7 @@ def oldest(session: nox.Session) -> None:
     project = PROJECT["project"]
     claimed = [
         *project["dependencies"],
-        *project["optional-dependencies"]["plot"],
-        *project["optional-dependencies"]["transformers"],
+        *(requirement for extra in project["optional-dependencies"].values() for requirement in extra),
     ]
     groups = nox.project.dependency_groups(PROJECT, "test")
     session.install(*(requirement.replace(">=", "==") for requirement in claimed), *groups)

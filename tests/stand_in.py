@@ -24,6 +24,23 @@ BINDING = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "binding.cpp"
 INFO = library.BuildInfo("here.so", "2.11", "13.2", "4.2.0", ("90a-real",), (32, 64, 72), 256, 1e-30, 3)
 
 
+class Halves:
+    """In the place of ``tome.ops.one_call``: the halves by the reference, and how often each was asked for."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def one_call(self, half: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+        self.taken.append(half.__name__)
+        call: Callable[..., Any] = getattr(tome_reference, half.__name__)
+        return call
+
+    def counts(self) -> tuple[int, int]:
+        counts = self.taken.count("attend_half"), self.taken.count("mlp_half")
+        self.taken.clear()
+        return counts
+
+
 @functools.cache
 def schemas() -> dict[str, str]:
     """Every schema of csrc/binding.cpp by the name of its operator."""

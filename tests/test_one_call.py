@@ -6,12 +6,12 @@ import pytest
 import torch
 from backends import NO_EXTENSION
 from models import HOSTS, WIDE, images, make
+from stand_in import Halves
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import tome
-import tome_reference
 from tome import ops, recording, report
 from tome.patch import block
 
@@ -19,22 +19,6 @@ from tome.patch import block
 OTHER_ATTENTION = {"scale norm", "res-post-norm"}
 OTHER_MLP = {"clip quickgelu", "scale norm", "res-post-norm", "swiglu"}
 every_host = pytest.mark.parametrize("host", HOSTS)
-
-
-class Halves:
-    """What stands in for the extension on a CPU: the halves by the reference, and how often each was asked for."""
-
-    def __init__(self):
-        self.taken = []
-
-    def one_call(self, half, *args):
-        self.taken.append(half.__name__)
-        return getattr(tome_reference, half.__name__)
-
-    def counts(self):
-        counts = self.taken.count("attend_half"), self.taken.count("mlp_half")
-        self.taken.clear()
-        return counts
 
 
 @pytest.fixture

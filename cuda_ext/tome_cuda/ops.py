@@ -7,7 +7,7 @@ fast and brief, and what can't be computed by a kernel is for :func:`tome_cuda.w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tome_cuda import predicates
 from tome_cuda.predicates import Linear, Norm
-from tome_cuda.registration import launch
+from tome_cuda.registration import _unmerge_context, _unmerge_grad, launch
 
 S = TypeVar("S", Tensor, "Tensor | None")
 
@@ -89,16 +89,11 @@ class _Spread(torch.autograd.Function):
     one: behind the twelfth block that takes it longer than anyone waits.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        ctx.tokens = x.shape[1]
-        return x.gather(1, slot.long()[:, :, None].expand(-1, -1, x.shape[2]))
+    backward, setup_context = staticmethod(_unmerge_grad), staticmethod(_unmerge_context)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slot,) = ctx.saved_tensors
-        return launch("unmerge_backward", grad, slot, ctx.tokens), None
+    def forward(x: Tensor, slot: Tensor) -> Tensor:
+        return x.gather(1, slot.long()[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def attention(

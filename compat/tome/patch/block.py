@@ -7,8 +7,9 @@ MLP. Where nobody watches, each half of it is one call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from tome.streams import side_stream
 from tome.tokens import Branch, Counts, Mlp, MlpParts, Norm, Tokens, add, keep
 from tome_reference.attention import size_bias
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Half = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # x, what the MLP reads, size, slot
 
 
@@ -155,8 +158,8 @@ class MergingBlock(Patched):
             x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,
             parts.qkv if qkv is None else None, *parts[1:], norm[:3], norm.dtype,
         )  # fmt: skip
-        call = calls.get("attend") if qkv is None else None  # q, k and v that were made by parts may lie anyhow
-        call = calls["attend"] = call or ops.one_call(ops.attend_half, *half)
+        # q, k and v that were made by parts may lie anyhow: nothing is known of them.
+        call = _one_call(calls if qkv is None else {}, ops.attend_half, *half)
         return (qkv, slot), None if call is None else ops.take(call, *half)
 
     def _attention(
@@ -198,9 +201,8 @@ class MergingBlock(Patched):
                 "mlp_half", None, parts if isinstance(parts, str) else "its norm is not plain, or the block is watched"
             )
         else:
-            call = calls.get("mlp") or ops.one_call(ops.mlp_half, x, y, *parts, norm[:3], norm.dtype)
+            call = _one_call(calls, ops.mlp_half, x, y, *parts, norm[:3], norm.dtype)
             if call is not None:
-                calls["mlp"] = call
                 return Mlp(y, parts, call)
         norm2 = getattr(self, row.norm2)
         value = getattr(self, row.mlp)(y if y is not None else x if row.is_post else norm2(x))
@@ -240,3 +242,9 @@ class MergingBlock(Patched):
         trace = self._tome.model.trace_source
         if trace or not torch.compiler.is_compiling():
             self._tome_last = (tokens.size, tokens.slot if trace else None)
+
+
+def _one_call(known: dict[str, Any], half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[P, T] | None:
+    """As :func:`tome.ops.one_call`, which is not asked again for what is known."""
+    call = known[half.__name__] = known.get(half.__name__) or ops.one_call(half, *args, **kwargs)
+    return call

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tome import backend, ops
 from tome.patch import plain
-from tome.patch.swap import Patched
+from tome.patch.swap import Patched, swap
 from tome.recording import PART, record
 
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -59,6 +61,15 @@ class LastNorm(Patched):
 def pays(x: Tensor) -> bool:
     """Whether other kernels than PyTorch's own choice are wanted for these images."""
     return x.is_cuda and backend.get_backend() != "reference"
+
+
+def swap_ends(embedding: Iterable[nn.Module | None], norm: nn.Module | None) -> None:
+    """Swap what can be computed faster: of the embedding's parts the convolutions over patches, and the last norm."""
+    for part in embedding:
+        if part is not None and is_patch_conv(part):
+            part.__class__ = PatchConv2d
+    if norm is not None and type(norm) in plain.NORMS:
+        swap(norm, LastNorm)
 
 
 def is_patch_conv(module: object) -> bool:

@@ -109,7 +109,7 @@ def hold(model: nn.Module, path: str) -> None:
     """Let a model pass ``r`` and ``_tome_info`` on to the patched one in it."""
     if path:
         swap(model, Holder)
-        model._tome_path = path  # type: ignore[assignment]
+        cast(Holder, model)._tome_path = path
 
 
 def pass_on(wrapper: type[nn.Module], inner: str) -> None:

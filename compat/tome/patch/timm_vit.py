@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tome.patch import plain
 from tome.patch.block import MergingBlock
-from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
+from tome.patch.ends import swap_ends
 from tome.patch.model import PatchedModel, pass_on
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
@@ -148,11 +148,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
 
 
 def _swap_parts(model: Any) -> None:
-    conv = getattr(model.patch_embed, "proj", None)
-    if is_patch_conv(conv):
-        conv.__class__ = PatchConv2d
-    if type(model.norm) in plain.NORMS:
-        swap(model.norm, LastNorm)
+    swap_ends([getattr(model.patch_embed, "proj", None)], model.norm)
 
 
 def _check_model(model: Any) -> None:

@@ -15,7 +15,7 @@ from transformers.activations import GELUActivation, GELUTanh
 
 from tome.patch import plain
 from tome.patch.block import MergingBlock
-from tome.patch.ends import LastNorm, PatchConv2d, is_patch_conv
+from tome.patch.ends import swap_ends
 from tome.patch.model import PatchedModel, hold
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks
 from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
@@ -169,16 +169,20 @@ class TransformersTower(PatchedModel):
             kwargs["tome_unmasked"] = True
         return restored(super().__call__(*args, **kwargs))
 
+    @property
+    def _tome_tower(self) -> Tower:
+        return cast(Tower, _tower(self))
+
     def _tome_blocks(self) -> dict[str, MergingBlock]:
-        path = cast(Tower, _tower(self)).layers
+        path = self._tome_tower.layers
         return {f"{path}.{i}": layer for i, layer in enumerate(attrgetter(path)(self))}
 
     def _tome_prefix(self) -> tuple[int, bool, bool]:
-        count, config = cast(Tower, _tower(self)).class_tokens, cast(Any, self).config
+        count, config = self._tome_tower.class_tokens, cast(Any, self).config
         return count + getattr(config, "num_register_tokens", 0), count > 0, count > 1
 
     def _tome_length(self) -> int | None:
-        tower = cast(Tower, _tower(self))
+        tower = self._tome_tower
         patches = None if tower.is_any_size else getattr(attrgetter(tower.patches)(self), "num_patches", None)
         return None if patches is None else patches + self._tome_prefix()[0]
 
@@ -212,12 +216,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             plain.INERT_IN_EVAL[type(part)] = None
     for layer in layers:
         swap(layer, LAYERS[_name(base_of(layer))][0])
-    for module in inner.modules():
-        if is_patch_conv(module):
-            module.__class__ = PatchConv2d
-    norm = getattr(inner, tower.norm, None)
-    if type(norm) is nn.LayerNorm:
-        swap(norm, LastNorm)
+    swap_ends(inner.modules(), getattr(inner, tower.norm, None))
     swap(inner, TransformersTower)
     inner._tome = settings
     inner.r = 0
