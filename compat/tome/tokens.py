@@ -16,6 +16,8 @@ from torch.utils import _pytree
 from tome import ops
 
 Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
+# The size of a padded token: nothing beside a real one, yet a number to divide by, and one whose logarithm is finite.
+PADDING = 2.0**-100
 
 
 class Norm(NamedTuple):
@@ -89,6 +91,8 @@ class Tokens:
         slot: int32 [B, N0], where each original token is now; None while nothing has been merged.
         steps: the slot maps of the merges so far, int32 [B, N_i], first to last.
         waiting: an addition to x that its reader computes, together with the norm through which it reads x.
+        home: int64 [B, M], the original token in whose place each stands, for blocks that read positions.
+        is_padded: some tokens are padding, of size PADDING.
 
     """
 
@@ -97,6 +101,8 @@ class Tokens:
     counts: Counts | None = None
     steps: tuple[Tensor, ...] = ()
     waiting: Branch | Mlp | None = None
+    home: Tensor | None = None
+    is_padded: bool = False
 
     @property
     def size(self) -> Tensor | None:
@@ -106,7 +112,7 @@ class Tokens:
     @property
     def x(self) -> Tensor:
         """The merged tokens [B, M, C]."""
-        return self.enter(None)[0]
+        return self.added().unadded
 
     @property
     def slot(self) -> Tensor | None:
@@ -121,9 +127,37 @@ class Tokens:
         """The type of the device that x lies on."""
         return self.unadded.device.type
 
-    def enter(self, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
-        """X [B, M, C] with what waited for it and, where a norm is given and can be had with it, its norm."""
-        return (self.unadded, None) if self.waiting is None else self.waiting.add(self.unadded, norm)
+    def enter(self, norm: Norm | None) -> tuple[Tokens, Tensor | None]:
+        """The same with nothing waiting and, where a norm is given and can be had with the addition, x normed."""
+        if self.waiting is None:
+            return self, None
+        x, y = self.waiting.add(self.unadded, norm)
+        return Tokens(x, self.counts, self.steps, None, self.home, self.is_padded), y
+
+    def added(self) -> Tokens:
+        """The same with nothing waiting."""
+        return self.enter(None)[0]
+
+    def after(
+        self, x: Tensor, counts: Counts, slot: Tensor | None, waiting: Branch | Mlp | None, is_placed: bool
+    ) -> Tokens:
+        """What these have become behind a block that merged them along ``slot`` [B, M], if at all."""
+        if slot is None:
+            return Tokens(x, counts, self.steps, waiting, self.home, self.is_padded)
+        home = homes(self.home, slot, x.shape[1]) if is_placed else None
+        return Tokens(x, counts, (*self.steps, slot), waiting, home, self.is_padded)
+
+    def weights(self, by_size: bool) -> Tensor | None:
+        """What attention weighs the keys by, float32 [B, M]: their sizes, or only that padding weighs nothing."""
+        if by_size or self.size is None:
+            return self.size if by_size else None
+        return self.size.clamp(max=1.0) if self.is_padded else None
+
+    def matchable(self, keys: Tensor) -> Tensor:
+        """Keys [B, H, M, D] of which those of padding match nothing."""
+        if not self.is_padded or self.size is None:
+            return keys
+        return keys.masked_fill((self.size < 1.0)[:, None, :, None], torch.nan)
 
     def restored(self) -> Tensor:
         """The full grid [B, N0, C]."""
@@ -136,17 +170,19 @@ class Tokens:
     def complete(self) -> Tokens:
         """The same with x computed and, where nothing has been merged, sizes of one and the identity for a map."""
         x = self.x
-        if self.steps:
-            return Tokens(x, self.counts, (ops.follow(self.steps),))
         batch, n, _ = x.shape
+        size = torch.ones(batch, n, dtype=torch.float32, device=x.device) if self.size is None else self.size
+        if self.steps:
+            return Tokens(x, Counts(size), (ops.follow(self.steps),))
         identity = torch.arange(n, dtype=torch.int32, device=x.device).expand(batch, n).contiguous()
-        return Tokens(x, Counts(torch.ones(batch, n, dtype=torch.float32, device=x.device)), (identity,))
+        return Tokens(x, Counts(size), (identity,))
 
     def to(self, *args: Any, **kwargs: Any) -> Tokens:
         """As Tensor.to, for the tokens; sizes and maps follow to the device and keep their dtype."""
         x = self.x.to(*args, **kwargs)
         size = None if self.size is None else self.size.to(x.device)
-        return Tokens(x, Counts(size), tuple(step.to(x.device) for step in self.steps))
+        home = None if self.home is None else self.home.to(x.device)
+        return Tokens(x, Counts(size), tuple(step.to(x.device) for step in self.steps), None, home, self.is_padded)
 
     @classmethod
     def __torch_function__(
@@ -211,6 +247,31 @@ def keep(tokens: Tokens) -> None:
         _thread.kept.append(tokens)
 
 
+def padded(x: Tensor, valid: Tensor | None) -> Tokens:
+    """Tokens [B, N, C] that have not merged yet, of which some are padding: ``valid`` bool [B, N] is false there."""
+    if valid is None:
+        return Tokens(x)
+    return Tokens(x, Counts(torch.where(valid, 1.0, PADDING).float()), is_padded=True)
+
+
+def homes(home: Tensor | None, slot: Tensor, tokens: int) -> Tensor:
+    """The original token in whose place each stands after one more merge: that of the group's last member.
+
+    Args:
+        home: int64 [B, N]; None: each of the N in its own place.
+        slot: int32 [B, N], onto [0, tokens).
+        tokens: M.
+
+    Returns:
+        int64 [B, M].
+
+    """
+    batch, n = slot.shape
+    order = torch.arange(n, device=slot.device).expand(batch, n)
+    last = order.new_zeros(batch, tokens).scatter_reduce(1, slot.long(), order, "amax")
+    return last if home is None else home.gather(1, last)
+
+
 def add(
     x: Tensor, branch: Branch, slot: Tensor | None, tokens: int, size: Tensor | None, norm: Norm | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -228,20 +289,20 @@ def add(
 # half cannot hold, so they pass as the integers of the same bits.
 
 
-def _flatten(tokens: Tokens) -> tuple[list[Tensor | None], None]:
-    x, waiting = tokens.unadded, tokens.waiting
-    if isinstance(waiting, Mlp):
-        x, waiting = tokens.x, None
-    value, gamma = (None, None) if waiting is None else waiting
+def _flatten(tokens: Tokens) -> tuple[list[Tensor | None], bool]:
+    if isinstance(tokens.waiting, Mlp):
+        tokens = tokens.added()
+    waiting = tokens.waiting
+    value, gamma = waiting if isinstance(waiting, Branch) else (None, None)
     size = None if tokens.size is None else tokens.size.view(torch.int32)
-    return [x, value, gamma, size, *tokens.steps], None
+    return [tokens.unadded, value, gamma, size, tokens.home, *tokens.steps], tokens.is_padded
 
 
-def _unflatten(values: Iterable[Any], _: None) -> Tokens:
-    x, value, gamma, size, *steps = values
+def _unflatten(values: Iterable[Any], is_padded: bool) -> Tokens:
+    x, value, gamma, size, home, *steps = values
     if isinstance(size, Tensor):
         size = size.view(torch.float32)
-    return Tokens(x, Counts(size), tuple(steps), None if value is None else Branch(value, gamma))
+    return Tokens(x, Counts(size), tuple(steps), None if value is None else Branch(value, gamma), home, is_padded)
 
 
 _pytree.register_pytree_node(Tokens, _flatten, _unflatten, serialized_type_name="tome.Tokens")

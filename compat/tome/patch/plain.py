@@ -127,6 +127,9 @@ class Reading:
             self.inert(owner, drop)
         if scale is None:
             return None
+        if scale in owner._parameters:  # of blocks that keep no module for it
+            self._entries.append((owner._parameters, scale, owner._parameters[scale]))
+            return None if owner._parameters[scale] is None else self.parameter(owner, scale)
         child = self.part(owner, scale, SCALES)
         factor = SCALES[type(child)]
         return None if factor is None else self.parameter(child, factor)
@@ -180,8 +183,12 @@ def scaled(block: Any, value: Tensor, scale: str | None, drop: str | None) -> Br
     factor: Any = None if scale is None else getattr(block, scale)
     path: Any = None if drop is None else getattr(block, drop)
     name = SCALES.get(type(factor))
-    if name is not None and not has_hooks(factor) and (path is None or is_inert(path)):
-        return Branch(value, getattr(factor, name))
+    if name is not None and not has_hooks(factor):
+        factor = getattr(factor, name)
+    if isinstance(factor, Tensor):
+        if path is None or is_inert(path):
+            return Branch(value, factor)
+        value, factor = value * factor, None
     for part in (factor, path):
         value = value if part is None else through(part, value)
     return Branch(value)

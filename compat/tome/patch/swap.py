@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -78,6 +79,13 @@ def check_block(name: str, block: nn.Module) -> None:
             f"{name}: its forward was replaced (as accelerate's hooks for offloading do), so that a patch would not be "
             "called; patch before that"
         )
+
+
+def check_parts(name: str, module: nn.Module, known: Collection[str]) -> None:
+    """Refuse a module with children of other names."""
+    unknown = sorted({child for child, _ in module.named_children()} - set(known))
+    if unknown:
+        raise UnsupportedModelError(f"{name}: {type(module).__name__} has parts that are not understood: {unknown}")
 
 
 _made: dict[tuple[type[Patched], type[nn.Module]], type[nn.Module]] = {}

@@ -17,8 +17,8 @@ from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
 from tome.patch.model import PatchedModel, hold
-from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks
-from tome.patch.row import Attention, Call, ModelSettings, Qkv, Row
+from tome.patch.plain import AttentionParts, NotPlain, Reading
+from tome.patch.row import Attention, Beside, Call, ModelSettings, Place, Qkv, Row
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, swap
 from tome.tokens import MlpParts, Tokens, restored
 
@@ -32,24 +32,21 @@ class SeparateAttention(Attention):
 
     def __init__(self, heads: str, scale: str, dropout: str, proj: str) -> None:
         self.heads, self.scale, self.dropout, self.proj = heads, scale, dropout, proj
-        self.parts = {"q_proj", "k_proj", "v_proj", proj}
+        self.parts = frozenset({"q_proj", "k_proj", "v_proj", proj})
 
-    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
         made = (call(part, y) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
         return cast(Qkv, tuple(part.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for part in made))
 
     def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:
         return cast(Tensor, getattr(attn, self.proj)(seen.transpose(1, 2).flatten(2)))
 
-    def whole(self, attn: Any, y: Tensor, bias: Tensor | None) -> Tensor:
+    def whole(self, attn: Any, y: Tensor, bias: Tensor | None, place: Place) -> Tensor:
         if bias is not None and (kernel := attn.config._attn_implementation) not in ("eager", "sdpa"):
             raise UnsupportedModelError(
                 f"{type(attn).__name__} is watched and {kernel!r} takes no log sizes as its mask: use 'sdpa' or 'eager'"
             )
         return cast(Tensor, attn(y, attention_mask=bias)[0])
-
-    def is_watched(self, attn: Any) -> bool:
-        return has_hooks(attn)
 
     def numbers(self, attn: Any) -> tuple[int, float | None, float]:
         return getattr(attn, self.heads), getattr(attn, self.scale), attn.training * getattr(attn, self.dropout)
@@ -71,9 +68,9 @@ class TransformersBlock(MergingBlock):
             kwargs |= {"attention_mask": None} if "attention_mask" in kwargs else {}
         return super().forward(x, *args, **kwargs)
 
-    def is_unknown(self, argument: object) -> bool:
-        """A mask. What is to be recorded of the model comes as flags, which concern hooks."""
-        return isinstance(argument, Tensor)
+    def beside(self, *args: Any, **kwargs: Any) -> Beside:
+        """A mask is refused. What is to be recorded of the model comes as flags, which concern hooks."""
+        return super().beside(*(other for other in (*args, *kwargs.values()) if isinstance(other, Tensor)))
 
     def mlp_reads_linearly(self) -> bool:
         return {type(part) for part in cast(nn.Module, self.mlp).children()} <= {nn.Linear, *plain.GELUS}
@@ -191,9 +188,9 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     """See :func:`tome.patch.transformers`."""
     for path, module in model.named_modules():
         if _name(type(module)).startswith(TIMM_WRAPPER):
-            from tome.patch import timm_vit
+            from tome.patch import timm_host
 
-            timm_vit.apply_patch(module.timm_model, settings)
+            timm_host.apply_patch(module.timm_model, settings)
             hold(model, f"{path}.timm_model".lstrip("."))
             return model
     towers = [(name, module) for name, module in model.named_modules() if _tower(module) is not None]
@@ -233,10 +230,10 @@ def _check_layer(name: str, layer: Any) -> None:
     if type(attn).__name__ != known[1]:
         raise UnsupportedModelError(f"{name}.{row.attn}: {type(attn).__name__} is not supported")
     for part, module, names in (
-        (name, layer, {row.attn, row.norm1, row.scale1, row.drop1, row.mlp, row.norm2, row.scale2, row.drop2} - {None}),
-        (f"{name}.{row.attn}", attn, cast(SeparateAttention, row.attention).parts),
+        (name, layer, row.children),
+        (f"{name}.{row.attn}", attn, row.attention.parts),
     ):
-        if (found := set(module._modules)) != names:
+        if (found := set(module._modules)) != set(names):
             raise UnsupportedModelError(
                 f"{part}: {type(module).__name__} has the parts {sorted(found)}, not {sorted(map(str, names))} as in "
                 f"transformers {OLDEST}"
