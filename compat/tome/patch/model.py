@@ -78,7 +78,7 @@ class PassedOn:
 
     def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
         inner = getattr(wrapper, self.inner, None)
-        if isinstance(inner, PatchedModel):
+        if isinstance(inner, (PatchedModel, Holder)):
             return getattr(inner, self.name)
         try:
             return vars(wrapper)[self.name]
@@ -87,7 +87,7 @@ class PassedOn:
 
     def __set__(self, wrapper: Any, value: Any) -> None:
         inner = getattr(wrapper, self.inner)
-        if isinstance(inner, PatchedModel):
+        if isinstance(inner, (PatchedModel, Holder)):
             setattr(inner, self.name, value)
         else:
             vars(wrapper)[self.name] = value
