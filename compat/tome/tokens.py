@@ -144,7 +144,7 @@ class Tokens:
         """What these have become behind a block that merged them along ``slot`` [B, M], if at all."""
         if slot is None:
             return Tokens(x, counts, self.steps, waiting, self.home, self.is_padded)
-        home = homes(self.home, slot, x.shape[1]) if is_placed else None
+        home = ops.homes(slot, x.shape[1], self.home) if is_placed else None
         return Tokens(x, counts, (*self.steps, slot), waiting, home, self.is_padded)
 
     def weights(self, by_size: bool) -> Tensor | None:
@@ -252,24 +252,6 @@ def padded(x: Tensor, valid: Tensor | None) -> Tokens:
     if valid is None:
         return Tokens(x)
     return Tokens(x, Counts(torch.where(valid, 1.0, PADDING).float()), is_padded=True)
-
-
-def homes(home: Tensor | None, slot: Tensor, tokens: int) -> Tensor:
-    """The original token in whose place each stands after one more merge: that of the group's last member.
-
-    Args:
-        home: int64 [B, N]; None: each of the N in its own place.
-        slot: int32 [B, N], onto [0, tokens).
-        tokens: M.
-
-    Returns:
-        int64 [B, M].
-
-    """
-    batch, n = slot.shape
-    order = torch.arange(n, device=slot.device).expand(batch, n)
-    last = order.new_zeros(batch, tokens).scatter_reduce(1, slot.long(), order, "amax")
-    return last if home is None else home.gather(1, last)
 
 
 def add(
