@@ -98,8 +98,8 @@ def by_hand(model, r):
         query, key, value, out, mlp = linear_layers(layer)
         y = norm1(x)
         q, k, v = (part(y).unflatten(2, (2, 16)).transpose(1, 2) for part in (query, key, value))
-        q, k = (turned(each, positions, home, prefix) for each in (q, k))
-        seen_by = scaled_dot_product_attention(q, k, v, size.log()[:, None, None])
+        turned_q, turned_k = (turned(each, positions, home, prefix) for each in (q, k))
+        seen_by = scaled_dot_product_attention(turned_q, turned_k, v, size.log()[:, None, None])
         attended = out(seen_by.transpose(1, 2).flatten(2))
         x = x + (attended if row.scale1 is None else getattr(layer, row.scale1)(attended))
         slot = tome_reference.match(k.masked_fill(size[:, None, :, None] == 0, torch.nan), r, prefix)
@@ -107,7 +107,7 @@ def by_hand(model, r):
         x, merged_size = tome_reference.merge(x, slot, x.shape[1] - r, size.clamp(min=1))
         size = merged_size * merged_size.new_zeros(merged_size.shape).scatter(1, slot.long(), size).sign()
         places = torch.zeros_like(home[:, : x.shape[1]])
-        for image, token in itertools.product(range(2), range(home.shape[1])):
+        for image, token in itertools.product(range(2), reversed(range(home.shape[1]))):
             places[image, slot[image, token]] = home[image, token]
         home = places
         steps.append(slot)

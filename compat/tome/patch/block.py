@@ -137,16 +137,17 @@ class MergingBlock(Halves):
             record("attention", "torch", f"{row.attn} is watched: it is called, and its keys are computed twice")
             if left < y.shape[1]:
                 with torch.no_grad():
-                    keys = kind.project(attn, y, lambda part, value: part.forward(value), place)[1]
+                    keys = kind.project(attn, y, lambda part, value: part.forward(value))[1]
                 slot = matching.rule(tokens.matchable(keys), amount, s.prefix)
             value = kind.whole(attn, y, None if weights is None else size_bias(weights).to(y.dtype), place)
         else:
-            q, k, v = qkv or kind.project(attn, y, through, place)
+            made = qkv or kind.project(attn, y, through)
             if slot is None and left < y.shape[1]:
                 side = side_stream(y) if matching.name == "bipartite" else None
                 with nullcontext() if side is None else torch.cuda.stream(side):
-                    slot = matching.rule(tokens.matchable(k), amount, s.prefix)
-            value = kind.output(attn, kind.attend(attn, (q, k, v), weights, place), y)
+                    slot = matching.rule(tokens.matchable(made[1]), amount, s.prefix)
+            placed = qkv or kind.placed(attn, made, place)
+            value = kind.output(attn, kind.attend(attn, placed, weights, place), y)
             if side is not None:  # before the keys that it reads are freed
                 torch.cuda.current_stream(y.device).wait_stream(side)
         if row.is_post:

@@ -44,7 +44,8 @@ class Halves(Patched):
         """What it made of q, k, v and slot before it could know, and in one call, if that can be, the half."""
         s, kind, qkv, slot, x = self._tome, self._tome_row.attention, None, None, tokens.unadded
         parts, size = plan.attention, tokens.size
-        is_own = left < x.shape[1] and (s.model.matching.name != "bipartite" or tokens.is_padded)
+        # Keys are matched before they are turned, other than where one call makes and matches them.
+        is_own = left < x.shape[1] and (s.model.matching.name != "bipartite" or tokens.is_padded or kind.is_rotary)
         if not isinstance(parts, str):
             if left < x.shape[1] and not is_own and side_stream(x) is not None:
                 parts = "a CUDA graph is captured, in which matching runs beside attention"
@@ -54,8 +55,9 @@ class Halves(Patched):
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
             return (None, None), None
         if is_own or parts.qkv is None:
-            qkv = kind.project(attn, y, through, place)
+            qkv = kind.project(attn, y, through)
             slot = s.model.matching.rule(tokens.matchable(qkv[1]), amount, s.prefix) if is_own else None
+            qkv = kind.placed(attn, qkv, place)
         heads, scale, _ = kind.numbers(attn)
         half = (
             x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh
 
+from tome import ops
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.plain import AttentionParts, NotPlain, Reading
-from tome.patch.rotary import rotated, rows
+from tome.patch.rotary import rows
 from tome.patch.row import Attention, Beside, Call, Place, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError
 from tome.tokens import MlpParts, Tokens
@@ -33,7 +34,7 @@ class SeparateAttention(Attention):
         self.heads, self.scale, self.dropout, self.proj = heads, scale, dropout, proj
         self.parts = frozenset({"q_proj", "k_proj", "v_proj", proj})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         made = (call(part, y) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
         return cast(Qkv, tuple(heads(part, attn.head_dim) for part in made))
 
@@ -72,12 +73,12 @@ class Turns(NamedTuple):
 class RotaryAttention(SeparateAttention):
     """DINOv3's, which turns queries and keys of the patches by where they stand."""
 
-    is_placed = True
+    is_placed = is_rotary = True
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
-        q, k, v = super().project(attn, y, call, place)
+    def placed(self, attn: Any, qkv: Qkv, place: Place) -> Qkv:
+        q, k, v = qkv
         cos, sin, prefix = place.given
-        turned = rotated(q, k, torch.cat((sin, cos), dim=-1), place, prefix, True)
+        turned = ops.rotate(q, k, torch.cat((sin, cos), dim=-1), place.home, prefix, True)
         # Under autocast the table is float32; attention would round to the dtype of v.
         return turned[0].to(v.dtype), turned[1].to(v.dtype), v
 
@@ -143,13 +144,9 @@ class DinoBlock(TransformersBlock):
 class Dino3Block(TransformersBlock):
     """The layer of DINOv3: DINOv2's, with rotary positions."""
 
-    _tome_row = DinoBlock._tome_row._replace(
-        attention=RotaryAttention("num_heads", "scaling", "dropout", "o_proj")
-    )
+    _tome_row = DinoBlock._tome_row._replace(attention=RotaryAttention("num_heads", "scaling", "dropout", "o_proj"))
 
-    def beside(
-        self, attention_mask: Any = None, position_embeddings: Any = None, *args: Any, **kwargs: Any
-    ) -> Beside:
+    def beside(self, attention_mask: Any = None, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Beside:
         super().beside(attention_mask, *args, **kwargs)
         return Beside(Turns(*position_embeddings, self._tome.prefix))
 

@@ -19,7 +19,7 @@ class NestedAttention(Attention):
 
     parts = frozenset({"attention", "output"})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         inner = attn.attention
         made = (call(part, y) for part in (inner.query, inner.key, inner.value))
         return cast(Qkv, tuple(heads(part, inner.attention_head_size) for part in made))
@@ -72,7 +72,9 @@ class VideoMAEBlock(TransformersBlock):
         others=("output",),
     )
     _tome_inner: ClassVar[dict[str, Inner]] = {
-        "attention.attention": Inner("VideoMAESelfAttention", frozenset({"query", "key", "value"}), BiasedSelfAttention),
+        "attention.attention": Inner(
+            "VideoMAESelfAttention", frozenset({"query", "key", "value"}), BiasedSelfAttention
+        ),
         "attention.output": Inner("VideoMAESelfOutput", frozenset({"dense", "dropout"})),
         "intermediate": Inner("VideoMAEIntermediate", frozenset({"dense", "intermediate_act_fn"})),
         "output": Inner("VideoMAEOutput", frozenset({"dense", "dropout"})),
