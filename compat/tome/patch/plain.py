@@ -127,6 +127,9 @@ class Reading:
             self.inert(owner, drop)
         if scale is None:
             return None
+        if vars(owner).get(scale, owner) is None:  # of blocks that keep no module for it, and have none
+            self._entries.append((vars(owner), scale, None))
+            return None
         if scale in owner._parameters:  # of blocks that keep no module for it
             self._entries.append((owner._parameters, scale, owner._parameters[scale]))
             return None if owner._parameters[scale] is None else self.parameter(owner, scale)

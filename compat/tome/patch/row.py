@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tome import ops
@@ -42,6 +43,11 @@ class Attention:
     def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
         """Normed tokens [B, N, C] -> q, k, v as attention reads them; ``call`` calls a part."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def unwatched_keys(self, attn: Any, y: Tensor, place: Place) -> Tensor:
+        """The keys, made past the hooks of what makes them, for a module that is called as well."""
+        return self.project(attn, y, lambda part, value: part.forward(value), place)[1]
 
     def attend(self, attn: Any, qkv: Qkv, size: Tensor | None, place: Place) -> Tensor:
         """What the heads see [B, H, N, D], each key weighed by its size [B, N]."""
