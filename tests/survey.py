@@ -207,7 +207,11 @@ def watch(block: nn.Module, row: Any, merged: Merged) -> None:
     for module in block.modules():  # whose own biases of pairs are computed inside
         for own in ("get_bias", "_get_rel_pos_bias"):
             if hasattr(module, own):
-                setattr(module, own, lambda whole=getattr(module, own): merged.pairs(whole()))
+                setattr(module, own, partial(_paired, merged, getattr(module, own)))
+
+
+def _paired(merged: Merged, whole: Callable[[], Tensor]) -> Tensor:
+    return merged.pairs(whole())
 
 
 def _place(merged: Merged, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -127,12 +127,10 @@ class Reading:
             self.inert(owner, drop)
         if scale is None:
             return None
-        if vars(owner).get(scale, owner) is None:  # of blocks that keep no module for it, and have none
-            self._entries.append((vars(owner), scale, None))
-            return None
-        if scale in owner._parameters:  # of blocks that keep no module for it
-            self._entries.append((owner._parameters, scale, owner._parameters[scale]))
-            return None if owner._parameters[scale] is None else self.parameter(owner, scale)
+        for own in (owner._parameters, owner.__dict__):  # of blocks that keep no module for it
+            if scale in own:
+                self._entries.append((own, scale, own[scale]))
+                return None if own[scale] is None else self.parameter(owner, scale)
         child = self.part(owner, scale, SCALES)
         factor = SCALES[type(child)]
         return None if factor is None else self.parameter(child, factor)

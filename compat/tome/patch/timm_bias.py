@@ -73,7 +73,7 @@ class PairAttention(TimmAttention):
             return cast(Tensor, attn(y))
         if "forward" in vars(attn):
             raise UnsupportedModelError(
-                f"the forward of a {type(attn).__name__} was replaced, so that it would not be told which tokens have "
+                f"the forward of {type(attn).__name__} was replaced, so that it would not be told which tokens have "
                 "merged: patch before that, or hook it"
             )
         stand_in = copy.copy(attn)
@@ -97,7 +97,11 @@ class BeitAttention(PairAttention):
             qkv = call(attn.qkv, y)
         else:
             bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            qkv = call(attn.qkv, y) + bias if attn.qkv_bias_separate else F.linear(y, attn.qkv.weight, bias)
+            if attn.qkv_bias_separate:
+                qkv = call(attn.qkv, y)
+                qkv += bias
+            else:
+                qkv = F.linear(y, attn.qkv.weight, bias)
         q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
