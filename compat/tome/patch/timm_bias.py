@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer_relpos import LayerScale
 from torch import Tensor
 
+from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks
 from tome.patch.row import Beside, Call, Place, Qkv, Row
@@ -17,6 +19,8 @@ from tome.patch.timm_host import TimmModel
 from tome.patch.timm_vit import TimmAttention, TimmBlock
 from tome.recording import record
 from tome_reference.attention import aligned, size_bias
+
+plain.SCALES[LayerScale] = "gamma"  # of its own in timm 1.0.20
 
 
 def paired(bias: Tensor, place: Place, log_size: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -102,6 +102,8 @@ class ParallelBlock(MergingLater):
         kind, block = cast(TimmAttention, self._tome_row.attention), cast(Any, self)
         if has_hooks(block.attn_drop) and not block.fused_attn:
             raise self.refused("attn_drop has hooks or a forward of its own, and merged tokens do not pass through it")
+        if getattr(block, "qkv_bias", None) is not None:  # timm 1.0.20, which puts it where the MLP's should be
+            raise self.refused("its biases of q, k, v and of the MLP are no part of its layers: use a newer timm")
         tokens = tokens.added()
         made = block.in_proj(block.in_norm(tokens.unadded))
         hidden, qkv = made.split([block.in_split[0], sum(block.in_split[1:])], dim=2)
@@ -109,8 +111,9 @@ class ParallelBlock(MergingLater):
         q, k, v = kind.heads(block, qkv, through)
         seen = kind.attend(block, (q, k, v), tokens.weights(self._tome.model.prop_attn), Place())
         seen, hidden = kind.joined(block, seen), through(block.mlp_drop, block.mlp_act(hidden))
-        if block.out_proj is not None:
-            value = block.out_proj(torch.cat((seen, hidden), dim=2))
+        both = getattr(block, "out_proj", None)  # which timm 1.0.20 has not
+        if both is not None:
+            value = both(torch.cat((seen, hidden), dim=2))
         else:
             value = block.attn_out_proj(seen) + block.mlp_out_proj(hidden)
         x, size, slot = self._add(tokens, plain.scaled(self, value, "ls", "drop_path"), k)
