@@ -39,6 +39,11 @@ class MergingBlock(Halves):
             raise self.refused("a patched block takes no attn_mask: merging moves the tokens")
         return NOTHING
 
+    @classmethod
+    def attentions(cls, block: Any) -> dict[str, Any]:
+        """The attention of a host's block that is to be patched, by its name in the block."""
+        return {cls._tome_row.attn: getattr(block, cls._tome_row.attn)}
+
     def call_mlp(self, y: Tensor) -> Tensor:
         """What the MLP makes of its tokens, before scale and drop path."""
         value: Tensor = getattr(self, self._tome_row.mlp)(y)
@@ -136,9 +141,7 @@ class MergingBlock(Halves):
             # Called as it is, so that nothing of it is lost; the keys are projected once more, past its hooks.
             record("attention", "torch", f"{row.attn} is watched: it is called, and its keys are computed twice")
             if left < y.shape[1]:
-                with torch.no_grad():
-                    keys = kind.project(attn, y, lambda part, value: part.forward(value))[1]
-                slot = matching.rule(tokens.matchable(keys), amount, s.prefix)
+                slot = matching.rule(tokens.matchable(kind.unwatched_keys(attn, y)), amount, s.prefix)
             value = kind.whole(attn, y, None if weights is None else size_bias(weights).to(y.dtype), place)
         else:
             made = qkv or kind.project(attn, y, through)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tome import ops
@@ -47,6 +48,11 @@ class Attention:
     def placed(self, attn: Any, qkv: Qkv, place: Place) -> Qkv:
         """Q, k, v as attention reads them: turned by their places, if they are to be."""
         return qkv
+
+    @torch.no_grad()
+    def unwatched_keys(self, attn: Any, y: Tensor) -> Tensor:
+        """The keys, made past the hooks of what makes them, for a module that is called as well."""
+        return self.project(attn, y, lambda part, value: part.forward(value))[1]
 
     def attend(self, attn: Any, qkv: Qkv, size: Tensor | None, place: Place) -> Tensor:
         """What the heads see [B, H, N, D], each key weighed by its size [B, N]."""
