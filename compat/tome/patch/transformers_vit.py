@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, GELUTanh
+from transformers.activations import ACT2FN, GELUActivation, GELUTanh, QuickGELUActivation
 
 from tome.patch import plain
 from tome.patch.block import MergingBlock
@@ -20,11 +20,15 @@ from tome.patch.model import PatchedModel, hold
 from tome.patch.plain import AttentionParts, NotPlain, Reading
 from tome.patch.row import Attention, Beside, Call, ModelSettings, Place, Qkv, Row
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, swap
-from tome.tokens import MlpParts, Tokens, restored
+from tome.tokens import GatedParts, MlpParts, Tokens, restored
 
 OLDEST = "5.19"  # that names the parts as below
-plain.GELUS[GELUTanh] = lambda gelu: True
-plain.GELUS[GELUActivation] = lambda gelu: False
+plain.GELUS |= {
+    GELUTanh: lambda _: "tanh",
+    GELUActivation: lambda _: "erf",
+    QuickGELUActivation: lambda _: "quick",
+}
+plain.SILUS[type(ACT2FN["silu"])] = None
 
 
 class SeparateAttention(Attention):
@@ -73,13 +77,13 @@ class TransformersBlock(MergingBlock):
         return super().beside(*(other for other in (*args, *kwargs.values()) if isinstance(other, Tensor)))
 
     def mlp_reads_linearly(self) -> bool:
-        return {type(part) for part in cast(nn.Module, self.mlp).children()} <= {nn.Linear, *plain.GELUS}
+        return {type(part) for part in cast(nn.Module, self.mlp).children()} <= {nn.Linear, *plain.GELUS, *plain.SILUS}
 
     def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
         if {name for name, _ in mlp.named_children()} != {"fc1", "activation_fn", "fc2"}:
             raise NotPlain(f"mlp is a {type(mlp).__name__}")
         fc1, fc2 = reading.linear(mlp, "fc1"), reading.linear(mlp, "fc2")
-        return MlpParts(fc1, reading.is_tanh(mlp, "activation_fn"), fc2)
+        return MlpParts(fc1, reading.gelu(mlp, "activation_fn"), fc2)
 
 
 class ViTBlock(TransformersBlock):
@@ -146,7 +150,14 @@ TOWERS = {
 }
 TIMM_WRAPPER = "timm_wrapper.modeling_timm_wrapper.TimmWrapper"  # with a head, or without one
 SCALES = {f"{_DINOV2}LayerScale", f"{_REGISTERS}LayerScale"}
+GATED = {"Dinov2SwiGLUFFN", "Dinov2WithRegistersSwiGLUFFN", "DINOv3ViTGatedMLP"}  # of gate_proj, up_proj, down_proj
 DROP_PATHS = {f"{_DINOV2}DropPath", f"{_REGISTERS}DropPath"}
+
+
+def _gated(reading: Reading, mlp: Any) -> GatedParts:
+    reading.part(mlp, "act_fn", plain.SILUS)
+    layers = reading.linear(mlp, "gate_proj"), reading.linear(mlp, "up_proj")
+    return GatedParts(layers, False, None, reading.linear(mlp, "down_proj"))
 
 
 def _name(kind: type) -> str:
@@ -211,6 +222,8 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             plain.SCALES[type(part)] = "lambda1"
         elif _name(type(part)) in DROP_PATHS:
             plain.INERT_IN_EVAL[type(part)] = None
+        elif type(part).__name__ in GATED:
+            plain.GATED[type(part)] = _gated
     for layer in layers:
         swap(layer, LAYERS[_name(base_of(layer))][0])
     swap_ends(inner.modules(), getattr(inner, tower.norm, None))
