@@ -23,11 +23,7 @@ from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_o
 from tome.tokens import GatedParts, MlpParts, Tokens, restored
 
 OLDEST = "5.19"  # that names the parts as below
-plain.GELUS |= {
-    GELUTanh: lambda _: "tanh",
-    GELUActivation: lambda _: "erf",
-    QuickGELUActivation: lambda _: "quick",
-}
+plain.GELUS |= {GELUTanh: lambda _: "tanh", GELUActivation: lambda _: "erf", QuickGELUActivation: lambda _: "quick"}
 plain.SILUS[type(ACT2FN["silu"])] = None
 
 
