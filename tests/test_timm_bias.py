@@ -103,8 +103,8 @@ def by_hand(model, r, prefix):
         x = x + scaled(block, 1, block.norm1(value) if is_post else value)
         slot = tome_reference.match(k, r, prefix)
         x, size = tome_reference.merge(x, slot, x.shape[1] - r, size)
-        last = [{int(s): i for i, s in enumerate(row)} for row in slot]  # the last of each group
-        places = [[old[new[m]] for m in range(x.shape[1])] for old, new in zip(places, last, strict=True)]
+        first = [{int(s): i for i, s in reversed(list(enumerate(row)))} for row in slot]  # of each group
+        places = [[old[new[m]] for m in range(x.shape[1])] for old, new in zip(places, first, strict=True)]
         steps.append(slot)
         x = x + scaled(block, 2, block.norm2(block.mlp(x)) if is_post else block.mlp(block.norm2(x)))
     return tome_reference.restore(x, None, steps)

@@ -20,7 +20,7 @@ from transformers_models import (
 
 import tome
 import tome_reference
-from tome import ops
+from tome import ops, recording
 from tome.patch.transformers_refused import REFUSED as REFUSED_LAYERS
 from tome.patch.transformers_vit import LAYERS, TOWERS
 
@@ -276,7 +276,23 @@ def test_each_half_is_one_call_where_its_parts_are_known(host, monkeypatch):
         monkeypatch.setattr(ops, "one_call", halves.one_call)
         for ours, theirs in zip(tensors(run(model)), by_parts, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert halves.counts() == (4, 0 if "swiglu" in host or host == "clip" else 4)  # quick GELU, SwiGLU
+    assert halves.counts() == (4, 0 if "swiglu" in host else 4)
+
+
+@pytest.mark.parametrize(("host", "op"), [("clip", "quick_gelu"), ("dinov2 swiglu", "swiglu")])
+def test_activations_of_several_passes_are_operations(host, op):
+    model = tome.patch.transformers(make(host))
+    model.r = 4
+    called = tensors(run(model))
+    with torch.no_grad(), recording.recorded() as calls:
+        found = tensors(run(model))
+    assert [call.op for call in calls].count(op) == 4
+    assert all(map(torch.equal, found, called))
+    mlp = layers_of(model)[1].mlp
+    (mlp.activation_fn if host == "clip" else mlp.act_fn).register_forward_hook(lambda *_: None)
+    with torch.no_grad(), recording.recorded() as calls:
+        assert all(map(torch.equal, tensors(run(model)), called))
+    assert [call.op for call in calls].count(op) == 3
 
 
 @pytest.mark.parametrize("host", ["clip pair", "siglip pair", "siglip2 pair"])

@@ -119,7 +119,7 @@ class MergingBlock(Halves):
         x, mlp_input, size, slot = done
         waiting = self.waiting_mlp(plan, calls, x, mlp_input, norm2)
         if waiting is None:
-            waiting = self._mlp(x, mlp_input)
+            waiting = self._mlp(plan, x, mlp_input)
         return tokens.after(x, Counts(size), slot, waiting, row.attention.is_placed)
 
     def _normed(self, x: Tensor, norm: Norm | None, watched: str | None) -> Tensor:
@@ -157,11 +157,13 @@ class MergingBlock(Halves):
             value = getattr(self, row.norm1)(value)
         return plain.scaled(self, value, row.scale1, row.drop1), slot
 
-    def _mlp(self, x: Tensor, y: Tensor | None) -> Branch | Mlp:
+    def _mlp(self, plan: Plan, x: Tensor, y: Tensor | None) -> Branch | Mlp:
         """What the MLP adds to x, part by part; y is x normed, if that is done."""
-        row = self._tome_row
+        row, parts = self._tome_row, plan.mlp
         norm2 = getattr(self, row.norm2)
-        value = self.call_mlp(y if y is not None else x if row.is_post else norm2(x))
+        y = y if y is not None else x if row.is_post else norm2(x)
+        # Activations that the library's modules compute in several passes are one of ours.
+        value = parts.value(y) if not isinstance(parts, str) and parts.has_kernel else self.call_mlp(y)
         return plain.scaled(self, norm2(value) if row.is_post else value, row.scale2, row.drop2)
 
     def _tell(self, tokens: Tokens) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, cast
 
-from timm.layers import DropPath, LayerNorm
-from timm.layers.activations import GELU, GELUTanh
+from timm.layers import DropPath, GluMlp, LayerNorm, SwiGLU
+from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import LayerScale
 from torch import nn
@@ -23,14 +23,32 @@ from tome.patch.model import PatchedModel, hold, pass_on
 from tome.patch.refusals import reason
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, check_parts, swap
-from tome.tokens import restored
+from tome.tokens import GatedParts, restored
 
 # Each has tables by "file.Class": BLOCKS, and MODELS, where a name says in which attribute the model itself stands.
 FAMILIES = ("timm_vit", "timm_eva", "timm_naflex", "timm_gemma", "timm_bias", "timm_parallel", "timm_cait")
 
 plain.NORMS[LayerNorm] = plain.INERT_IN_EVAL[DropPath] = None
 plain.SCALES[LayerScale] = "gamma"
-plain.GELUS[GELU], plain.GELUS[GELUTanh] = (lambda gelu: False), (lambda gelu: True)
+plain.GELUS |= {GELU: lambda _: "erf", GELUTanh: lambda _: "tanh", QuickGELU: lambda _: "quick"}
+
+
+def _gated(reading: plain.Reading, mlp: Any) -> GatedParts:
+    is_packed = type(mlp) is GluMlp
+    reading.part(mlp, "act", plain.SILUS)
+    reading.inert(mlp, "drop1", "drop2")
+    has_norm = type(mlp.norm) in plain.NORMS
+    if not has_norm:
+        reading.inert(mlp, "norm")
+    return GatedParts(
+        tuple(reading.linear(mlp, name) for name in (("fc1",) if is_packed else ("fc1_g", "fc1_x"))),
+        is_packed and mlp.gate_last,
+        reading.norm(mlp, "norm") if has_norm else None,
+        reading.linear(mlp, "fc2"),
+    )
+
+
+plain.GATED |= {GluMlp: _gated, SwiGLU: _gated}
 
 pass_on(FeatureGetterNet, "model")
 

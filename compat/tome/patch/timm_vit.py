@@ -79,7 +79,7 @@ class TimmBlock(MergingBlock):
         if type(mlp) is not Mlp:
             raise NotPlain(f"mlp is a {type(mlp).__name__}")
         reading.inert(mlp, "drop1", "norm", "drop2")
-        return MlpParts(reading.linear(mlp, "fc1"), reading.is_tanh(mlp, "act"), reading.linear(mlp, "fc2"))
+        return MlpParts(reading.linear(mlp, "fc1"), reading.gelu(mlp, "act"), reading.linear(mlp, "fc2"))
 
 
 class TimmResPostBlock(TimmBlock):

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, GELUTanh
+from transformers.activations import ACT2FN, GELUActivation, GELUTanh, QuickGELUActivation
 
 from tome import ops
 from tome.patch import plain
@@ -15,11 +15,19 @@ from tome.patch.plain import AttentionParts, NotPlain, Reading
 from tome.patch.rotary import rows
 from tome.patch.row import Attention, Beside, Call, Place, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError
-from tome.tokens import MlpParts, Tokens
+from tome.tokens import GatedParts, MlpParts, Tokens
 
-plain.GELUS[GELUTanh] = lambda gelu: True
-plain.GELUS[GELUActivation] = lambda gelu: False
+plain.GELUS |= {GELUTanh: lambda _: "tanh", GELUActivation: lambda _: "erf", QuickGELUActivation: lambda _: "quick"}
+plain.SILUS[type(ACT2FN["silu"])] = None
+GATED_MLPS = {"Dinov2SwiGLUFFN", "Dinov2WithRegistersSwiGLUFFN", "DINOv3ViTGatedMLP"}  # gate_proj, up_proj, down_proj
 MLPS = (("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
+
+
+def gated(reading: Reading, mlp: Any) -> GatedParts:
+    """What a gated MLP computes with."""
+    reading.part(mlp, "act_fn", plain.SILUS)
+    layers = reading.linear(mlp, "gate_proj"), reading.linear(mlp, "up_proj")
+    return GatedParts(layers, False, None, reading.linear(mlp, "down_proj"))
 
 
 def heads(made: Tensor, head_dim: int) -> Tensor:
@@ -113,13 +121,13 @@ class TransformersBlock(MergingBlock):
 
     def mlp_reads_linearly(self) -> bool:
         mlp = getattr(self, self._tome_row.mlp)
-        return {type(part) for part in mlp.children()} <= {nn.Linear, *plain.GELUS}
+        return {type(part) for part in mlp.children()} <= {nn.Linear, *plain.GELUS, *plain.SILUS}
 
     def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
         for fc1, gelu, fc2 in MLPS:
             if set(mlp._modules) == {fc1, gelu, fc2}:
                 first, second = reading.linear(mlp, fc1), reading.linear(mlp, fc2)
-                return MlpParts(first, reading.is_tanh(mlp, gelu), second)
+                return MlpParts(first, reading.gelu(mlp, gelu), second)
         raise NotPlain(f"{self._tome_row.mlp} is a {type(mlp).__name__}")
 
 

@@ -20,12 +20,14 @@ from tome.patch.model import PatchedModel, hold
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, swap
 from tome.patch.transformers_layers import (
+    GATED_MLPS,
     CLIPBlock,
     Dino3Block,
     DinoBlock,
     Siglip2Block,
     TransformersBlock,
     ViTBlock,
+    gated,
 )
 from tome.patch.transformers_refused import why_refused
 from tome.patch.transformers_videomae import VideoMAEBlock
@@ -167,6 +169,8 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             plain.SCALES[type(part)] = "lambda1"
         elif _name(type(part)) in DROP_PATHS:
             plain.INERT_IN_EVAL[type(part)] = None
+        elif type(part).__name__ in GATED_MLPS:
+            plain.GATED[type(part)] = gated
     for layer in layers:
         kind = LAYERS[_name(base_of(layer))][0]
         for path_inside, inside in kind._tome_inner.items():

@@ -26,7 +26,7 @@ __global__ __launch_bounds__(kThreads) void homes_kernel(const HomesParams p) {
     const bool is_valid = p.valid.data_ptr == nullptr || __ldg(p.valid.data_ptr + p.valid.offset(b, i)) != 0;
     atomicMin(&member[m], is_valid ? i : i + p.length);
   }
-  __syncthreads();
+  __syncthreads();  // every member has been counted
   for (int m = threadIdx.x; m < count; m += kThreads) {
     const int i = member[m] < p.length ? member[m] : member[m] - p.length;
     p.out_ptr[b * p.tokens + first + m] =
