@@ -15,7 +15,14 @@ from stand_in import Halves
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers_models import (
-    HOSTS, REFUSED, SUPPORTED, build, images, inputs_of, make, make_refused, masked_images, run, shaken,
+    HOSTS,
+    REFUSED,
+    SUPPORTED,
+    images,
+    inputs_of,
+    make,
+    make_refused,
+    run,
 )  # fmt: skip
 
 import tome
