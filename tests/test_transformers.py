@@ -15,7 +15,14 @@ from stand_in import Halves
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers_models import (
-    HOSTS, REFUSED, SUPPORTED, build, images, inputs_of, make, make_refused, masked_images, run, shaken,
+    HOSTS,
+    REFUSED,
+    SUPPORTED,
+    images,
+    inputs_of,
+    make,
+    make_refused,
+    run,
 )  # fmt: skip
 
 import tome
@@ -350,8 +357,7 @@ def test_a_language_model_gets_a_token_for_each_placeholder():
         assert tome.merged(twin, **inputs_of(twin)).count() == 37 - 16
 
 
-@pytest.mark.parametrize("mask", ["a tensor", "a block mask"])
-def test_padding_is_refused(mask):
+def test_padding_is_refused():
     model = tome.patch.transformers(make("vit"))
     model.r = 4
     mask = torch.ones(2, 37, dtype=torch.bool)
@@ -360,6 +366,8 @@ def test_padding_is_refused(mask):
         run(model, attention_mask=mask)
     with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.1: a patched block takes no attn_mask"):
         layers_of(model)[1](torch.randn(2, 37, 32), object())  # what flex_attention takes for a mask
+    with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.0: a patched block takes no position_ids"):
+        run(model, position_ids=torch.arange(37))
 
 
 def alone(inputs, image):
@@ -579,6 +587,15 @@ def test_what_is_not_understood_is_named(change, reason):
     with pytest.raises(tome.patch.UnsupportedModelError, match=reason):
         tome.patch.auto(model)
     assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("part", ["attention.attention", "attention.output", "intermediate", "output"])
+def test_parts_of_parts_that_are_not_understood_are_named(part):
+    model = make("videomae")
+    parent, _, name = part.rpartition(".")
+    setattr(tower_of(model).encoder.layer[2].get_submodule(parent), name, Renamed())
+    with pytest.raises(tome.patch.UnsupportedModelError, match=rf"layer\.2\.{part}: Renamed is not supported"):
+        tome.patch.auto(model)
 
 
 @pytest.mark.parametrize("name", REFUSED)

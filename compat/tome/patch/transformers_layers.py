@@ -116,8 +116,11 @@ class TransformersBlock(MergingBlock):
         return super().forward(x, *args, **kwargs)
 
     def beside(self, attention_mask: Any = None, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Beside:
-        """A mask is refused. What is to be recorded of the model comes as flags, which concern hooks."""
-        return super().beside(attention_mask, *(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
+        """Masks and positions are refused. What is to be recorded comes as flags, which concern hooks."""
+        for name, given in kwargs.items():
+            if isinstance(given, Tensor):
+                raise self.refused(f"a patched block takes no {name}: merging moves the tokens")
+        return super().beside(attention_mask, *args)
 
     def mlp_reads_linearly(self) -> bool:
         mlp = getattr(self, self._tome_row.mlp)
@@ -156,7 +159,8 @@ class Dino3Block(TransformersBlock):
 
     def beside(self, attention_mask: Any = None, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Beside:
         super().beside(attention_mask, *args, **kwargs)
-        return Beside(Turns(*position_embeddings, self._tome.prefix))
+        cos, sin = position_embeddings
+        return Beside(Turns(cos, sin, self._tome.prefix))
 
 
 class CLIPBlock(TransformersBlock):

@@ -90,4 +90,4 @@ class VideoMAEBlock(TransformersBlock):
         output = reading.unwatched(self, "output")
         reading.inert(output, "dropout")
         first, second = reading.linear(mlp, "dense"), reading.linear(output, "dense")
-        return MlpParts(first, reading.is_tanh(mlp, "intermediate_act_fn"), second)
+        return MlpParts(first, reading.gelu(mlp, "intermediate_act_fn"), second)

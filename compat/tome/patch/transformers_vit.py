@@ -95,8 +95,12 @@ def _tower(module: object) -> Tower | None:
 
 def _records(hook: Any) -> bool:
     """Whether a hook that recording hidden states or attentions has left behind records something in this pass."""
-    collected, free = hook.__globals__["_active_collector"].get(), hook.__code__.co_freevars
-    return bool(collected) and ("key" not in free or hook.__closure__[free.index("key")].cell_contents in collected)
+    active = hook.__globals__.get("_active_collector")
+    free = hook.__code__.co_freevars
+    if active is None or "key" not in free:
+        return True
+    collected = active.get()
+    return bool(collected) and hook.__closure__[free.index("key")].cell_contents in collected
 
 
 plain.RECORDERS[
