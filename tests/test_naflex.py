@@ -115,12 +115,13 @@ def test_images_merge_as_the_hosts_own_modules_would(host):
 
 
 @every_host
-def test_padded_batches_merge_as_the_hosts_own_modules_would(host):
+@pytest.mark.parametrize("r", [R, [12, 6, 3]], ids=["plenty", "run out"])
+def test_padded_batches_merge_as_the_hosts_own_modules_would(host, r):
     model, x = make(host), inputs(host)
     twin = tome.patch.timm(copy.deepcopy(model))
     valid = valid_tokens(model, x)
-    grid, count, steps = by_hand(model, R, x, valid=valid)
-    twin.r = R
+    grid, count, steps = by_hand(model, r, x, valid=valid)
+    twin.r = r
     torch.testing.assert_close(twin(x), behind(model, grid, x), **CLOSE)
     tokens = tome.merged(twin, x)
     torch.testing.assert_close(tokens.size, count)
