@@ -8,7 +8,7 @@ import timm
 import torch
 from backends import NO_EXTENSION
 from models import images
-from rotary_cases import HOSTS, SMALL, behind, by_hand, make, shaken, trunk
+from rotary_cases import HOSTS, SMALL, behind, by_hand, make, may_fail_in_older_timm, shaken, trunk
 from stand_in import Halves
 from timm.models.eva import Eva
 from torch import nn
@@ -282,7 +282,8 @@ def test_other_image_sizes(host):
         assert model.forward_intermediates(images(size=size))[1][-1].shape == (2, 32, size // 8, size // 8)
     fixed = tome.patch.timm(make(host, dynamic_img_size=False))
     fixed.r = 4
-    fixed.set_input_size((64, 64))
+    with may_fail_in_older_timm(AttributeError):
+        fixed.set_input_size((64, 64))
     assert tome.merged(fixed, images(size=64)).count() == fixed.num_prefix_tokens + 64 - 12
 
 
@@ -310,7 +311,8 @@ def test_masks_are_refused_where_tokens_merge():
     for host in ("eva02", "mixed"):
         model = tome.patch.timm(make(host))
         mask = torch.zeros(37, 37)
-        model(images(), attn_mask=mask)
+        with may_fail_in_older_timm(TypeError):
+            model(images(), attn_mask=mask)
         model.r = 4
         for kwargs in ({"attn_mask": mask}, {"is_causal": True}):
             with pytest.raises(UnsupportedModelError, match=r"blocks\.0: a patched block takes no attn_mask"):

@@ -69,9 +69,11 @@ class GemmaBlock(PaddedBlock):
         *("attn", "norm1", "norm2", "drop_path", "mlp", "norm3", "norm4", "drop_path"),
     )
 
-    def beside(self, cos: Tensor, sin: Tensor, attn_mask: Tensor | None = None) -> Beside:
+    def beside(  # type: ignore[override]
+        self, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None
+    ) -> Beside:
         """The rotary tables, and which tokens are no padding."""
-        return super().beside(attn_mask=attn_mask)._replace(given=(cos, sin))
+        return Beside((rope_cos, rope_sin), None if attn_mask is None else self.valid(attn_mask))
 
 
 BLOCKS: dict[str, type[MergingBlock]] = {"gemma4_vit.Gemma4Block": GemmaBlock}
