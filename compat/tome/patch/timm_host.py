@@ -18,10 +18,9 @@ from torch import nn
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
-from tome.patch.model import PatchedModel, hold, pass_on
+from tome.patch.model import Intermediates, hold, pass_on
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, check_parts, swap
-from tome.tokens import restored
 
 # Each has tables by "file.Class": BLOCKS, and MODELS, where a name says in which attribute the model itself stands.
 FAMILIES = ("timm_vit",)
@@ -33,7 +32,7 @@ plain.GELUS[GELU], plain.GELUS[GELUTanh] = (lambda gelu: False), (lambda gelu: T
 pass_on(FeatureGetterNet, "model")
 
 
-class TimmModel(PatchedModel):
+class TimmModel(Intermediates):
     """A patched model of timm that runs ``blocks`` over its tokens."""
 
     def _tome_blocks(self) -> dict[str, MergingBlock]:
@@ -48,16 +47,6 @@ class TimmModel(PatchedModel):
             return None
         patches = getattr(getattr(self, "patch_embed", None), "num_patches", None)
         return None if patches is None else patches + self._tome_prefix()[0]
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """As in timm: what it records of the blocks between is restored to the full grid."""
-        return restored(super().forward_intermediates(*args, **kwargs))  # type: ignore[misc]
-
-    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """As in timm; the schedule is spread over the blocks that are left."""
-        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        self.r = self.r[: len(self._tome_blocks())] if isinstance(self.r, list) else self.r
-        return taken
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As in timm, which may make a new convolution."""
@@ -90,6 +79,11 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     inner.r = 0
     hold(outer, path)
     return model
+
+
+def knows(model: nn.Module) -> bool:
+    """Whether the model is one that can be patched, if its blocks are known too."""
+    return _lookup("MODELS", model.model if isinstance(model, FeatureGetterNet) else model) is not None
 
 
 def known_models() -> list[str]:
