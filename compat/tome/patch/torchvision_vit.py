@@ -20,9 +20,7 @@ MODELS = {f"{HOME}.VisionTransformer"}
 class EncoderBlock(MhaBlock):
     """torchvision's block."""
 
-    _tome_row = Row(
-        MultiheadAttention(), *("self_attention", "ln_1", None, "dropout", "mlp", "ln_2", None, None)
-    )
+    _tome_row = Row(MultiheadAttention(), *("self_attention", "ln_1", None, "dropout", "mlp", "ln_2", None, None))
 
 
 class TorchvisionModel(PatchedModel):
