@@ -275,7 +275,7 @@ SMALLEST = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
     ("build", "message"),
     [
         (lambda: timm.create_model("resnet18"), "ResNet is not supported"),
-        (lambda: timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1), "Eva is not supported"),
+        (lambda: timm.create_model("cait_xxs24_224", img_size=32, depth=1), "Cait is not supported"),
         (lambda: timm.create_model("beit_base_patch16_224", **SMALLEST), "Beit is not supported"),
         (lambda: torch.nn.DataParallel(make("plain")), "Patch before torch.compile, DataParallel"),
         (lambda: torch.compile(make("plain")), "Patch before torch.compile"),

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tome.patch.model import PatchedModel, hold
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, check_own
+from tome.patch.transformers_refused import REFUSED
 
 # The module of tome.patch by the library's name.
 HOSTS = {
@@ -23,13 +24,13 @@ HOSTS = {
 }
 SHAPE = "swag_vit"  # of no library: known by the names of its parts
 
-# What cannot be merged in, and why: no model of a class named here is known to any host.
+# What merging cannot do in models of other libraries than transformers, which has a table of its own.
 UNSUPPORTED = {
-    "Swin, SwinV2, MaxViT, SAM, ViTDet": "attention within windows of the grid: merged tokens have none",
-    "Hiera, MViT, PiT, LeViT, TinyViT, CoaT, Twins": "stages that pool the grid between their blocks",
-    "XCiT, DaViT": "attention over channels, not over tokens: there are no sizes to weigh",
-    "CrossViT, TNT, VOLO": "several sequences of tokens side by side",
-    "ResNet, ConvNeXt and other convolutional networks": "there are no tokens to merge",
+    "Swin, SwinV2, MaxViT, SAM": "attend within windows of a grid, from which no token can be missing",
+    "Hiera, MViT, PiT, LeViT, TinyViT, CoaT, Twins": "pool the grid between their blocks",
+    "XCiT, DaViT": "attend over channels, where a token has no weight of its own",
+    "CrossViT, TNT, VOLO": "hold several sequences of tokens side by side",
+    "ResNet, ConvNeXt, EfficientNet": "convolve, and have no tokens that attend to each other",
 }
 
 
@@ -102,6 +103,14 @@ def supported() -> list[Support]:
     rows.append(Support("SWAG", "tome.patch.swag", tuple(import_module(f"tome.patch.{SHAPE}").known_models())))
     rows.append(Support("MAE", "tome.patch.mae", ("VisionTransformer",)))
     return rows
+
+
+def unsupported() -> dict[str, str]:
+    """What is not supported, and why: names of models by the reason."""
+    reasons: dict[str, list[str]] = {reason: [names] for names, reason in UNSUPPORTED.items()}
+    for name, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"transformers' {name.partition('.')[0]}")
+    return {reason: ", ".join(names) for reason, names in reasons.items()}
 
 
 def _line(row: Support) -> str:

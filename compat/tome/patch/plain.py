@@ -6,7 +6,7 @@ A library's own types join the tables here when its file in this folder is impor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ LINEARS: Kinds = {nn.Linear: None}
 INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: None}
 GELUS: dict[type[nn.Module], Callable[[Any], bool]] = {nn.GELU: lambda gelu: gelu.approximate == "tanh"}  # is it tanh?
 SCALES: dict[type[nn.Module], str | None] = {nn.Identity: None}  # LayerScale: the name of its factor
+# Forward hooks that a library leaves behind, by module and qualified name: whether one does anything in this pass.
+RECORDERS: dict[tuple[str, str], Callable[[Any], bool]] = {}
 PLAIN_VALUES = (nn.Parameter, Tensor, type(None))  # of a quantised or distributed layer the weight is a subclass
 
 
@@ -74,7 +76,7 @@ class Reading:
         for module, own, kind in self._modules:  # as has_hooks, in less of the host's time; nobody wants gradients
             if (
                 own["training"]
-                or own["_forward_hooks"]
+                or (own["_forward_hooks"] and are_awake(own["_forward_hooks"]))
                 or own["_forward_pre_hooks"]
                 or "forward" in own
                 or type(module) is not kind
@@ -142,9 +144,10 @@ class Reading:
             self.inert(owner, drop)
         if scale is None:
             return None
-        if scale in owner._parameters:  # of blocks that keep no module for it
-            self._entries.append((owner._parameters, scale, owner._parameters[scale]))
-            return None if owner._parameters[scale] is None else self.parameter(owner, scale)
+        for own in (owner._parameters, owner.__dict__):  # of blocks that keep no module for it
+            if scale in own:
+                self._entries.append((own, scale, own[scale]))
+                return None if own[scale] is None else self.parameter(owner, scale)
         child = self.part(owner, scale, SCALES)
         factor = SCALES[type(child)]
         return None if factor is None else self.parameter(child, factor)
@@ -218,12 +221,24 @@ def is_inert(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone watches or replaces calls of the module, so that it has to be called."""
     return bool(
-        module._forward_hooks
+        (module._forward_hooks and are_awake(module._forward_hooks))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # replaced for this instance, as accelerate does
     )
+
+
+def are_awake(hooks: Mapping[int, Any]) -> bool:
+    """Whether any of a module's forward hooks may do something in this pass."""
+    # With gradients all of them count: a checkpoint must take the same way again when nobody records any more.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    for hook in hooks.values():
+        records = RECORDERS.get((getattr(hook, "__module__", ""), getattr(hook, "__qualname__", "")))
+        if records is None or records(hook):
+            return True
+    return False
 
 
 def why_watched(x: Tensor) -> str | None:

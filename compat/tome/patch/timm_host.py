@@ -6,6 +6,7 @@ quietly wrong.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, check_parts, swap
 
 # Each has tables by "file.Class": BLOCKS, and MODELS, where a name says in which attribute the model itself stands.
-FAMILIES = ("timm_vit",)
+FAMILIES = ("timm_vit", "timm_eva", "timm_naflex", "timm_gemma")
 
 plain.NORMS[LayerNorm] = plain.INERT_IN_EVAL[DropPath] = None
 plain.SCALES[LayerScale] = "gamma"
@@ -34,6 +35,8 @@ pass_on(FeatureGetterNet, "model")
 
 class TimmModel(Intermediates):
     """A patched model of timm that runs ``blocks`` over its tokens."""
+
+    _tome_variants: Mapping[type[MergingBlock], type[MergingBlock]] = {}  # what its blocks become instead of BLOCKS's
 
     def _tome_blocks(self) -> dict[str, MergingBlock]:
         return {f"blocks.{i}": block for i, block in enumerate(cast(Any, self).blocks)}
@@ -72,7 +75,8 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     for i, block in enumerate(inner.blocks):
         _check_block(f"blocks.{i}", block)
     for block in inner.blocks:
-        swap(block, cast(type[MergingBlock], _lookup("BLOCKS", base_of(block))))
+        mixin = cast(type[MergingBlock], _lookup("BLOCKS", base_of(block)))
+        swap(block, host._tome_variants.get(mixin, mixin))
     _swap_parts(inner)
     swap(inner, host)
     inner._tome = settings
