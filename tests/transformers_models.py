@@ -86,11 +86,11 @@ HOSTS = {
     "ijepa": Case("IJepaForImageClassification", "IJepaConfig", WIDE, 0),
     "dinov2": Case("Dinov2ForImageClassification", "Dinov2Config", SMALL | {"layerscale_value": 0.5}, 1),
     "dinov2 swiglu": Case("Dinov2Model", "Dinov2Config", SMALL | {"use_swiglu_ffn": True}, 1),
-    "dinov2 registers": Case("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", REGISTERS, 4),
-    "dinov3": Case("DINOv3ViTModel", "DINOv3ViTConfig", ROTARY, 4),
-    "dinov3 swiglu": Case(
-        "DINOv3ViTModel", "DINOv3ViTConfig", ROTARY | {"use_gated_mlp": True, "hidden_act": "silu"}, 4
+    "dinov2 registers": Case(
+        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", REGISTERS, 4
     ),
+    "dinov3": Case("DINOv3ViTModel", "DINOv3ViTConfig", ROTARY, 4),
+    "dinov3 swiglu": Case("DINOv3ViTModel", "DINOv3ViTConfig", ROTARY | {"use_gated_mlp": True, "hidden_act": "silu"}, 4),
     "clip": Case("CLIPVisionModelWithProjection", "CLIPVisionConfig", WIDE | {"projection_dim": 16}, 1),
     "clip gelu": Case("CLIPVisionModel", "CLIPVisionConfig", WIDE | {"hidden_act": "gelu"}, 1),
     "siglip": Case("SiglipVisionModel", "SiglipVisionConfig", WIDE, 0),
@@ -157,9 +157,7 @@ def build(kind: str, config: str, settings: dict[str, Any], attn: str = "eager")
     module, _, name = config.rpartition(".")
     home = __import__(f"transformers.models.{module}", fromlist=[name]) if module else transformers
     made = getattr(home, name)(**copy.deepcopy(settings), attn_implementation=attn)
-    model = getattr(transformers, kind, None) or getattr(
-        __import__(made.__module__.replace("configuration", "modeling"), fromlist=[kind]), kind
-    )
+    model = getattr(transformers, kind, None) or getattr(__import__(made.__module__.replace("configuration", "modeling"), fromlist=[kind]), kind)
     return model(made)
 
 

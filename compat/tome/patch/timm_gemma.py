@@ -23,7 +23,9 @@ class GemmaAttention(Attention):
     """Gemma4Attention; the given is (cosines, sines), each [B, N0, D]."""
 
     names = frozenset({"Gemma4Attention"})
-    parts = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "v_norm", "attn_drop", "proj_drop"})
+    parts = frozenset(
+        {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "v_norm", "attn_drop", "proj_drop"}
+    )
     is_placed = True
 
     def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:

@@ -143,9 +143,13 @@ class DinoBlock(TransformersBlock):
 class Dino3Block(TransformersBlock):
     """The layer of DINOv3: DINOv2's, with rotary positions."""
 
-    _tome_row = DinoBlock._tome_row._replace(attention=RotaryAttention("num_heads", "scaling", "dropout", "o_proj"))
+    _tome_row = DinoBlock._tome_row._replace(
+        attention=RotaryAttention("num_heads", "scaling", "dropout", "o_proj")
+    )
 
-    def beside(self, attention_mask: Any = None, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Beside:
+    def beside(
+        self, attention_mask: Any = None, position_embeddings: Any = None, *args: Any, **kwargs: Any
+    ) -> Beside:
         super().beside(attention_mask, *args, **kwargs)
         return Beside(Turns(*position_embeddings, self._tome.prefix))
 

@@ -72,9 +72,7 @@ class VideoMAEBlock(TransformersBlock):
         others=("output",),
     )
     _tome_inner: ClassVar[dict[str, Inner]] = {
-        "attention.attention": Inner(
-            "VideoMAESelfAttention", frozenset({"query", "key", "value"}), BiasedSelfAttention
-        ),
+        "attention.attention": Inner("VideoMAESelfAttention", frozenset({"query", "key", "value"}), BiasedSelfAttention),
         "attention.output": Inner("VideoMAESelfOutput", frozenset({"dense", "dropout"})),
         "intermediate": Inner("VideoMAEIntermediate", frozenset({"dense", "intermediate_act_fn"})),
         "output": Inner("VideoMAEOutput", frozenset({"dense", "dropout"})),
