@@ -102,6 +102,17 @@ def _unmerge_backward(grad: Tensor, slot: Tensor, tokens: int) -> Tensor:
     return sums.scatter_add(1, slot.long()[:, :, None].expand_as(grad), grad.float()).to(grad.dtype)
 
 
+def _rotate(
+    q: Tensor, k: Tensor, table: Tensor, home: Tensor | None, prefix: int, is_half: bool, is_back: bool
+) -> tuple[Tensor, ...]:
+    if is_back:
+        sin, cos = table.chunk(2, dim=-1)
+        sin = sin.roll(q.shape[3] // 2, -1) if is_half else sin.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        table = torch.cat([-sin, cos], dim=-1)
+    found = tome_reference.rotate(q, k, table, home, prefix, is_half)
+    return tuple(x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in found)
+
+
 def _merge_add_norm(x: Tensor, branch: Tensor | None, slot: Tensor | None, tokens: int, *others: Any) -> Any:
     size, weight, bias, eps, gamma, norm_dtype, training = others
     out, y, total = tome_reference.merge_add_norm(x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype)
@@ -176,6 +187,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "unmerge_backward": _unmerge_backward,
     "follow": lambda steps: tome_reference.follow(steps).clone(),
     "restore": tome_reference.restore,
+    "rotate": _rotate,
+    "homes": tome_reference.homes,
     "attention": lambda q, k, v, size, scale: (
         tome_reference.attention(q, k, v, size, scale).transpose(1, 2).contiguous()
     ),

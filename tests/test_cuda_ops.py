@@ -37,6 +37,7 @@ TOTAL = tome_reference.merge(X, SLOT, 6, SIZE)[1]
 W, V, G = torch.randn(3, 8)
 Q = torch.randn(2, 9, 3, 2, 32).half().permute(2, 0, 3, 1, 4)
 F32 = torch.float32
+TABLE, HOME = torch.randn(8, 64), torch.tensor([[0, 1, 8, 3, 5, 5, 2, 7, 1], [0, 8, 7, 6, 5, 4, 3, 2, 1]])
 
 
 @pytest.fixture
@@ -106,6 +107,10 @@ OPERATORS = [
     ("restore", (X[:, :3], X[:, 3:6].half(), [SLOT, NEXT], G)),
     ("restore", (X[:, :6], None, [SLOT], None)),
     ("restore", (X, X, [], None)),
+    ("rotate", (*Q[:2], TABLE, None, 1, False, False)),
+    ("rotate", (*Q[:2], TABLE.half().expand(2, -1, -1), HOME.int(), 1, True, True)),
+    ("homes", (SLOT, 6, None, None)),
+    ("homes", (SLOT, 6, HOME, SIZE > 3)),
     ("attention", (*Q, SIZE, 0.2)),
     ("merge_add_norm", (X, X.half(), SLOT, 6, SIZE, W, V, 1e-5, G, torch.float16, True)),
     ("merge_add_norm", (X, X, None, 9, None, W, None, 1e-5, None, F32, True)),
@@ -117,7 +122,7 @@ OPERATORS = [
 ]
 
 
-DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "merge_add_norm")
+DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "merge_add_norm")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +180,10 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("restore", (X[:, :3], X[:, 3:6], (SLOT, NEXT), G)),
     ("restore", (X, X, (), None)),
     ("restore", (X, None, ())),
+    ("rotate", (*Q.float()[:2], TABLE.half(), None, 1)),
+    ("rotate", (*Q.float()[:2], TABLE, HOME, 1, True)),
+    ("homes", (SLOT, 6)),
+    ("homes", (SLOT, 6, HOME, SIZE > 3)),
     ("attention", (*Q, SIZE)),
     ("attention", (*Q.float(), SIZE, 0.3)),
     ("attention", (*Q[:, :0], None)),

@@ -30,10 +30,12 @@ def arguments(name: str, x: Tensor) -> tuple[Any, ...]:
         "attention": (x[None],) * 3,
         "attend_half": (x, (x[None],) * 3, 1, None, None, 4, 1, True, None, None, linear, None, norm, None),
         "follow": ([SLOT],),
+        "homes": (SLOT, 4),
         "merge": (x, SLOT, 4),
         "merge_add_norm": (x, x, None, 4, None, None, None, 1e-5),
         "mlp_half": (x, x, linear, False, linear, None, norm, None),
         "restore": (x, None, [SLOT]),
+        "rotate": (x[None], x[None], x),
         "unmerge": (x, SLOT),
     }.get(name, (x, 1))
 
@@ -93,6 +95,17 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_chain_that_is_too_long() -> None:
     assert tome_cuda.why_not("follow", [SLOT] * 3) is None
     assert "4 merges, and the kernels follow at most 3" in str(tome_cuda.why_not("follow", [SLOT] * 4))
+
+
+@pytest.mark.usefixtures("chosen")
+def test_what_rotate_declines() -> None:
+    q, table = X[None], torch.zeros(4, 4)
+    assert tome_cuda.why_not("rotate", q, q, table) is None
+    assert "float64" in str(tome_cuda.why_not("rotate", q, q, table.double()))
+    table.requires_grad_()
+    assert "no gradient of its table" in str(tome_cuda.why_not("rotate", q, q, table=table))
+    with torch.no_grad():
+        assert tome_cuda.why_not("rotate", q, q, table) is None
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,9 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("unmerge", (X[:, :6], SLOT)),
     ("follow", ([SLOT, NEXT],)),
     ("restore", (X[:, :3], X[:, 3:6], [SLOT, NEXT], G)),
+    ("rotate", (KEYS, KEYS, torch.randn(9, 8))),
+    ("rotate", (KEYS, KEYS, torch.randn(3, 9, 8), torch.arange(9).expand(2, 9), 2, True)),
+    ("homes", (SLOT, 6, torch.arange(9).repeat(2, 1), SIZE > 3)),
     ("attention", (KEYS, KEYS, KEYS, SIZE)),
     ("merge_add_norm", (X, X, SLOT, 6, SIZE, W, V, 1e-5, G)),
     ("merge_add_norm", (X, X, SLOT, 6, None, None, None, 1e-5)),
@@ -114,11 +117,12 @@ def loss_of(name: str, args: tuple[Any, ...], position: int) -> Callable[[Tensor
         ("restore", (X[:1, :6], None, [SLOT[:1]]), 1),
         ("merge_add_norm", (None, X[:1], SLOT[:1], 6, SIZE[:1], W, V, 1e-5, G), 0),
         ("merge_add_norm", (X[:1], None, None, 9, None, W, V, 1e-5), 0),
+        ("rotate", (KEYS[:1], None, torch.randn(9, 8), torch.arange(9)[None], 2), 1),
         ("attention", (None, KEYS[:1], KEYS[:1], SIZE[:1]), 0),
     ],
 )
 def test_gradients_of_each_image(name: str, args: tuple[Any, ...], position: int) -> None:
-    images = KEYS if name == "attention" else X[:, :6] if name in ("unmerge", "restore") else X
+    images = KEYS if name in ("rotate", "attention") else X[:, :6] if name in ("unmerge", "restore") else X
     loss = loss_of(name, args, position)
     found = torch.func.vmap(torch.func.grad(loss))(images)
     leaves = images.clone().requires_grad_()

@@ -21,6 +21,7 @@ __all__ = [
     "attend_half",
     "attention",
     "follow",
+    "homes",
     "kth_match",
     "match",
     "max_r",
@@ -30,6 +31,7 @@ __all__ = [
     "one_call",
     "random_match",
     "restore",
+    "rotate",
     "take",
     "unmerge",
 ]
@@ -106,6 +108,8 @@ merge = _operation(tome_reference.merge, checks_first=False)
 unmerge = _operation(tome_reference.unmerge)
 follow = _operation(tome_reference.follow)
 restore = _operation(tome_reference.restore)
+rotate = _operation(tome_reference.rotate)
+homes = _operation(tome_reference.homes)
 attention = _operation(tome_reference.attention)
 merge_add_norm = _operation(tome_reference.merge_add_norm, checks_first=False)
 attend_half = _operation(tome_reference.attend_half, checks_first=False)

@@ -147,7 +147,7 @@ class Tokens:
         home = None
         if is_placed:
             valid = self.size >= 1.0 if self.is_padded and self.size is not None else None
-            home = homes(self.home, slot, x.shape[1], valid)
+            home = ops.homes(slot, x.shape[1], self.home, valid)
         return Tokens(x, counts, (*self.steps, slot), waiting, home, self.is_padded)
 
     def weights(self, by_size: bool) -> Tensor | None:
@@ -255,31 +255,6 @@ def padded(x: Tensor, valid: Tensor | None) -> Tokens:
     if valid is None:
         return Tokens(x)
     return Tokens(x, Counts(torch.where(valid, 1.0, PADDING).float()), is_padded=True)
-
-
-def homes(home: Tensor | None, slot: Tensor, tokens: int, valid: Tensor | None = None) -> Tensor:
-    """The original token in whose place each stands after one more merge: that of the group's last member.
-
-    Padding stands nowhere: among others its place is not the last.
-
-    Args:
-        home: int64 [B, N]; None: each of the N in its own place.
-        slot: int32 [B, N], onto [0, tokens).
-        tokens: M.
-        valid: bool [B, N], false for padding.
-
-    Returns:
-        int64 [B, M].
-
-    """
-    batch, n = slot.shape
-    order = torch.arange(n, device=slot.device).expand(batch, n)
-    if valid is not None:
-        order = torch.where(valid, order, order - n)
-    last = order.new_full((batch, tokens), -n).scatter_reduce(1, slot.long(), order, "amax")
-    if valid is not None:
-        last = last % n
-    return last if home is None else home.gather(1, last)
 
 
 def add(

@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("follow(Tensor[] steps) -> Tensor");
   m.def("restore(Tensor x, Tensor? branch, Tensor[] steps, Tensor? gamma) -> Tensor");
   m.def(
+      "rotate(Tensor q, Tensor k, Tensor table, Tensor? home, SymInt prefix, bool is_half, bool is_back) -> "
+      "(Tensor, Tensor)");
+  m.def("homes(Tensor slot, SymInt tokens, Tensor? home, Tensor? valid) -> Tensor");
+  m.def(
       "merge_add_norm(Tensor x, Tensor? branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
@@ -53,6 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
   m.impl("follow", TORCH_BOX(&tome::follow));
   m.impl("restore", TORCH_BOX(&tome::restore));
+  m.impl("rotate", TORCH_BOX(&tome::rotate));
+  m.impl("homes", TORCH_BOX(&tome::homes));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
   m.impl("attend_half", TORCH_BOX(&tome::attend_half));

@@ -33,6 +33,13 @@ Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
 Tensor follow(const std::vector<Tensor>& steps);
 Tensor restore(const Tensor& x, const std::optional<Tensor>& branch, const std::vector<Tensor>& steps,
                const std::optional<Tensor>& gamma);
+// Queries and keys turned by the places of their tokens, [B, N, H, D] for [B, H, N, D]; or their gradients.
+std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor& table,
+                                  const std::optional<Tensor>& home, int64_t prefix, bool is_half,
+                                  bool is_back);
+// In whose place each token stands behind a merge.
+Tensor homes(const Tensor& slot, int64_t tokens, const std::optional<Tensor>& home,
+             const std::optional<Tensor>& valid);
 
 // x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of
 // every row. Without a branch only the norm of x, and merged is empty.

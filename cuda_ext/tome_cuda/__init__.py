@@ -10,6 +10,7 @@ from tome_cuda.ops import (
     attend_half,
     attention,
     follow,
+    homes,
     kth_match,
     match,
     max_r,
@@ -18,6 +19,7 @@ from tome_cuda.ops import (
     mlp_half,
     random_match,
     restore,
+    rotate,
     unmerge,
 )
 from tome_cuda.predicates import PREDICATES, remark, why_not
@@ -30,6 +32,7 @@ __all__ = [
     "attention",
     "build_info",
     "follow",
+    "homes",
     "kth_match",
     "match",
     "max_r",
@@ -40,6 +43,7 @@ __all__ = [
     "random_match",
     "remark",
     "restore",
+    "rotate",
     "unavailable",
     "unmerge",
     "why_not",

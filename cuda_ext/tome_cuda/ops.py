@@ -96,6 +96,17 @@ class _Spread(torch.autograd.Function):
         return x.gather(1, slot.long()[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+def rotate(
+    q: Tensor, k: Tensor, table: Tensor, home: Tensor | None = None, prefix: int = 0, is_half: bool = False
+) -> tuple[Tensor, Tensor]:
+    q, k = launch("rotate", q, k, table, home, prefix, is_half, False)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    return launch("homes", slot, tokens, home, valid)  # type: ignore[no-any-return]
+
+
 def attention(
     q: Tensor,
     k: Tensor,

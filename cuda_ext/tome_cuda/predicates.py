@@ -52,6 +52,13 @@ def _restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: T
     return _lacks(x) or _lacks_double(branch, gamma) or _lacks_steps(steps)
 
 
+def _rotate(q: Tensor, k: Tensor, table: Tensor, *_: object, **__: object) -> str | None:
+    reason = _lacks(q) or _lacks_double(k, table)
+    if reason is None and torch.is_grad_enabled() and _requires_grad(table):
+        return "the kernel of rotate has no gradient of its table, and one is wanted"
+    return reason
+
+
 def _attention(q: Tensor, *_: object, **__: object) -> str | None:
     return _lacks(q)
 
@@ -127,6 +134,8 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
     "unmerge": _tokens,
     "follow": _follow,
     "restore": _restore,
+    "rotate": _rotate,
+    "homes": _tokens,
     "attention": _attention,
     "merge_add_norm": _merge_add_norm,
     "attend_half": _attend_half,

@@ -10,11 +10,13 @@ from tome_reference.halves import attend_half, mlp_half
 from tome_reference.matching import kth_match, match, max_r, random_match
 from tome_reference.merging import follow, merge, restore, unmerge
 from tome_reference.norm import merge_add_norm
+from tome_reference.position import homes, rotate
 
 __all__ = [
     "attend_half",
     "attention",
     "follow",
+    "homes",
     "kth_match",
     "match",
     "max_r",
@@ -23,5 +25,6 @@ __all__ = [
     "mlp_half",
     "random_match",
     "restore",
+    "rotate",
     "unmerge",
 ]
