@@ -50,7 +50,7 @@ def show_hosts() -> None:
     for row in hosts.supported():
         table.add_row(row.library, row.function, escape(", ".join(row.models) or f"not installed: {row.needs}"))
     console.print(table)
-    table = Table("not supported", "they", box=box.SIMPLE_HEAD)
+    table = Table("not supported", "each of them", box=box.SIMPLE_HEAD)
     for reason, names in hosts.unsupported().items():
         table.add_row(names, reason)
     console.print(table)

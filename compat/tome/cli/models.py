@@ -184,8 +184,8 @@ def _weights(checkpoint: Path) -> dict[str, Any]:
 def _unknown(name: str) -> str:
     if "/" in name:
         return (
-            f"unknown model {name!r}: write hf-hub:{name} for a model of timm's on the model hub, hf:{name} for one of "
-            f"transformers', or local-dir:{name} for a folder"
+            f"unknown model {name!r}: write hf-hub:{name} for the model hub or local-dir:{name} for a folder, and "
+            f"hf:{name} for either if it is transformers'"
         )
     names = [known for family in FAMILIES for known in timm.list_models(module=family)]
     near = difflib.get_close_matches(name, names, n=len(names), cutoff=0.0)

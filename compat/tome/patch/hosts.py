@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tome.patch.model import PatchedModel, hold
+from tome.patch.model import Holder, PatchedModel, hold
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, check_own
-from tome.patch.transformers_refused import REFUSED
+from tome.patch.transformers_refused import CONVOLUTIONS, REFUSED, STAGES, WINDOWS
 
 # The module of tome.patch by the library's name.
 HOSTS = {
@@ -24,13 +24,13 @@ HOSTS = {
 }
 SHAPE = "swag_vit"  # of no library: known by the names of its parts
 
-# What merging cannot do in models of other libraries than transformers, which has a table of its own.
+# Other libraries' models than transformers', which have a table of their own.
 UNSUPPORTED = {
-    "Swin, SwinV2, MaxViT, SAM": "attend within windows of a grid, from which no token can be missing",
-    "Hiera, MViT, PiT, LeViT, TinyViT, CoaT, Twins": "pool the grid between their blocks",
-    "XCiT, DaViT": "attend over channels, where a token has no weight of its own",
-    "CrossViT, TNT, VOLO": "hold several sequences of tokens side by side",
-    "ResNet, ConvNeXt, EfficientNet": "convolve, and have no tokens that attend to each other",
+    "Swin, SwinV2, MaxViT, SAM": WINDOWS,
+    "Hiera, MViT, PiT, LeViT, TinyViT, CoaT, Twins": STAGES,
+    "ResNet, ConvNeXt, EfficientNet": CONVOLUTIONS,
+    "XCiT, DaViT": "attends over channels, where a token has no weight of its own",
+    "CrossViT, TNT, VOLO": "holds several sequences of tokens side by side",
 }
 
 
@@ -61,12 +61,18 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             f"Supported: {'; '.join(map(_line, supported()))}"
         )
     path, inner, host = found[0]
+    steps = path.split(".")
+    for i in range(len(steps)):
+        owner = model.get_submodule(".".join(steps[:i]))
+        if hasattr(owner, "r") and not isinstance(owner, Holder):
+            raise UnsupportedModelError(
+                f"{type(owner).__name__} has an attribute r of its own: patch its {'.'.join(steps[i:])} itself"
+            )
     host.apply_patch(inner, settings)
     whole = next(name for name, module in model.named_modules() if isinstance(module, PatchedModel))
     # Every module on the way passes r on, so that none keeps what is set on it to itself.
-    steps = whole.split(".")
-    for i in range(path.count(".") + 1):
-        hold(model.get_submodule(".".join(steps[:i])), ".".join(steps[i:]))
+    for i in range(len(steps)):
+        hold(model.get_submodule(".".join(steps[:i])), whole.split(".", i)[i])
     return model
 
 
@@ -106,10 +112,10 @@ def supported() -> list[Support]:
 
 
 def unsupported() -> dict[str, str]:
-    """What is not supported, and why: names of models by the reason."""
+    """What is not supported: the names of models by the reason, which goes on from "each"."""
     reasons: dict[str, list[str]] = {reason: [names] for names, reason in UNSUPPORTED.items()}
     for name, reason in REFUSED.items():
-        reasons.setdefault(reason, []).append(f"transformers' {name.partition('.')[0]}")
+        reasons.setdefault(reason, []).append(f"transformers.{name.partition('.')[0]}")
     return {reason: ", ".join(names) for reason, names in reasons.items()}
 
 

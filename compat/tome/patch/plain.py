@@ -65,13 +65,10 @@ class Reading:
 
     def holds(self, root: Any) -> bool:
         """Whether everything that was read of ``root`` is still as it was (and root no replica of it)."""
-        if root._modules is not self._root:
+        if root._modules is not self._root or [owner for owner, length in self._lengths if len(owner) != length]:
             return False
         for owner, name, value in self._entries:
             if owner.get(name) is not value:
-                return False
-        for owner, length in self._lengths:
-            if len(owner) != length:
                 return False
         for module, own, kind in self._modules:  # as has_hooks, in less of the host's time; nobody wants gradients
             if (
@@ -127,14 +124,13 @@ class Reading:
 
     def affine(self, module: nn.Module, weight: str, bias: str) -> Linear:
         """Weight and bias of a module, by the names of its parameters."""
-        made = self.parameter(module, weight), module._parameters[bias]
-        self._entries.append((module._parameters, bias, made[1]))
-        return made
+        self._entries.append((module._parameters, bias, module._parameters[bias]))
+        return self.parameter(module, weight), module._parameters[bias]
 
     def steps(self, sequence: Any) -> list[str]:
         """The names of a Sequential's parts, without those that return what they are given."""
         self._lengths.append((sequence._modules, len(sequence._modules)))
-        inert = [name for name, part in sequence._modules.items() if type(part) in INERT_IN_EVAL]
+        inert = {name for name, part in sequence._modules.items() if type(part) in INERT_IN_EVAL}
         self.inert(sequence, *inert)
         return [name for name in sequence._modules if name not in inert]
 
