@@ -21,7 +21,7 @@ OWN = ("open_clip", "open_clip avg", "open_clip coca")
 
 
 def clip(kind="CLIP", vision=VISION):
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
     if kind == "CoCa":
         config |= {"multimodal_cfg": TEXT, "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True}}
     return shaken(getattr(open_clip, kind)(**config))
