@@ -54,7 +54,7 @@ def test_the_mean_of_swag_is_that_of_all_tokens():
 
 def test_what_only_looks_like_swag_is_refused():
     for model in (make("torchvision"), nn.Linear(2, 2)):
-        with pytest.raises(tome.UnsupportedModelError, match="is not SWAG's VisionTransformer, whose encoder.layers"):
+        with pytest.raises(tome.UnsupportedModelError, match=r"is not SWAG's VisionTransformer, whose encoder\.layers"):
             tome.patch.swag(model)
     model = shaken(Swag())
     model.encoder.layers[2] = Other(model.encoder.layers[2])
