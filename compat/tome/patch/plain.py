@@ -124,7 +124,7 @@ class Reading:
 
     def affine(self, module: nn.Module, weight: str, bias: str) -> Linear:
         """Weight and bias of a module, by the names of its parameters."""
-        self._entries.append((module._parameters, bias, module._parameters[bias]))
+        self._entries.append((module._parameters, bias, module._parameters.get(bias)))
         return self.parameter(module, weight), module._parameters[bias]
 
     def steps(self, sequence: Any) -> list[str]:
