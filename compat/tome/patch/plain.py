@@ -18,7 +18,8 @@ from tome.tokens import Branch, GatedParts, Linear, MlpParts, Norm
 
 Kinds = dict[type[nn.Module], Any]
 
-NORMS: Kinds = {nn.LayerNorm: None}
+NORMS: Kinds = {nn.LayerNorm: False}  # does it return the dtype that it is given, under autocast too?
+LINEARS: Kinds = {nn.Linear: None}
 INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: None}
 GELUS: dict[type[nn.Module], Callable[[Any], str]] = {  # which: "erf", "tanh" or "quick"
     nn.GELU: lambda gelu: "tanh" if gelu.approximate == "tanh" else "erf"
@@ -64,10 +65,11 @@ class Reading:
         self._root = root._modules
         self._modules: list[tuple[nn.Module, dict[str, Any], type]] = []
         self._entries: list[tuple[dict[str, Any], str, object]] = []
+        self._lengths: list[tuple[dict[str, Any], int]] = []
 
     def holds(self, root: Any) -> bool:
         """Whether everything that was read of ``root`` is still as it was (and root no replica of it)."""
-        if root._modules is not self._root:
+        if root._modules is not self._root or [owner for owner, length in self._lengths if len(owner) != length]:
             return False
         for owner, name, value in self._entries:
             if owner.get(name) is not value:
@@ -122,10 +124,19 @@ class Reading:
 
     def linear(self, owner: Any, name: str) -> Linear:
         """Weight and bias of a child."""
-        child = self.part(owner, name, {nn.Linear: None})
-        weight, bias = self.parameter(child, "weight"), child._parameters["bias"]
-        self._entries.append((child._parameters, "bias", bias))
-        return weight, bias
+        return self.affine(self.part(owner, name, LINEARS), "weight", "bias")
+
+    def affine(self, module: nn.Module, weight: str, bias: str) -> Linear:
+        """Weight and bias of a module, by the names of its parameters."""
+        self._entries.append((module._parameters, bias, module._parameters.get(bias)))
+        return self.parameter(module, weight), module._parameters[bias]
+
+    def steps(self, sequence: Any) -> list[str]:
+        """The names of a Sequential's parts, without those that return what they are given."""
+        self._lengths.append((sequence._modules, len(sequence._modules)))
+        inert = {name for name, part in sequence._modules.items() if type(part) in INERT_IN_EVAL}
+        self.inert(sequence, *inert)
+        return [name for name in sequence._modules if name not in inert]
 
     def gamma(self, owner: Any, scale: str | None, drop: str | None) -> Tensor | None:
         """The factor of a LayerScale, or None where there is none; and a drop path that drops nothing."""

@@ -19,11 +19,11 @@ from torch import nn
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
-from tome.patch.model import PatchedModel, hold, pass_on
+from tome.patch.model import Intermediates, hold, pass_on
 from tome.patch.refusals import reason
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, check_parts, swap
-from tome.tokens import GatedParts, restored
+from tome.tokens import GatedParts
 
 # Each has tables by "file.Class": BLOCKS, and MODELS, where a name says in which attribute the model itself stands.
 FAMILIES = ("timm_vit", "timm_eva", "timm_naflex", "timm_gemma", "timm_bias", "timm_parallel", "timm_cait")
@@ -53,7 +53,7 @@ plain.GATED |= {GluMlp: _gated, SwiGLU: _gated}
 pass_on(FeatureGetterNet, "model")
 
 
-class TimmModel(PatchedModel):
+class TimmModel(Intermediates):
     """A patched model of timm that runs ``blocks`` over its tokens."""
 
     _tome_variants: Mapping[type[MergingBlock], type[MergingBlock]] = {}  # what its blocks become instead of BLOCKS's
@@ -70,16 +70,6 @@ class TimmModel(PatchedModel):
             return None
         patches = getattr(getattr(self, "patch_embed", None), "num_patches", None)
         return None if patches is None else patches + self._tome_prefix()[0]
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """As in timm: what it records of the blocks between is restored to the full grid."""
-        return restored(super().forward_intermediates(*args, **kwargs))  # type: ignore[misc]
-
-    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """As in timm; the schedule is spread over the blocks that are left."""
-        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        self.r = self.r[: len(self._tome_blocks())] if isinstance(self.r, list) else self.r
-        return taken
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As in timm, which may make a new convolution."""
@@ -114,6 +104,11 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     inner.r = 0
     hold(outer, path)
     return model
+
+
+def knows(model: nn.Module) -> bool:
+    """Whether the model is one that can be patched, if its blocks are known too."""
+    return _lookup("MODELS", model.model if isinstance(model, FeatureGetterNet) else model) is not None
 
 
 def known_models() -> list[str]:

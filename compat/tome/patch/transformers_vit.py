@@ -93,6 +93,16 @@ def _tower(module: object) -> Tower | None:
     return next((TOWERS[name] for name in map(_name, type(module).__mro__) if name in TOWERS), None)
 
 
+def knows(model: nn.Module) -> bool:
+    """Whether the model is one of TOWERS, or a wrapper around one of timm's."""
+    return _tower(model) is not None or _name(type(model)).startswith(TIMM_WRAPPER)
+
+
+def known_models() -> list[str]:
+    """The names of TOWERS, without their homes."""
+    return sorted(name.rpartition(".")[2] for name in TOWERS)
+
+
 def _records(hook: Any) -> bool:
     """Whether a hook that recording hidden states or attentions has left behind records something in this pass."""
     active = hook.__globals__.get("_active_collector")
@@ -155,11 +165,10 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             return model
     towers = [(name, module) for name, module in model.named_modules() if _tower(module) is not None]
     if len(towers) != 1:
-        known = sorted(name.rpartition(".")[2] for name in TOWERS)
         reason = why_refused(model)
         raise UnsupportedModelError(
-            f"{type(model).__module__}.{type(model).__name__} must hold one of {', '.join(known)}; found {len(towers)}"
-            + (f". {reason}" if reason else "")
+            f"{type(model).__module__}.{type(model).__name__} must hold one of {', '.join(known_models())}; "
+            f"found {len(towers)}" + (f". {reason}" if reason else "")
         )
     path, inner = towers[0]
     tower = cast(Tower, _tower(inner))
