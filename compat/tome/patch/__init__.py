@@ -5,8 +5,9 @@ Each returns the model, whose ``r`` then takes a schedule (:mod:`tome.schedule`)
 
 from __future__ import annotations
 
+from fractions import Fraction
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import nn
 
@@ -16,7 +17,7 @@ from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, unpatch
 from tome.tokens import Tokens
 
-__all__ = ["Rule", "Tokens", "UnsupportedModelError", "auto", "merged", "timm", "transformers", "unpatch"]
+__all__ = ["Rule", "Tokens", "UnsupportedModelError", "auto", "diffusers", "merged", "timm", "transformers", "unpatch"]
 
 ARGUMENTS = """
     Args:
@@ -86,3 +87,72 @@ transformers = _patch(
     """,
 )
 auto = _patch("auto", "hosts", "Patch a model of any library that is known, by the library that its class comes from.")
+
+
+M = TypeVar("M")
+
+
+def diffusers(
+    model: M,
+    ratio: float = 0.5,
+    max_downsample: int | None = None,
+    sx: int = 2,
+    sy: int = 2,
+    use_rand: bool = True,
+    merge_attn: bool = True,
+    merge_crossattn: bool = False,
+    merge_mlp: bool = False,
+    *,
+    seed: int = 0,
+    share_map: bool = False,
+    share_guidance: bool = True,
+    use_cuda_ext: bool | None = None,
+) -> M:
+    """Merge tokens around the self-attention of a denoiser of diffusers (arXiv 2303.17604): UNet, DiT or PixArt.
+
+    In each cell of the grid one token is a target; of all others those that are most like their best target, by the
+    cosine of their keys, merge into it before self-attention, and get its result behind it.
+
+    Args:
+        model: a pipeline, or its ``unet`` or ``transformer``; changed in place. Patched again it takes the new settings.
+        ratio: the share of the tokens that merge, at most 1 - 1 / (sx * sy); with 0 the model computes as unpatched.
+        max_downsample: merge where the UNet has scaled the latent down by at most this (1, 2, 4, 8); None: where
+            self-attention is finest (1 in Stable Diffusion 1 and 2, 2 in XL). For DiT and PixArt all blocks count as 1.
+        sx: width of a cell.
+        sy: height of a cell; the last cells are smaller where the grid does not divide.
+        use_rand: draw each cell's target, for each timestep anew; otherwise it is the top left token.
+        merge_attn: merge around self-attention; must be True.
+        merge_crossattn: around cross attention; must be False.
+        merge_mlp: around the MLP; must be False.
+        seed: with the timestep, all that the draw depends on: no generator moves, so the noise stays as it was.
+        share_map: the blocks of one size share the map of the first of them, made anew by each call.
+        share_guidance: samples in the two halves of a batch that have the same latent (the unconditional and the
+            conditional one of guidance) share a map, that of their mean keys.
+        use_cuda_ext: True forces the CUDA backend, False the reference; None leaves it to :mod:`tome.backend`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: a denoiser, block or attention that is not understood, with its name and the reason.
+        ValueError: an argument out of its range, or one with which nothing would merge.
+
+    """
+    for name, wanted, value in (
+        ("merge_attn", True, merge_attn),
+        ("merge_crossattn", False, merge_crossattn),
+        ("merge_mlp", False, merge_mlp),
+    ):
+        if value is not wanted:
+            raise ValueError(f"{name} must be {wanted}, got {value!r}: tokens merge around self-attention alone")
+    for name, least in (("sx", sx), ("sy", sy), ("max_downsample", 1 if max_downsample is None else max_downsample)):
+        if not isinstance(least, int) or least < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {least!r}")
+    if not 0 <= ratio <= 1 - 1 / (sx * sy):
+        raise ValueError(f"ratio must be in [0, {1 - 1 / (sx * sy):g}] for cells of {sx} x {sy}, got {ratio!r}")
+    host = import_module("tome.patch.diffusers_unet")
+    chosen_backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
+    share = Fraction(ratio).limit_denominator(1000)
+    settings = host.Settings(share.as_integer_ratio(), sx, sy, use_rand, seed, share_map, share_guidance, chosen_backend)
+    host.apply_patch(model, settings, max_downsample)
+    return model
