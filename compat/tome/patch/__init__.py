@@ -13,11 +13,26 @@ from torch import nn
 
 from tome.matching import Rule, chosen
 from tome.patch.model import merged
-from tome.patch.row import ModelSettings
+from tome.patch.own import QkvAttention
+from tome.patch.own import apply_patch as _patch_own
+from tome.patch.row import ModelSettings, Row
 from tome.patch.swap import UnsupportedModelError, unpatch
 from tome.tokens import Tokens
 
-__all__ = ["Rule", "Tokens", "UnsupportedModelError", "auto", "diffusers", "merged", "timm", "transformers", "unpatch"]
+__all__ = [
+    "QkvAttention",
+    "Row",
+    "Rule",
+    "Tokens",
+    "UnsupportedModelError",
+    "auto",
+    "custom",
+    "diffusers",
+    "merged",
+    "timm",
+    "transformers",
+    "unpatch",
+]
 
 ARGUMENTS = """
     Args:
@@ -53,6 +68,10 @@ class Patch(Protocol):
         """Patch the model."""
 
 
+def _backend(use_cuda_ext: bool | None) -> str | None:
+    return None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
+
+
 def _patch(name: str, host: str, summary: str) -> Patch:
     def patch(
         model: nn.Module,
@@ -61,8 +80,7 @@ def _patch(name: str, host: str, summary: str) -> Patch:
         use_cuda_ext: bool | None = None,
         matching: str | Rule = "bipartite",
     ) -> nn.Module:
-        backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
-        settings = ModelSettings(trace_source, prop_attn, backend, chosen(matching))
+        settings = ModelSettings(trace_source, prop_attn, _backend(use_cuda_ext), chosen(matching))
         # The library, and what comes with it, loads only when a model of it is patched.
         patched: nn.Module = import_module(f"tome.patch.{host}").apply_patch(model, settings)
         return patched
@@ -87,6 +105,45 @@ transformers = _patch(
     """,
 )
 auto = _patch("auto", "hosts", "Patch a model of any library that is known, by the library that its class comes from.")
+
+
+def custom(
+    model: nn.Module,
+    blocks: str,
+    row: Row,
+    prefix: int = 1,
+    trace_source: bool = False,
+    prop_attn: bool = True,
+    use_cuda_ext: bool | None = None,
+    matching: str | Rule = "bipartite",
+) -> nn.Module:
+    """Patch a model of no library, whose parts the caller names (docs/own-model.md).
+
+    Its blocks compute x + scale1(attn(norm1(x))) and then x + scale2(mlp(norm2(x))), or the same with the norms behind,
+    on tokens [B, N, C], and are called one behind the other with nothing but the tokens.
+
+    Args:
+        model: the model; changed in place.
+        blocks: the path of the list of its blocks.
+        row: the names of the parts of a block.
+        prefix: how many leading tokens (class, registers) never merge.
+        trace_source: as for :func:`timm`.
+        prop_attn: likewise.
+        use_cuda_ext: likewise.
+        matching: likewise.
+
+    Returns:
+        The same model with ``model.r = 0``: nothing is merged until ``r`` is set.
+
+    Raises:
+        UnsupportedModelError: blocks or parts that are not there, or that the row does not name.
+        ValueError, TypeError: a ``matching`` that is neither a known name nor a function, or a ``prefix`` below 0.
+
+    """
+    if not isinstance(prefix, int) or prefix < 0:
+        raise ValueError(f"prefix must be an integer of at least 0, got {prefix!r}")
+    settings = ModelSettings(trace_source, prop_attn, _backend(use_cuda_ext), chosen(matching))
+    return _patch_own(model, settings, blocks, row, prefix)
 
 
 M = TypeVar("M")
@@ -114,7 +171,8 @@ def diffusers(
     cosine of their keys, merge into it before self-attention, and get its result behind it.
 
     Args:
-        model: a pipeline, or its ``unet`` or ``transformer``; changed in place. Patched again it takes the new settings.
+        model: a pipeline, or its ``unet`` or ``transformer``; changed in place. Patched again it takes the new
+            settings.
         ratio: the share of the tokens that merge, at most 1 - 1 / (sx * sy); with 0 the model computes as unpatched.
         max_downsample: merge where the UNet has scaled the latent down by at most this (1, 2, 4, 8); None: where
             self-attention is finest (1 in Stable Diffusion 1 and 2, 2 in XL). For DiT and PixArt all blocks count as 1.
@@ -151,8 +209,8 @@ def diffusers(
     if not 0 <= ratio <= 1 - 1 / (sx * sy):
         raise ValueError(f"ratio must be in [0, {1 - 1 / (sx * sy):g}] for cells of {sx} x {sy}, got {ratio!r}")
     host = import_module("tome.patch.diffusers_unet")
-    chosen_backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
     share = Fraction(ratio).limit_denominator(1000)
-    settings = host.Settings(share.as_integer_ratio(), sx, sy, use_rand, seed, share_map, share_guidance, chosen_backend)
+    backend = _backend(use_cuda_ext)
+    settings = host.Settings(share.as_integer_ratio(), sx, sy, use_rand, seed, share_map, share_guidance, backend)
     host.apply_patch(model, settings, max_downsample)
     return model

@@ -4,8 +4,8 @@ Convolutions and position embeddings want the full grid, so nothing stays merged
 self-attention tokens are matched and merged, what it returns is unmerged (arXiv 2303.17604). Attention itself, with
 whatever processor it has at the time, runs as it is.
 
-What the attentions of one call have in common travels beside the tokens, in ``cross_attention_kwargs``, so that threads,
-checkpointing and compilation see it as a value.
+What the attentions of one call have in common travels beside the tokens, in ``cross_attention_kwargs``, so that
+threads, checkpointing and compilation see it as a value.
 """
 
 from __future__ import annotations
@@ -174,25 +174,26 @@ def apply_patch(model: Any, settings: Settings, max_downsample: int | None) -> N
     """See :func:`tome.patch.diffusers`."""
     name, denoiser = _denoiser(model)
     check_own(name, denoiser)
-    levels = {path: level for path, level in _levels(denoiser) if _merges(f"{path}.attn1", denoiser, path)}
+    levels = dict(_levels(denoiser))
     if not levels:
         raise UnsupportedModelError(f"{type(denoiser).__name__} has no BasicTransformerBlock with self-attention")
     finest = min(levels.values())
     limit = finest if max_downsample is None else max_downsample
     if limit < finest:
         raise ValueError(f"max_downsample={limit} merges nothing: self-attention begins at a downsampling of {finest}")
-    merging = {f"{path}.attn1": level for path, level in levels.items() if level <= limit}
     attentions = {path: m for path, m in denoiser.named_modules() if base_of(m) is Attention}
     for path, attn in attentions.items():
         check_block(path, attn)
     for path, attn in attentions.items():
         swap(attn, MergingAttention)
-        attn._tome, attn._tome_name, attn._tome_level = settings, path, merging.get(path, 0)  # type: ignore[assignment]
+        own = cast(MergingAttention, attn)
+        own._tome, own._tome_name, own._tome_level = settings, path, levels.get(path, 0)
+        own._tome_level *= own._tome_level <= limit
     host = next(_name(kind) for kind in base_of(denoiser).__mro__ if _name(kind) in HOSTS)
     inputs = tuple(inspect.signature(base_of(denoiser).forward).parameters)[1:]
     swap(denoiser, Denoiser)
-    own = cast(Denoiser, denoiser)
-    own._tome, own._tome_inputs, own._tome_latent = settings, inputs, HOSTS[host]
+    outer = cast(Denoiser, denoiser)
+    outer._tome, outer._tome_inputs, outer._tome_latent = settings, inputs, HOSTS[host]
 
 
 def _denoiser(model: Any) -> tuple[str, nn.Module]:
@@ -217,7 +218,7 @@ def _name(kind: type) -> str:
 
 
 def _levels(denoiser: Any) -> Iterator[tuple[str, int]]:
-    """The transformer blocks, and the downsampling of each: of a UNet that of the latent, else that of the tokens."""
+    """The self-attentions, and the downsampling of each: of a UNet that of the latent, else that of the tokens."""
     at, level = {}, 1
     for i, block in enumerate(getattr(denoiser, "down_blocks", ())):
         at[f"down_blocks.{i}."] = level
@@ -227,20 +228,15 @@ def _levels(denoiser: Any) -> Iterator[tuple[str, int]]:
         at[f"up_blocks.{i}."] = level
         level //= 2 if getattr(block, "upsamplers", None) else 1
     for path, module in denoiser.named_modules():
-        if isinstance(module, BasicTransformerBlock):
-            yield path, next((level for start, level in at.items() if path.startswith(start)), 1)
+        if isinstance(module, BasicTransformerBlock) and not module.only_cross_attention:
+            _check(f"{path}.attn1", module.attn1)
+            yield f"{path}.attn1", next((level for start, level in at.items() if path.startswith(start)), 1)
 
 
-def _merges(name: str, denoiser: nn.Module, path: str) -> bool:
-    """Whether a block's attn1 is self-attention; raises UnsupportedModelError where it is no plain one."""
-    block: Any = denoiser.get_submodule(path)
-    if block.only_cross_attention:
-        return False
-    attn = block.attn1
+def _check(name: str, attn: Any) -> None:
     if base_of(attn) is not Attention:
         raise UnsupportedModelError(f"{name}: {type(attn).__name__} is not supported")
     # These need the full grid, or add it to what is merged.
     for part in ("spatial_norm", "group_norm", "residual_connection"):
         if getattr(attn, part):
             raise UnsupportedModelError(f"{name}: self-attention with a {part} is not supported")
-    return True

@@ -73,11 +73,11 @@ def match(metric: Tensor, where: Layout, r: int) -> Tensor:
     Args:
         metric: [B, N, D], floating point; similarity is the cosine.
         where: sources and targets.
-        r: how many merge, at most ``where.sources``.
+        r: how many merge, from 1 to ``where.sources``.
 
     Returns:
-        slot, int32 [B, N], onto [0, N - r): the unmerged sources, then the targets, in the order of the grid. Ties go to
-        the first token, as in :func:`tome.ops.match`.
+        slot, int32 [B, N], onto [0, N - r): the unmerged sources, then the targets, each in the order of the grid. Ties
+        go to the first token, as in :func:`tome.ops.match`.
 
     """
     # A token that is not there is NaN, which scores below everything and comes behind all others.
