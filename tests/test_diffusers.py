@@ -1,10 +1,13 @@
 """diffusers' denoisers: what a user of them sees of a patch."""
 
 import copy
+import inspect
 import pickle
+import re
 import struct
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -456,6 +459,28 @@ def test_a_pipeline(tmp_path, monkeypatch):
     assert [type(m) for m in pipe.unet.modules()] == types
     assert [set(vars(m)) for m in pipe.unet.modules()] == attributes
     assert torch.equal(draw(pipe), plain)
+
+
+def test_the_page(monkeypatch):
+    """The code of docs/diffusers.md runs, in its order, on a small pipeline in the place of a downloaded one."""
+    page = (Path(__file__).parents[1] / "docs" / "diffusers.md").read_text()
+    pipe = pipeline()
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    monkeypatch.setattr(pipe, "to", lambda device: pipe, raising=True)
+    kinds = []
+    call = type(pipe).__call__
+    monkeypatch.setattr(
+        type(pipe), "__call__", lambda self, *args, **kwargs: call(self, *args, num_inference_steps=2, **kwargs)
+    )
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "docs/diffusers.md", "exec"), names)
+        kinds.append(len(merging(pipe.unet)))
+    assert kinds == [0, 3, 0]
+    assert names["before"][0].size == names["after"][0].size == (32, 32)
+    assert names["before"][0].tobytes() != names["after"][0].tobytes()
+    for argument in inspect.signature(tome.patch.diffusers).parameters:
+        assert f"`{argument}" in page or argument in ("model", "merge_attn")
 
 
 def test_processors_set_before_and_afterwards():
