@@ -5,22 +5,29 @@ Each returns the model, whose ``r`` then takes a schedule (:mod:`tome.schedule`)
 
 from __future__ import annotations
 
+from fractions import Fraction
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import nn
 
 from tome.matching import Rule, chosen
 from tome.patch.model import merged
-from tome.patch.row import ModelSettings
+from tome.patch.own import QkvAttention
+from tome.patch.own import apply_patch as _patch_own
+from tome.patch.row import ModelSettings, Row
 from tome.patch.swap import UnsupportedModelError, unpatch
 from tome.tokens import Tokens
 
 __all__ = [
+    "QkvAttention",
+    "Row",
     "Rule",
     "Tokens",
     "UnsupportedModelError",
     "auto",
+    "custom",
+    "diffusers",
     "mae",
     "merged",
     "open_clip",
@@ -66,6 +73,10 @@ class Patch(Protocol):
         """Patch the model."""
 
 
+def _backend(use_cuda_ext: bool | None) -> str | None:
+    return None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
+
+
 def _patch(name: str, host: str, summary: str, by_size: bool | None = True) -> Patch:
     def patch(
         model: nn.Module,
@@ -74,12 +85,11 @@ def _patch(name: str, host: str, summary: str, by_size: bool | None = True) -> P
         use_cuda_ext: bool | None = None,
         matching: str | Rule = "bipartite",
     ) -> nn.Module:
-        backend = None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
         rule = chosen(matching)
         # The library, and what comes with it, loads only when a model of it is patched.
         home = import_module(f"tome.patch.{host}")
         weighs = by_size if prop_attn is None else prop_attn
-        settings = ModelSettings(trace_source, home.weighs_sizes(model) if weighs is None else weighs, backend, rule)
+        settings = ModelSettings(trace_source, home.weighs_sizes(model) if weighs is None else weighs, _backend(use_cuda_ext), rule)
         patched: nn.Module = home.apply_patch(model, settings)
         return patched
 
@@ -142,3 +152,112 @@ auto = _patch(
     """,
     by_size=None,
 )
+
+
+def custom(
+    model: nn.Module,
+    blocks: str,
+    row: Row,
+    prefix: int = 1,
+    trace_source: bool = False,
+    prop_attn: bool = True,
+    use_cuda_ext: bool | None = None,
+    matching: str | Rule = "bipartite",
+) -> nn.Module:
+    """Patch a model of no library, whose parts the caller names (docs/own-model.md).
+
+    Its blocks compute x + scale1(attn(norm1(x))) and then x + scale2(mlp(norm2(x))), or the same with the norms behind,
+    on tokens [B, N, C], and are called one behind the other with nothing but the tokens.
+
+    Args:
+        model: the model; changed in place.
+        blocks: the path of the list of its blocks.
+        row: the names of the parts of a block.
+        prefix: how many leading tokens (class, registers) never merge.
+        trace_source: as for :func:`timm`.
+        prop_attn: likewise.
+        use_cuda_ext: likewise.
+        matching: likewise.
+
+    Returns:
+        The same model with ``model.r = 0``: nothing is merged until ``r`` is set.
+
+    Raises:
+        UnsupportedModelError: blocks or parts that are not there, or that the row does not name.
+        ValueError, TypeError: a ``matching`` that is neither a known name nor a function, or a ``prefix`` below 0.
+
+    """
+    if not isinstance(prefix, int) or prefix < 0:
+        raise ValueError(f"prefix must be an integer of at least 0, got {prefix!r}")
+    settings = ModelSettings(trace_source, prop_attn, _backend(use_cuda_ext), chosen(matching))
+    return _patch_own(model, settings, blocks, row, prefix)
+
+
+M = TypeVar("M")
+
+
+def diffusers(
+    model: M,
+    ratio: float = 0.5,
+    max_downsample: int | None = None,
+    sx: int = 2,
+    sy: int = 2,
+    use_rand: bool = True,
+    merge_attn: bool = True,
+    merge_crossattn: bool = False,
+    merge_mlp: bool = False,
+    *,
+    seed: int = 0,
+    share_map: bool = False,
+    share_guidance: bool = True,
+    use_cuda_ext: bool | None = None,
+) -> M:
+    """Merge tokens around the self-attention of a denoiser of diffusers (arXiv 2303.17604): UNet, DiT or PixArt.
+
+    In each cell of the grid one token is a target; of all others those that are most like their best target, by the
+    cosine of their keys, merge into it before self-attention, and get its result behind it.
+
+    Args:
+        model: a pipeline, or its ``unet`` or ``transformer``; changed in place. Patched again it takes the new
+            settings.
+        ratio: the share of the tokens that merge, at most 1 - 1 / (sx * sy); with 0 the model computes as unpatched.
+        max_downsample: merge where the UNet has scaled the latent down by at most this (1, 2, 4, 8); None: where
+            self-attention is finest (1 in Stable Diffusion 1 and 2, 2 in XL). For DiT and PixArt all blocks count as 1.
+        sx: width of a cell.
+        sy: height of a cell; the last cells are smaller where the grid does not divide.
+        use_rand: draw each cell's target, for each timestep anew; otherwise it is the top left token.
+        merge_attn: merge around self-attention; must be True.
+        merge_crossattn: around cross attention; must be False.
+        merge_mlp: around the MLP; must be False.
+        seed: with the timestep, all that the draw depends on: no generator moves, so the noise stays as it was.
+        share_map: the blocks of one size share the map of the first of them, made anew by each call.
+        share_guidance: samples in the two halves of a batch that have the same latent (the unconditional and the
+            conditional one of guidance) share a map, that of their mean keys.
+        use_cuda_ext: True forces the CUDA backend, False the reference; None leaves it to :mod:`tome.backend`.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: a denoiser, block or attention that is not understood, with its name and the reason.
+        ValueError: an argument out of its range, or one with which nothing would merge.
+
+    """
+    for name, wanted, value in (
+        ("merge_attn", True, merge_attn),
+        ("merge_crossattn", False, merge_crossattn),
+        ("merge_mlp", False, merge_mlp),
+    ):
+        if value is not wanted:
+            raise ValueError(f"{name} must be {wanted}, got {value!r}: tokens merge around self-attention alone")
+    for name, least in (("sx", sx), ("sy", sy), ("max_downsample", 1 if max_downsample is None else max_downsample)):
+        if not isinstance(least, int) or least < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {least!r}")
+    if not 0 <= ratio <= 1 - 1 / (sx * sy):
+        raise ValueError(f"ratio must be in [0, {1 - 1 / (sx * sy):g}] for cells of {sx} x {sy}, got {ratio!r}")
+    host = import_module("tome.patch.diffusers_unet")
+    share = Fraction(ratio).limit_denominator(1000)
+    backend = _backend(use_cuda_ext)
+    settings = host.Settings(share.as_integer_ratio(), sx, sy, use_rand, seed, share_map, share_guidance, backend)
+    host.apply_patch(model, settings, max_downsample)
+    return model

@@ -59,7 +59,7 @@ class MhaBlock(MergingBlock):
         if len(steps) != 3:
             raise NotPlain(f"mlp is a {type(mlp).__name__} and not Linear, GELU, Linear")
         fc1, gelu, fc2 = steps
-        return MlpParts(reading.linear(mlp, fc1), reading.is_tanh(mlp, gelu), reading.linear(mlp, fc2))
+        return MlpParts(reading.linear(mlp, fc1), reading.gelu(mlp, gelu), reading.linear(mlp, fc2))
 
 
 def _is_sequential(module: nn.Module) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+
+M = TypeVar("M")
 
 if TYPE_CHECKING:
     _Module = nn.Module  # what the class is that a mixin goes into
@@ -45,14 +47,27 @@ def base_of(module: nn.Module) -> type[nn.Module]:
     return base
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def parts_of(model: object) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of a model, or of the models of a pipeline, which is none itself, by their names."""
+    if isinstance(model, nn.Module):
+        yield from model.named_modules()
+        return
+    for name, part in vars(model).items():
+        if isinstance(part, nn.Module):
+            yield from part.named_modules(prefix=name)
+
+
+def unpatch(model: M) -> M:
     """Undo a patch: every module gets its class back, and no attribute is left behind. Returns the model.
+
+    Args:
+        model: a model, or a pipeline of diffusers.
 
     Raises:
         UnsupportedModelError: another library has changed the class since (``fully_shard`` does).
 
     """
-    patched = [(name, module) for name, module in model.named_modules() if isinstance(module, Patched)]
+    patched = [(name, module) for name, module in parts_of(model) if isinstance(module, Patched)]
     for name, module in patched:
         check_own(name, module)
     for _, module in patched:
