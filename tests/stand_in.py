@@ -18,6 +18,7 @@ from torch import Tensor
 import tome_reference
 from tome import backend
 from tome_cuda import fakes, library, predicates, registration
+from tome_reference import checks
 
 NAMESPACE = "tome_stand_in"
 BINDING = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "binding.cpp"
@@ -172,8 +173,8 @@ def _attend_half(x: Tensor, qkv: list[Tensor], heads: int, *others: Any) -> Any:
 
 
 def _mlp_half(x: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    fc1_weight, fc1_bias, is_tanh, fc2_weight, fc2_bias, gamma, norm_weight, norm_bias, eps, norm_dtype = others
-    layers = ((fc1_weight, fc1_bias), is_tanh, (fc2_weight, fc2_bias))
+    fc1_weight, fc1_bias, gelu, fc2_weight, fc2_bias, gamma, norm_weight, norm_bias, eps, norm_dtype = others
+    layers = ((fc1_weight, fc1_bias), checks.GELUS[gelu], (fc2_weight, fc2_bias))
     return tome_reference.mlp_half(x, y, *layers, gamma, (norm_weight, norm_bias, eps), norm_dtype)
 
 
@@ -189,6 +190,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "restore": tome_reference.restore,
     "rotate": _rotate,
     "homes": tome_reference.homes,
+    "quick_gelu": lambda x: tome_reference.quick_gelu(x).contiguous(),
+    "swiglu": lambda gate, x: tome_reference.swiglu(gate, x).contiguous(),
     "attention": lambda q, k, v, size, scale: (
         tome_reference.attention(q, k, v, size, scale).transpose(1, 2).contiguous()
     ),

@@ -33,9 +33,11 @@ def arguments(name: str, x: Tensor) -> tuple[Any, ...]:
         "homes": (SLOT, 4),
         "merge": (x, SLOT, 4),
         "merge_add_norm": (x, x, None, 4, None, None, None, 1e-5),
-        "mlp_half": (x, x, linear, False, linear, None, norm, None),
+        "mlp_half": (x, x, linear, "erf", linear, None, norm, None),
+        "quick_gelu": (x,),
         "restore": (x, None, [SLOT]),
         "rotate": (x[None], x[None], x),
+        "swiglu": (x, x),
         "unmerge": (x, SLOT),
     }.get(name, (x, 1))
 
@@ -176,7 +178,7 @@ def mlp(**changed: Any) -> tuple[Any, ...]:
     """Likewise for mlp_half."""
     dtype = changed.pop("dtype", torch.bfloat16)
     x, fc1, fc2 = (torch.zeros(shape, dtype=dtype) for shape in ((1, 9, 16), (24, 16), (16, 24)))
-    case = {"x": x, "y": x, "fc1": (fc1, None), "is_tanh": False, "fc2": (fc2, fc1[0, :16]), "gamma": None}
+    case = {"x": x, "y": x, "fc1": (fc1, None), "gelu": "quick", "fc2": (fc2, fc1[0, :16]), "gamma": None}
     case |= {"norm": (None, None, 1e-5), "norm_dtype": None}
     assert changed.keys() <= case.keys()
     return tuple((case | changed).values())

@@ -93,12 +93,18 @@ HOMES = [
     ((SLOT, 8, HOME[:1]), ValueError, r"home must be \[2, 8\], got shape \(1, 8\)"),
     ((SLOT, 8, HOME, SIZE), TypeError, "valid must be bool, got torch.float32"),
 ]
+SWIGLU = [
+    ((X.int(), X), TypeError, "gate must be float16"),
+    ((X, None), TypeError, r"x must be a tensor \[..., C\], got NoneType"),
+    ((X, X.half()), TypeError, "gate and x must share dtype and device, got torch.float32 on"),
+    ((X, X[:, :7]), ValueError, r"x must have the shape of gate \(2, 8, 4\), got \(2, 7, 4\)"),
+]
 PROJ, NORM, LINEAR = (torch.randn(4, 8), None), (W, W, 1e-5), (torch.randn(24, 4), torch.randn(24))
 PACKED = torch.randn(2, 8, 24)
 NORMED = {"gamma": None, "norm": NORM, "norm_dtype": None}
 ATTEND = {"x": X, "qkv": (Q, Q, Q), "heads": 2, "size": None, "slot": None, "tokens": 6, "prefix": 1}
 ATTEND |= {"is_weighted": True, "scale": None, "qkv_linear": None, "proj": PROJ, **NORMED}
-MLP = {"x": X, "y": X, "fc1": LINEAR, "is_tanh": False, "fc2": (torch.randn(4, 24), None), **NORMED}
+MLP = {"x": X, "y": X, "fc1": LINEAR, "gelu": "erf", "fc2": (torch.randn(4, 24), None), **NORMED}
 HALF = [
     ({"norm": (W, W)}, TypeError, r"norm must be \(weight, bias, eps\)"),
     ({"norm": (W, W, 0.0)}, ValueError, "eps must be positive, got 0.0"),
@@ -134,6 +140,7 @@ MLP_HALF = [
     ({"y": X[:, 1:]}, ValueError, r"y must have the tokens of x \(2, 8, 4\), got shape \(2, 7, 4\)"),
     ({"fc1": (LINEAR[0].T, None)}, ValueError, r"fc1's weight must be \[4, 4\], got shape \(4, 24\)"),
     ({"fc2": LINEAR}, ValueError, r"fc2's weight must be \[4, 24\], got shape \(24, 4\)"),
+    ({"gelu": "none"}, ValueError, "gelu must be one of erf, tanh, quick, got 'none'"),
     ({"fc2": (LINEAR[0].T.int(), None)}, TypeError, "fc2's weight must be float16"),
 ]
 CASES = [
@@ -150,6 +157,9 @@ CASES = [
     *(("follow", *case) for case in FOLLOW),
     *(("rotate", *case) for case in ROTATE),
     *(("homes", *case) for case in HOMES),
+    *(("swiglu", *case) for case in SWIGLU),
+    ("quick_gelu", (X.long(),), TypeError, "x must be float16"),
+    ("quick_gelu", (W[0],), ValueError, r"x must be \[..., C\], got shape \(\)"),
     *(("attend_half", tuple((ATTEND | change).values()), *expected) for change, *expected in ATTEND_HALF),
     *(("mlp_half", tuple((MLP | change).values()), *expected) for change, *expected in MLP_HALF),
 ]

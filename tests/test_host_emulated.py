@@ -125,6 +125,11 @@ def attend(**changed: Any) -> tuple[Any, ...]:
         ("homes", (SLOT, 6, SLOT[:1].long(), None), r"home must be \[2, 9\]"),
         ("homes", (SLOT, 6, None, SLOT), "valid has the wrong dtype"),
         ("homes", (SLOT, 6, None, SLOT[:, 1:].bool()), r"valid must be \[2, 9\]"),
+        ("quick_gelu", (X[0],), "x must have 3 dimensions"),
+        ("quick_gelu", (X.double(),), "x must be float32"),
+        ("swiglu", (X[0], X), "gate must have 3 dimensions"),
+        ("swiglu", (X.half(), X), "gate has the wrong dtype"),
+        ("swiglu", (X[:, :8], X), "gate must have the shape of x"),
         ("attention", (HEADS[0],) * 3 + (None, 0.1), "q must have 4 dimensions"),
         ("attention", (HEADS.float(),) * 3 + (None, 0.1), "q must be float16 or bfloat16"),
         ("attention", (HEADS, HEADS.bfloat16(), HEADS, None, 0.1), "k has the wrong dtype"),
@@ -141,8 +146,10 @@ def attend(**changed: Any) -> tuple[Any, ...]:
         ("attend_half", attend(qkv_weight=SQUARE), "projected already"),
         ("attend_half", attend(qkv=[HEADS]), "qkv must be"),
         ("attend_half", attend(qkv=[X]), "can't be split"),
-        ("mlp_half", (X[0], X, SQUARE, None, False, SQUARE, None, None, None, None, 1e-5, torch.float32),
+        ("mlp_half", (X[0], X, SQUARE, None, 0, SQUARE, None, None, None, None, 1e-5, torch.float32),
          "x must have 3 dimensions"),
+        ("mlp_half", (X, X, SQUARE, None, 3, SQUARE, None, None, None, None, 1e-5, torch.float32),
+         "gelu must be 0, 1 or 2, got 3"),
     ],
 )  # fmt: skip
 def test_refused(name: str, arguments: tuple[Any, ...], reason: str) -> None:

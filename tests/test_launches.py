@@ -115,6 +115,8 @@ def test_norms(
         grid = memory(batch, tokens if steps else n, channels, dtype=dtype, aligned=aligned)
         waiting = memory(*grid.shape, dtype=branch_dtype) if has_branch else None
         assert emulator.planned("restore", grid, waiting, steps, gamma, gpu=gpu) == launches
+    assert emulator.planned("quick_gelu", x, gpu=gpu) == launches
+    assert emulator.planned("swiglu", x, x, gpu=gpu) == launches
     if merging:
         assert emulator.planned("follow", [slot], gpu=gpu) == launches
 

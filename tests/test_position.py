@@ -244,5 +244,5 @@ def test_homes(device, case, placed, padded, seed):
     for b, row in enumerate(slot.tolist()):
         for m in range(case.tokens):
             members = [i for i, place in enumerate(row) if place == m]
-            last = max(members if valid is None else [i for i in members if valid[b, i]] or members)
-            assert int(found[b, m]) == (last if home is None else int(home[b, last]))
+            first = min(members if valid is None else [i for i in members if valid[b, i]] or members)
+            assert int(found[b, m]) == (first if home is None else int(home[b, first]))

@@ -107,6 +107,15 @@ def test_places(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
     assert int(tome_cuda.homes(slot, max(1, n // 2), home).max()) == n + 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "n", "channels"), ROWS)
+def test_activations(batch: int, n: int, channels: int, dtype: torch.dtype) -> None:
+    packed = torch.randn(batch, n, 2 * channels, device="cuda", generator=generator(n)).to(dtype)
+    gate, x = packed.chunk(2, dim=2)
+    for found in (tome_cuda.quick_gelu(packed), tome_cuda.quick_gelu(x), tome_cuda.swiglu(gate, x)):
+        assert bool(found.isfinite().all())
+
+
 def heads(n: int, d: int, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
     return strided(torch.randn(2, 3, n, d, device="cuda", generator=generator(seed)).to(dtype), layout)
 

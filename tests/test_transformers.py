@@ -15,12 +15,19 @@ from stand_in import Halves
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers_models import (
-    HOSTS, REFUSED, SUPPORTED, build, images, inputs_of, make, make_refused, masked_images, run, shaken,
+    HOSTS,
+    REFUSED,
+    SUPPORTED,
+    images,
+    inputs_of,
+    make,
+    make_refused,
+    run,
 )  # fmt: skip
 
 import tome
 import tome_reference
-from tome import ops
+from tome import ops, recording
 from tome.patch.transformers_refused import REFUSED as REFUSED_LAYERS
 from tome.patch.transformers_vit import LAYERS, TOWERS
 
@@ -98,8 +105,8 @@ def by_hand(model, r):
         query, key, value, out, mlp = linear_layers(layer)
         y = norm1(x)
         q, k, v = (part(y).unflatten(2, (2, 16)).transpose(1, 2) for part in (query, key, value))
-        q, k = (turned(each, positions, home, prefix) for each in (q, k))
-        seen_by = scaled_dot_product_attention(q, k, v, size.log()[:, None, None])
+        turned_q, turned_k = (turned(each, positions, home, prefix) for each in (q, k))
+        seen_by = scaled_dot_product_attention(turned_q, turned_k, v, size.log()[:, None, None])
         attended = out(seen_by.transpose(1, 2).flatten(2))
         x = x + (attended if row.scale1 is None else getattr(layer, row.scale1)(attended))
         slot = tome_reference.match(k.masked_fill(size[:, None, :, None] == 0, torch.nan), r, prefix)
@@ -107,7 +114,7 @@ def by_hand(model, r):
         x, merged_size = tome_reference.merge(x, slot, x.shape[1] - r, size.clamp(min=1))
         size = merged_size * merged_size.new_zeros(merged_size.shape).scatter(1, slot.long(), size).sign()
         places = torch.zeros_like(home[:, : x.shape[1]])
-        for image, token in itertools.product(range(2), range(home.shape[1])):
+        for image, token in itertools.product(range(2), reversed(range(home.shape[1]))):
             places[image, slot[image, token]] = home[image, token]
         home = places
         steps.append(slot)
@@ -276,7 +283,23 @@ def test_each_half_is_one_call_where_its_parts_are_known(host, monkeypatch):
         monkeypatch.setattr(ops, "one_call", halves.one_call)
         for ours, theirs in zip(tensors(run(model)), by_parts, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert halves.counts() == (4, 0 if "swiglu" in host or host == "clip" else 4)  # quick GELU, SwiGLU
+    assert halves.counts() == (4, 0 if "swiglu" in host else 4)
+
+
+@pytest.mark.parametrize(("host", "op"), [("clip", "quick_gelu"), ("dinov2 swiglu", "swiglu")])
+def test_activations_of_several_passes_are_operations(host, op):
+    model = tome.patch.transformers(make(host))
+    model.r = 4
+    called = tensors(run(model))
+    with torch.no_grad(), recording.recorded() as calls:
+        found = tensors(run(model))
+    assert [call.op for call in calls].count(op) == 4
+    assert all(map(torch.equal, found, called))
+    mlp = layers_of(model)[1].mlp
+    (mlp.activation_fn if host == "clip" else mlp.act_fn).register_forward_hook(lambda *_: None)
+    with torch.no_grad(), recording.recorded() as calls:
+        assert all(map(torch.equal, tensors(run(model)), called))
+    assert [call.op for call in calls].count(op) == 3
 
 
 @pytest.mark.parametrize("host", ["clip pair", "siglip pair", "siglip2 pair"])
@@ -334,8 +357,7 @@ def test_a_language_model_gets_a_token_for_each_placeholder():
         assert tome.merged(twin, **inputs_of(twin)).count() == 37 - 16
 
 
-@pytest.mark.parametrize("mask", ["a tensor", "a block mask"])
-def test_padding_is_refused(mask):
+def test_padding_is_refused():
     model = tome.patch.transformers(make("vit"))
     model.r = 4
     mask = torch.ones(2, 37, dtype=torch.bool)
@@ -344,6 +366,8 @@ def test_padding_is_refused(mask):
         run(model, attention_mask=mask)
     with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.1: a patched block takes no attn_mask"):
         layers_of(model)[1](torch.randn(2, 37, 32), object())  # what flex_attention takes for a mask
+    with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.0: a patched block takes no position_ids"):
+        run(model, position_ids=torch.arange(37))
 
 
 def alone(inputs, image):
@@ -563,6 +587,15 @@ def test_what_is_not_understood_is_named(change, reason):
     with pytest.raises(tome.patch.UnsupportedModelError, match=reason):
         tome.patch.auto(model)
     assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("part", ["attention.attention", "attention.output", "intermediate", "output"])
+def test_parts_of_parts_that_are_not_understood_are_named(part):
+    model = make("videomae")
+    parent, _, name = part.rpartition(".")
+    setattr(tower_of(model).encoder.layer[2].get_submodule(parent), name, Renamed())
+    with pytest.raises(tome.patch.UnsupportedModelError, match=rf"layer\.2\.{part}: Renamed is not supported"):
+        tome.patch.auto(model)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -86,11 +87,11 @@ HOSTS = {
     "ijepa": Case("IJepaForImageClassification", "IJepaConfig", WIDE, 0),
     "dinov2": Case("Dinov2ForImageClassification", "Dinov2Config", SMALL | {"layerscale_value": 0.5}, 1),
     "dinov2 swiglu": Case("Dinov2Model", "Dinov2Config", SMALL | {"use_swiglu_ffn": True}, 1),
-    "dinov2 registers": Case(
-        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", REGISTERS, 4
-    ),
+    "dinov2 registers": Case("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", REGISTERS, 4),
     "dinov3": Case("DINOv3ViTModel", "DINOv3ViTConfig", ROTARY, 4),
-    "dinov3 swiglu": Case("DINOv3ViTModel", "DINOv3ViTConfig", ROTARY | {"use_gated_mlp": True, "hidden_act": "silu"}, 4),
+    "dinov3 swiglu": Case(
+        "DINOv3ViTModel", "DINOv3ViTConfig", ROTARY | {"use_gated_mlp": True, "hidden_act": "silu"}, 4
+    ),
     "clip": Case("CLIPVisionModelWithProjection", "CLIPVisionConfig", WIDE | {"projection_dim": 16}, 1),
     "clip gelu": Case("CLIPVisionModel", "CLIPVisionConfig", WIDE | {"hidden_act": "gelu"}, 1),
     "siglip": Case("SiglipVisionModel", "SiglipVisionConfig", WIDE, 0),
@@ -128,37 +129,129 @@ PYRAMID = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 QWEN = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 32, "patch_size": 4}
 # name -> (class, configuration, settings, what the refusal says)
 REFUSED = {
-    "sam": ("SamVisionModel", "SamVisionConfig", SMALL | {"global_attn_indexes": [1], "mlp_dim": 64}, "SamVisionLayer attends within windows"),
-    "sam 2": ("Sam2HieraDetModel", "Sam2HieraDetConfig", {"hidden_size": 8, "num_attention_heads": 1, "blocks_per_stage": [1, 1, 1, 1], "embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 1, 1], "image_size": [64, 64], "global_attention_blocks": [3]}, "Sam2MultiScaleBlock attends within windows.*stages"),
+    "sam": (
+        "SamVisionModel",
+        "SamVisionConfig",
+        SMALL | {"global_attn_indexes": [1], "mlp_dim": 64},
+        "SamVisionLayer attends within windows",
+    ),
+    "sam 2": (
+        "Sam2HieraDetModel",
+        "Sam2HieraDetConfig",
+        {
+            "hidden_size": 8,
+            "num_attention_heads": 1,
+            "blocks_per_stage": [1, 1, 1, 1],
+            "embed_dim_per_stage": [8, 16, 32, 64],
+            "num_attention_heads_per_stage": [1, 1, 1, 1],
+            "image_size": [64, 64],
+            "global_attention_blocks": [3],
+        },
+        "Sam2MultiScaleBlock attends within windows.*stages",
+    ),
     "swin": ("SwinModel", "SwinConfig", STAGES, "SwinLayer attends within windows.*stages"),
     "swin v2": ("Swinv2ForImageClassification", "Swinv2Config", STAGES, "Swinv2Layer attends within windows.*stages"),
     "donut": ("DonutSwinModel", "DonutSwinConfig", STAGES, "DonutSwinLayer attends within windows.*stages"),
-    "vitdet": ("VitDetModel", "VitDetConfig", SMALL | {"window_block_indices": [0], "window_size": 3}, "VitDetLayer attends within windows"),
-    "hiera": ("HieraModel", "HieraConfig", {"embed_dim": 8, "image_size": [32, 32], "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1}, "HieraLayer stands in stages"),
-    "pvt": ("PvtModel", "PvtConfig", {"image_size": 32, "num_encoder_blocks": 2, "depths": [1, 1], "sequence_reduction_ratios": [2, 1], "hidden_sizes": [8, 16], "patch_sizes": [4, 2], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}, "PvtLayer stands in stages"),
-    "segformer": ("SegformerModel", "SegformerConfig", {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16], "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}, "SegformerLayer stands in stages"),
-    "cvt": ("CvtModel", "CvtConfig", {"embed_dim": [8, 16, 32], "depth": [1, 2, 3], "num_heads": [1, 1, 1]}, "CvtLayer stands in stages"),
-    "qwen 2 vl": ("Qwen2VisionTransformerPretrainedModel", "qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig", {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4}, "Qwen2VLVisionBlock takes the tokens of several images as one sequence"),
-    "qwen 2.5 vl": ("Qwen2_5_VisionTransformerPretrainedModel", "qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig", QWEN, "Qwen2_5_VLVisionBlock attends within windows.*one sequence"),
-    "qwen 3 vl": ("Qwen3VLVisionModel", "Qwen3VLVisionConfig", QWEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": [1]}, "Qwen3VLVisionBlock takes the tokens of several images as one sequence"),
-    "pixtral": ("PixtralVisionModel", "PixtralVisionConfig", WIDE, "PixtralAttentionLayer takes the tokens of several images as one sequence"),
+    "vitdet": (
+        "VitDetModel",
+        "VitDetConfig",
+        SMALL | {"window_block_indices": [0], "window_size": 3},
+        "VitDetLayer attends within windows",
+    ),
+    "hiera": (
+        "HieraModel",
+        "HieraConfig",
+        {"embed_dim": 8, "image_size": [32, 32], "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1},
+        "HieraLayer stands in stages",
+    ),
+    "pvt": (
+        "PvtModel",
+        "PvtConfig",
+        {
+            "image_size": 32,
+            "num_encoder_blocks": 2,
+            "depths": [1, 1],
+            "sequence_reduction_ratios": [2, 1],
+            "hidden_sizes": [8, 16],
+            "patch_sizes": [4, 2],
+            "strides": [4, 2],
+            "num_attention_heads": [1, 2],
+            "mlp_ratios": [2, 2],
+        },
+        "PvtLayer stands in stages",
+    ),
+    "segformer": (
+        "SegformerModel",
+        "SegformerConfig",
+        {
+            "num_encoder_blocks": 2,
+            "depths": [1, 1],
+            "sr_ratios": [2, 1],
+            "hidden_sizes": [8, 16],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "num_attention_heads": [1, 2],
+            "mlp_ratios": [2, 2],
+        },
+        "SegformerLayer stands in stages",
+    ),
+    "cvt": (
+        "CvtModel",
+        "CvtConfig",
+        {"embed_dim": [8, 16, 32], "depth": [1, 2, 3], "num_heads": [1, 1, 1]},
+        "CvtLayer stands in stages",
+    ),
+    "qwen 2 vl": (
+        "Qwen2VisionTransformerPretrainedModel",
+        "qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig",
+        {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
+        "Qwen2VLVisionBlock takes the tokens of several images as one sequence",
+    ),
+    "qwen 2.5 vl": (
+        "Qwen2_5_VisionTransformerPretrainedModel",
+        "qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig",
+        QWEN,
+        "Qwen2_5_VLVisionBlock attends within windows.*one sequence",
+    ),
+    "qwen 3 vl": (
+        "Qwen3VLVisionModel",
+        "Qwen3VLVisionConfig",
+        QWEN | {"num_position_embeddings": 16, "deepstack_visual_indexes": [1]},
+        "Qwen3VLVisionBlock takes the tokens of several images as one sequence",
+    ),
+    "pixtral": (
+        "PixtralVisionModel",
+        "PixtralVisionConfig",
+        WIDE,
+        "PixtralAttentionLayer takes the tokens of several images as one sequence",
+    ),
     "beit": ("BeitModel", "BeitConfig", WIDE, "BeitLayer adds a bias"),
     "data2vec": ("Data2VecVisionModel", "Data2VecVisionConfig", WIDE, "Data2VecVisionLayer adds a bias"),
     "timesformer": ("TimesformerModel", "TimesformerConfig", WIDE, "TimesformerLayer attends along space and time"),
     "convnext": ("ConvNextModel", "ConvNextConfig", PYRAMID, "ConvNextLayer convolves"),
     "convnext v2": ("ConvNextV2Model", "ConvNextV2Config", PYRAMID, "ConvNextV2Layer convolves"),
-    "dinov3 convnext": ("DINOv3ConvNextModel", "DINOv3ConvNextConfig", {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}, "DINOv3ConvNextLayer convolves"),
+    "dinov3 convnext": (
+        "DINOv3ConvNextModel",
+        "DINOv3ConvNextConfig",
+        {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]},
+        "DINOv3ConvNextLayer convolves",
+    ),
     "bert": ("BertModel", "BertConfig", TEXT, "BertModel must hold one of .*CLIPVisionModel.*found 0$"),
-}  # fmt: skip
+}
 
 
 def build(kind: str, config: str, settings: dict[str, Any], attn: str = "eager") -> Any:
-    """The model of that class, with the weights that it begins with."""
+    """The model of that class, with the weights that it begins with; a config that is not public with its module."""
     module, _, name = config.rpartition(".")
-    home = __import__(f"transformers.models.{module}", fromlist=[name]) if module else transformers
+    home = import_module(f"transformers.models.{module}") if module else transformers
     made = getattr(home, name)(**copy.deepcopy(settings), attn_implementation=attn)
-    model = getattr(transformers, kind, None) or getattr(__import__(made.__module__.replace("configuration", "modeling"), fromlist=[kind]), kind)
-    return model(made)
+    home = transformers if hasattr(transformers, kind) else import_module(modeling(made))
+    return getattr(home, kind)(made)
+
+
+def modeling(config: Any) -> str:
+    """The module of the models that a configuration is for."""
+    return type(config).__module__.replace("configuration", "modeling")
 
 
 def make(name: str, attn: str = "sdpa", **changed: Any) -> Any:

@@ -29,9 +29,11 @@ __all__ = [
     "merge_add_norm",
     "mlp_half",
     "one_call",
+    "quick_gelu",
     "random_match",
     "restore",
     "rotate",
+    "swiglu",
     "take",
     "unmerge",
 ]
@@ -110,6 +112,8 @@ follow = _operation(tome_reference.follow)
 restore = _operation(tome_reference.restore)
 rotate = _operation(tome_reference.rotate)
 homes = _operation(tome_reference.homes)
+quick_gelu = _operation(tome_reference.quick_gelu)
+swiglu = _operation(tome_reference.swiglu)
 attention = _operation(tome_reference.attention)
 merge_add_norm = _operation(tome_reference.merge_add_norm, checks_first=False)
 attend_half = _operation(tome_reference.attend_half, checks_first=False)

@@ -45,9 +45,48 @@ class MlpParts(NamedTuple):
     """What an MLP of Linear, GELU, Linear computes with, the LayerScale behind it included."""
 
     fc1: Linear
-    is_tanh: bool
+    gelu: str  # "erf", "tanh" or "quick"
     fc2: Linear
     gamma: Tensor | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether there is a kernel for its activation."""
+        return self.gelu == "quick"
+
+    def value(self, y: Tensor) -> Tensor:
+        """What the MLP makes of its tokens, before scale."""
+        hidden = F.linear(y, *self.fc1)
+        if self.gelu == "quick":
+            hidden = ops.quick_gelu(hidden)
+        else:
+            hidden = F.gelu(hidden, approximate="tanh" if self.gelu == "tanh" else "none")
+        return F.linear(hidden, *self.fc2)
+
+
+class GatedParts(NamedTuple):
+    """What an MLP computes with whose hidden layer is silu(gate) * x."""
+
+    fc1: tuple[Linear, ...]  # one layer for gate and x side by side, or one for each
+    is_gate_last: bool
+    norm: Norm | None  # of the hidden layer
+    fc2: Linear
+    gamma: Tensor | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether there is a kernel for its activation."""
+        return True
+
+    def value(self, y: Tensor) -> Tensor:
+        """What the MLP makes of its tokens, before scale."""
+        made = [F.linear(y, *layer) for layer in self.fc1]
+        gate, x = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+        hidden = ops.swiglu(x, gate) if self.is_gate_last else ops.swiglu(gate, x)
+        if self.norm is not None:
+            weight, bias, eps, dtype = self.norm
+            hidden = ops.merge_add_norm(hidden, None, None, hidden.shape[1], None, weight, bias, eps, None, dtype)[1]
+        return F.linear(hidden, *self.fc2)
 
 
 class Mlp(NamedTuple):
@@ -59,9 +98,7 @@ class Mlp(NamedTuple):
 
     def branch(self) -> Branch:
         """What the MLP adds."""
-        fc1, is_tanh, fc2, gamma = self.parts
-        hidden = F.gelu(F.linear(self.y, *fc1), approximate="tanh" if is_tanh else "none")
-        return Branch(F.linear(hidden, *fc2), gamma)
+        return Branch(self.parts.value(self.y), self.parts.gamma)
 
     def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""

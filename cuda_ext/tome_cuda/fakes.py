@@ -69,6 +69,14 @@ def _homes(slot: Tensor, tokens: int, home: Tensor | None, valid: Tensor | None)
     return slot.new_empty((slot.shape[0], tokens), dtype=torch.int64)
 
 
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, head_dim = q.shape
     return q.new_empty((batch, queries, heads, head_dim))
@@ -159,7 +167,7 @@ def _mlp_half(
     y: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
-    is_tanh: bool,
+    gelu: int,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
@@ -204,6 +212,8 @@ FAKES = {
     "restore": Fake(_restore, lambda args: args[2][0].numel() * args[0].shape[2] if args[2] else args[0].numel()),
     "rotate": Fake(_rotate, lambda args: max(args[0].numel(), args[1].numel())),
     "homes": Fake(_homes, _first),
+    "quick_gelu": Fake(_quick_gelu, _first),
+    "swiglu": Fake(_swiglu, _first),
     "attention": Fake(_attention, _first),
     "merge_add_norm": Fake(_merge_add_norm, _first),
     "merge_add_norm_backward": Fake(

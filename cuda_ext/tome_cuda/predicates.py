@@ -59,6 +59,10 @@ def _rotate(q: Tensor, k: Tensor, table: Tensor, *_: object, **__: object) -> st
     return reason
 
 
+def _swiglu(gate: Tensor, x: Tensor) -> str | None:
+    return _lacks(gate) or _lacks(x)
+
+
 def _attention(q: Tensor, *_: object, **__: object) -> str | None:
     return _lacks(q)
 
@@ -111,7 +115,7 @@ def _mlp_half(
     x: Tensor,
     y: Tensor,
     fc1: Linear,
-    is_tanh: bool,
+    gelu: str,
     fc2: Linear,
     gamma: Tensor | None,
     norm: Norm,
@@ -136,6 +140,8 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
     "restore": _restore,
     "rotate": _rotate,
     "homes": _tokens,
+    "quick_gelu": _tokens,
+    "swiglu": _swiglu,
     "attention": _attention,
     "merge_add_norm": _merge_add_norm,
     "attend_half": _attend_half,

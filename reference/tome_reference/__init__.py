@@ -5,6 +5,7 @@ makes it, merging averages along it, unmerging gathers through it. What another 
 it agrees with this package.
 """
 
+from tome_reference.activation import quick_gelu, swiglu
 from tome_reference.attention import attention
 from tome_reference.halves import attend_half, mlp_half
 from tome_reference.matching import kth_match, match, max_r, random_match
@@ -23,8 +24,10 @@ __all__ = [
     "merge",
     "merge_add_norm",
     "mlp_half",
+    "quick_gelu",
     "random_match",
     "restore",
     "rotate",
+    "swiglu",
     "unmerge",
 ]

@@ -12,6 +12,7 @@ Linear: TypeAlias = "tuple[Tensor, Tensor | None]"  # weight [outputs, inputs] a
 Norm: TypeAlias = "tuple[Tensor | None, Tensor | None, float]"  # weight [C], bias [C] and eps
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GELUS = ("erf", "tanh", "quick")
 INTEGERS = (int, torch.SymInt)
 
 
@@ -98,6 +99,21 @@ def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor |
         _per_token("valid", valid, batch, n, (torch.bool,), slot.device)
 
 
+def quick_gelu(x: Tensor) -> None:
+    _channels("x", x)
+
+
+def swiglu(gate: Tensor, x: Tensor) -> None:
+    _channels("gate", gate)
+    _channels("x", x)
+    if gate.dtype != x.dtype or gate.device != x.device:
+        raise TypeError(
+            f"gate and x must share dtype and device, got {gate.dtype} on {gate.device}, {x.dtype} on {x.device}"
+        )
+    if gate.shape != x.shape:
+        raise ValueError(f"x must have the shape of gate {tuple(gate.shape)}, got {tuple(x.shape)}")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -182,7 +198,7 @@ def mlp_half(
     x: Tensor,
     y: Tensor,
     fc1: Linear,
-    is_tanh: bool,
+    gelu: str,
     fc2: Linear,
     gamma: Tensor | None,
     norm: Norm,
@@ -192,6 +208,8 @@ def mlp_half(
     _floating("y", y, (3,), "[B, N, C]")
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(f"y must have the tokens of x {tuple(x.shape)}, got shape {tuple(y.shape)}")
+    if gelu not in GELUS:
+        raise ValueError(f"gelu must be one of {', '.join(GELUS)}, got {gelu!r}")
     hidden = _linear("fc1", fc1, None, y.shape[2], x)
     _linear("fc2", fc2, x.shape[2], hidden, x)
     _per_channel("gamma", gamma, x)
@@ -204,6 +222,12 @@ def _tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Ten
     if value.dim() not in dims:
         raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
     return value
+
+
+def _channels(name: str, value: object) -> None:
+    """A tensor [..., C]."""
+    dims = value.dim() if isinstance(value, Tensor) else 1
+    _floating(name, value, (max(dims, 1),), "[..., C]")
 
 
 def _floating(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:

@@ -41,9 +41,9 @@ def rotate(
 
 
 def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-    """The original token in whose place each stands after one more merge: that of the group's last member.
+    """The original token in whose place each stands after one more merge: that of the group's first member.
 
-    Padding stands nowhere: among others its place is not the last.
+    Padding stands nowhere: among others its place is not the first.
 
     Args:
         slot: int32 [B, N], onto [0, tokens).
@@ -62,10 +62,10 @@ def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor |
     batch, n = slot.shape
     order = torch.arange(n, device=slot.device).expand(batch, n)
     if valid is not None:
-        order = torch.where(valid, order, order - n)
-    last = order.new_full((batch, tokens), -n).scatter_reduce(1, slot.long(), order, "amax")
-    last = torch.where(last < 0, last + n, last)
-    return last if home is None else home.gather(1, last)
+        order = torch.where(valid, order, order + n)
+    first = order.new_full((batch, tokens), 2 * n - 1).scatter_reduce(1, slot.long(), order, "amin")
+    first = torch.where(first < n, first, first - n)
+    return first if home is None else home.gather(1, first)
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:

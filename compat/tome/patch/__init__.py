@@ -96,10 +96,12 @@ timm = _patch(
 transformers = _patch(
     "transformers",
     "transformers_vit",
-    """Patch the vision tower of a model of transformers: ViT, DeiT, ViT-MAE, I-JEPA, DINOv2, CLIP or SigLIP.
+    """Patch the vision tower of a model of transformers 5.19 or newer (tested up to 5.24).
 
-    The model may have a head or a text tower around it. Text towers and decoders stay as they are. Hidden states are on
-    the full grid; attentions are those of the merged tokens. A padding mask is refused.
+    Its towers are ViT, DeiT, ViT-MAE, VideoMAE, I-JEPA, DINOv2 (with or without registers), DINOv3 (its ViT), CLIP,
+    SigLIP and SigLIP 2. The model may have a head or a text tower around one. Text towers and decoders stay as they
+    are. Hidden states are on the full grid; attentions are those of the merged tokens. SigLIP 2's padding merges with
+    nothing as long as other pairs are left, and weighs nothing; elsewhere a mask is refused.
     """,
 )
 torchvision = _patch(

@@ -26,7 +26,7 @@ class MultiheadAttention(Attention):
     names = frozenset({"MultiheadAttention"})
     parts = frozenset({"out_proj"})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         return split((y,), attn.num_heads, (attn.in_proj_weight, attn.in_proj_bias))
 
     def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:

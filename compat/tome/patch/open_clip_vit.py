@@ -31,7 +31,7 @@ class CustomAttention(Attention):
     names = frozenset({"Attention"})
     parts = frozenset({"ln_q", "ln_k", "attn_drop", "ln_inner", "out_proj", "out_drop"})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         q, k, v = split((y,), attn.num_heads, (attn.in_proj_weight, attn.in_proj_bias))
         return call(attn.ln_q, q).to(v.dtype), call(attn.ln_k, k).to(v.dtype), v
 

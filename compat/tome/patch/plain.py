@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tome.recording import record
-from tome.tokens import Branch, Linear, MlpParts, Norm
+from tome.tokens import Branch, GatedParts, Linear, MlpParts, Norm
 
 Kinds = dict[type[nn.Module], Any]
 
 NORMS: Kinds = {nn.LayerNorm: False}  # does it return the dtype that it is given, under autocast too?
 LINEARS: Kinds = {nn.Linear: None}
 INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: None}
-GELUS: dict[type[nn.Module], Callable[[Any], bool]] = {nn.GELU: lambda gelu: gelu.approximate == "tanh"}  # is it tanh?
+GELUS: dict[type[nn.Module], Callable[[Any], str]] = {  # which: "erf", "tanh" or "quick"
+    nn.GELU: lambda gelu: "tanh" if gelu.approximate == "tanh" else "erf"
+}
+SILUS: Kinds = {nn.SiLU: None}
+GATED: dict[type[nn.Module], Callable[[Reading, Any], GatedParts]] = {}  # MLPs of silu(gate) * x, and how to read one
 SCALES: dict[type[nn.Module], str | None] = {nn.Identity: None}  # LayerScale: the name of its factor
 # Forward hooks that a library leaves behind, by module and qualified name: whether one does anything in this pass.
 RECORDERS: dict[tuple[str, str], Callable[[Any], bool]] = {}
@@ -44,7 +48,7 @@ class Plan(NamedTuple):
     """What a block computes with where nobody watches; a sentence where parts must be called, and why."""
 
     attention: AttentionParts | str
-    mlp: MlpParts | str
+    mlp: MlpParts | GatedParts | str
     norms: tuple[Norm, Norm] | str
     calls: dict[Any, dict[str, Callable[..., Any]]]  # the halves that can be one call, by the kind of tokens
 
@@ -148,7 +152,7 @@ class Reading:
         factor = SCALES[type(child)]
         return None if factor is None else self.parameter(child, factor)
 
-    def is_tanh(self, owner: Any, name: str) -> bool:
+    def gelu(self, owner: Any, name: str) -> str:
         """Which GELU a child is."""
         child = self.part(owner, name, GELUS)
         return GELUS[type(child)](child)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tome import ops
 from tome.patch.block import MergingBlock
 from tome.patch.plain import AttentionParts, NotPlain, Reading
-from tome.patch.rotary import rotated, rows
+from tome.patch.rotary import rows
 from tome.patch.row import NOTHING, Beside, Call, Place, Qkv, Row
 from tome.patch.timm_host import TimmModel
 from tome.patch.timm_vit import TimmAttention, TimmBlock
@@ -24,13 +25,17 @@ class RotaryAttention(TimmAttention):
 
     names = frozenset({"EvaAttention", "AttentionRope"})
     parts = TimmAttention.parts | {"q_proj", "k_proj", "v_proj"}
-    is_placed = True
+    is_placed = is_rotary = True
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         q, k, v = self._heads(attn, y, call)
-        q, k = call(attn.q_norm, q), call(attn.k_norm, k)
+        return call(attn.q_norm, q), call(attn.k_norm, k), v
+
+    def placed(self, attn: Any, qkv: Qkv, place: Place) -> Qkv:
+        q, k, v = qkv
         if place.given is not None:
-            q, k = rotated(q, k, place.given, place, attn.num_prefix_tokens, getattr(attn, "rotate_half", False))
+            turn = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+            q, k = ops.rotate(q, k, place.given, place.home, *turn)
         q, k = q.to(v.dtype), k.to(v.dtype)
         groups = attn.num_heads // k.shape[1]
         if groups > 1:

@@ -23,12 +23,10 @@ class GemmaAttention(Attention):
     """Gemma4Attention; the given is (cosines, sines), each [B, N0, D]."""
 
     names = frozenset({"Gemma4Attention"})
-    parts = frozenset(
-        {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "v_norm", "attn_drop", "proj_drop"}
-    )
-    is_placed = True
+    parts = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "v_norm", "attn_drop", "proj_drop"})
+    is_placed = is_rotary = True
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         made = (
             call(norm, call(part, y).unflatten(2, (heads, attn.head_dim)))
             for part, norm, heads in (
@@ -37,9 +35,11 @@ class GemmaAttention(Attention):
                 (attn.v_proj, attn.v_norm, attn.num_kv_heads),
             )
         )
-        q, k, v = made
-        q, k = (apply_multidimensional_rope(x, *self._given(place)).to(v.dtype) for x in (q, k))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return cast(Qkv, tuple(x.transpose(1, 2) for x in made))
+
+    def placed(self, attn: Any, qkv: Qkv, place: Place) -> Qkv:
+        given, (q, k, v) = self._given(place), qkv
+        q, k = (apply_multidimensional_rope(x.transpose(1, 2), *given).transpose(1, 2).to(v.dtype) for x in (q, k))
         if attn.num_kv_groups > 1:
             k, v = (x.repeat_interleave(attn.num_kv_groups, dim=1) for x in (k, v))
         return q, k, v
@@ -69,9 +69,11 @@ class GemmaBlock(PaddedBlock):
         *("attn", "norm1", "norm2", "drop_path", "mlp", "norm3", "norm4", "drop_path"),
     )
 
-    def beside(self, cos: Tensor, sin: Tensor, attn_mask: Tensor | None = None) -> Beside:
+    def beside(  # type: ignore[override]
+        self, rope_cos: Tensor, rope_sin: Tensor, attn_mask: Tensor | None = None
+    ) -> Beside:
         """The rotary tables, and which tokens are no padding."""
-        return super().beside(attn_mask=attn_mask)._replace(given=(cos, sin))
+        return Beside((rope_cos, rope_sin), None if attn_mask is None else self.valid(attn_mask))
 
 
 BLOCKS: dict[str, type[MergingBlock]] = {"gemma4_vit.Gemma4Block": GemmaBlock}

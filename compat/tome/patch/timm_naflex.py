@@ -1,4 +1,4 @@
-"""timm's NaFlexVit: images of different sizes in one batch, padded to as many patches, with or without rotary positions.
+"""timm's NaFlexVit: images of different sizes in one batch, padded to as many patches; rotary positions or none.
 
 Padding weighs nothing in attention, and no token merges with it while there are others to merge with.
 """

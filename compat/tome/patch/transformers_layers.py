@@ -6,19 +6,28 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, GELUTanh
+from transformers.activations import ACT2FN, GELUActivation, GELUTanh, QuickGELUActivation
 
+from tome import ops
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.plain import AttentionParts, NotPlain, Reading
-from tome.patch.rotary import rotated, rows
+from tome.patch.rotary import rows
 from tome.patch.row import Attention, Beside, Call, Place, Qkv, Row
 from tome.patch.swap import Patched, UnsupportedModelError
-from tome.tokens import MlpParts, Tokens
+from tome.tokens import GatedParts, MlpParts, Tokens
 
-plain.GELUS[GELUTanh] = lambda gelu: True
-plain.GELUS[GELUActivation] = lambda gelu: False
+plain.GELUS |= {GELUTanh: lambda _: "tanh", GELUActivation: lambda _: "erf", QuickGELUActivation: lambda _: "quick"}
+plain.SILUS[type(ACT2FN["silu"])] = None
+GATED_MLPS = {"Dinov2SwiGLUFFN", "Dinov2WithRegistersSwiGLUFFN", "DINOv3ViTGatedMLP"}  # gate_proj, up_proj, down_proj
 MLPS = (("fc1", "activation_fn", "fc2"), ("up_proj", "act_fn", "down_proj"))
+
+
+def gated(reading: Reading, mlp: Any) -> GatedParts:
+    """What a gated MLP computes with."""
+    reading.part(mlp, "act_fn", plain.SILUS)
+    layers = reading.linear(mlp, "gate_proj"), reading.linear(mlp, "up_proj")
+    return GatedParts(layers, False, None, reading.linear(mlp, "down_proj"))
 
 
 def heads(made: Tensor, head_dim: int) -> Tensor:
@@ -33,7 +42,7 @@ class SeparateAttention(Attention):
         self.heads, self.scale, self.dropout, self.proj = heads, scale, dropout, proj
         self.parts = frozenset({"q_proj", "k_proj", "v_proj", proj})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         made = (call(part, y) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
         return cast(Qkv, tuple(heads(part, attn.head_dim) for part in made))
 
@@ -72,12 +81,12 @@ class Turns(NamedTuple):
 class RotaryAttention(SeparateAttention):
     """DINOv3's, which turns queries and keys of the patches by where they stand."""
 
-    is_placed = True
+    is_placed = is_rotary = True
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
-        q, k, v = super().project(attn, y, call, place)
+    def placed(self, attn: Any, qkv: Qkv, place: Place) -> Qkv:
+        q, k, v = qkv
         cos, sin, prefix = place.given
-        turned = rotated(q, k, torch.cat((sin, cos), dim=-1), place, prefix, True)
+        turned = ops.rotate(q, k, torch.cat((sin, cos), dim=-1), place.home, prefix, True)
         # Under autocast the table is float32; attention would round to the dtype of v.
         return turned[0].to(v.dtype), turned[1].to(v.dtype), v
 
@@ -107,18 +116,21 @@ class TransformersBlock(MergingBlock):
         return super().forward(x, *args, **kwargs)
 
     def beside(self, attention_mask: Any = None, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Beside:
-        """A mask is refused. What is to be recorded of the model comes as flags, which concern hooks."""
-        return super().beside(attention_mask, *(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
+        """Masks and positions are refused. What is to be recorded comes as flags, which concern hooks."""
+        for name, given in kwargs.items():
+            if isinstance(given, Tensor):
+                raise self.refused(f"a patched block takes no {name}: merging moves the tokens")
+        return super().beside(attention_mask, *args)
 
     def mlp_reads_linearly(self) -> bool:
         mlp = getattr(self, self._tome_row.mlp)
-        return {type(part) for part in mlp.children()} <= {nn.Linear, *plain.GELUS}
+        return {type(part) for part in mlp.children()} <= {nn.Linear, *plain.GELUS, *plain.SILUS}
 
     def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
         for fc1, gelu, fc2 in MLPS:
             if set(mlp._modules) == {fc1, gelu, fc2}:
                 first, second = reading.linear(mlp, fc1), reading.linear(mlp, fc2)
-                return MlpParts(first, reading.is_tanh(mlp, gelu), second)
+                return MlpParts(first, reading.gelu(mlp, gelu), second)
         raise NotPlain(f"{self._tome_row.mlp} is a {type(mlp).__name__}")
 
 
@@ -143,15 +155,12 @@ class DinoBlock(TransformersBlock):
 class Dino3Block(TransformersBlock):
     """The layer of DINOv3: DINOv2's, with rotary positions."""
 
-    _tome_row = DinoBlock._tome_row._replace(
-        attention=RotaryAttention("num_heads", "scaling", "dropout", "o_proj")
-    )
+    _tome_row = DinoBlock._tome_row._replace(attention=RotaryAttention("num_heads", "scaling", "dropout", "o_proj"))
 
-    def beside(
-        self, attention_mask: Any = None, position_embeddings: Any = None, *args: Any, **kwargs: Any
-    ) -> Beside:
+    def beside(self, attention_mask: Any = None, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Beside:
         super().beside(attention_mask, *args, **kwargs)
-        return Beside(Turns(*position_embeddings, self._tome.prefix))
+        cos, sin = position_embeddings
+        return Beside(Turns(cos, sin, self._tome.prefix))
 
 
 class CLIPBlock(TransformersBlock):

@@ -19,7 +19,7 @@ class NestedAttention(Attention):
 
     parts = frozenset({"attention", "output"})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         inner = attn.attention
         made = (call(part, y) for part in (inner.query, inner.key, inner.value))
         return cast(Qkv, tuple(heads(part, inner.attention_head_size) for part in made))
@@ -72,7 +72,9 @@ class VideoMAEBlock(TransformersBlock):
         others=("output",),
     )
     _tome_inner: ClassVar[dict[str, Inner]] = {
-        "attention.attention": Inner("VideoMAESelfAttention", frozenset({"query", "key", "value"}), BiasedSelfAttention),
+        "attention.attention": Inner(
+            "VideoMAESelfAttention", frozenset({"query", "key", "value"}), BiasedSelfAttention
+        ),
         "attention.output": Inner("VideoMAESelfOutput", frozenset({"dense", "dropout"})),
         "intermediate": Inner("VideoMAEIntermediate", frozenset({"dense", "intermediate_act_fn"})),
         "output": Inner("VideoMAEOutput", frozenset({"dense", "dropout"})),
@@ -88,4 +90,4 @@ class VideoMAEBlock(TransformersBlock):
         output = reading.unwatched(self, "output")
         reading.inert(output, "dropout")
         first, second = reading.linear(mlp, "dense"), reading.linear(output, "dense")
-        return MlpParts(first, reading.is_tanh(mlp, "intermediate_act_fn"), second)
+        return MlpParts(first, reading.gelu(mlp, "intermediate_act_fn"), second)

@@ -20,12 +20,14 @@ from tome.patch.model import PatchedModel, hold
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, swap
 from tome.patch.transformers_layers import (
+    GATED_MLPS,
     CLIPBlock,
     Dino3Block,
     DinoBlock,
     Siglip2Block,
     TransformersBlock,
     ViTBlock,
+    gated,
 )
 from tome.patch.transformers_refused import why_refused
 from tome.patch.transformers_videomae import VideoMAEBlock
@@ -103,8 +105,12 @@ def known_models() -> list[str]:
 
 def _records(hook: Any) -> bool:
     """Whether a hook that recording hidden states or attentions has left behind records something in this pass."""
-    collected, free = hook.__globals__["_active_collector"].get(), hook.__code__.co_freevars
-    return bool(collected) and ("key" not in free or hook.__closure__[free.index("key")].cell_contents in collected)
+    active = hook.__globals__.get("_active_collector")
+    free = hook.__code__.co_freevars
+    if active is None or "key" not in free:
+        return True
+    collected = active.get()
+    return bool(collected) and hook.__closure__[free.index("key")].cell_contents in collected
 
 
 plain.RECORDERS[
@@ -176,6 +182,8 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             plain.SCALES[type(part)] = "lambda1"
         elif _name(type(part)) in DROP_PATHS:
             plain.INERT_IN_EVAL[type(part)] = None
+        elif type(part).__name__ in GATED_MLPS:
+            plain.GATED[type(part)] = gated
     for layer in layers:
         kind = LAYERS[_name(base_of(layer))][0]
         for path_inside, inside in kind._tome_inner.items():
