@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -73,7 +74,8 @@ def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise click.UsageError(f"{name} is not installed: pip install 'token-merging[{name}]'") from error
+        package = name.partition(".")[0]
+        raise click.UsageError(f"{package} is not installed: pip install 'token-merging[{package}]'") from error
 
 
 def _check_known(kind: str, name: str, known: list[str]) -> None:
@@ -88,7 +90,12 @@ def _from_transformers(name: str, pretrained: bool) -> Made:
     classifies = any("ForImageClassification" in each for each in config.architectures or ())
     kind = library.AutoModelForImageClassification if classifies else library.AutoModel
     if pretrained:
-        model = kind.from_pretrained(name).float()
+        model, told = kind.from_pretrained(name, output_loading_info=True)
+        # A head or a pooler may be lacking; layers of random weights would draw nonsense.
+        lost = [key for key in sorted(told["missing_keys"]) if re.search(r"layers?\.\d", key)]
+        if lost:
+            raise click.UsageError(f"'hf:{name}' has no weights for {lost[0]} of {type(model).__name__}")
+        model = model.float()
     else:
         model = kind.from_config(config if classifies else getattr(config, "vision_config", config))
     if hasattr(config, "vision_config") and not classifies:  # of several towers the one for images
@@ -101,7 +108,7 @@ def _from_transformers(name: str, pretrained: bool) -> Made:
         except (OSError, ValueError):  # a folder with a configuration only
             return {}
         found = {"mean": getattr(processor, "image_mean", None), "std": getattr(processor, "image_std", None)}
-        found["interpolation"] = INTERPOLATIONS.get(getattr(processor, "resample", None) or 3)
+        found["interpolation"] = INTERPOLATIONS.get(getattr(processor, "resample", 3))
         cropped = getattr(processor, "do_center_crop", None)
         return {key: value for key, value in found.items() if value} | _crop("center" if cropped else "squash")
 
