@@ -1,10 +1,10 @@
-"""What merging gains in a step of diffusers' UNets, and which share of the step the self-attention that it shortens takes.
+"""What merging gains in a step of diffusers' UNets, and the share of it that the shortened self-attention takes.
 
     python benchmarks/diffusion.py [--only NAME] [--batch-size 8] [--ratio 0.5] [--compile] [--json FILE]
 
-The UNets have the shapes of Stable Diffusion 1.5 and XL and random weights, so nothing is downloaded: times are those of
-the real ones but for matching, which takes a little longer where all tokens are alike. All variants of a shape are timed
-in turns, one call each, and medians compared; the baseline is the unpatched UNet with PyTorch's own attention.
+The UNets have the shapes of Stable Diffusion 1.5 and XL and random weights, so nothing is downloaded: times are those
+of the real ones but for matching, which takes a little longer where all tokens are alike. All variants of a shape are
+timed in turns, one call each, and medians compared; the baseline is the unpatched UNet with PyTorch's own attention.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def _patch(name: str, host: str, summary: str, by_size: bool | None = True) -> P
         # The library, and what comes with it, loads only when a model of it is patched.
         home = import_module(f"tome.patch.{host}")
         weighs = by_size if prop_attn is None else prop_attn
-        settings = ModelSettings(trace_source, home.weighs_sizes(model) if weighs is None else weighs, _backend(use_cuda_ext), rule)
+        settings = ModelSettings(
+            trace_source, home.weighs_sizes(model) if weighs is None else weighs, _backend(use_cuda_ext), rule
+        )
         patched: nn.Module = home.apply_patch(model, settings)
         return patched
 

@@ -122,6 +122,8 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     for part in tower.modules():
         if _name(type(part)) in NORMS:
             plain.NORMS[type(part)] = True
+        elif _name(type(part)) == f"{HOME}.QuickGELU":
+            plain.GELUS[type(part)] = lambda _: "quick"
     for block in blocks.values():
         swap(block, BLOCKS[_name(base_of(block))])
     swap_ends([tower.conv1], tower.ln_post)
