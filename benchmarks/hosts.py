@@ -146,7 +146,7 @@ def main() -> None:
 def measured(host: Host, device: torch.device, runs: int, compiles: bool) -> dict[str, Any]:
     """Images per second of the model unpatched and patched, in batches and one by one, and what r saves."""
     with device:
-        model: Any = host.make().eval().half().requires_grad_(False)
+        model: Any = host.make().to(device).eval().half().requires_grad_(False)
     images = torch.randn(host.batch, *host.size, device=device, dtype=torch.float16)
     calls: dict[str, measure.Call] = {"eager": _call(model, images)}
     if compiles:

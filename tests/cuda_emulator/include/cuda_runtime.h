@@ -356,6 +356,12 @@ T atomicMax(T* ptr, T value) {
   *ptr = std::max(old, value);
   return old;
 }
+template <class T>
+T atomicMin(T* ptr, T value) {
+  const T old = *ptr;
+  *ptr = std::min(old, value);
+  return old;
+}
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = emulator::state().device;
