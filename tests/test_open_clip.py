@@ -24,7 +24,10 @@ def clip(kind="CLIP", vision=VISION):
     config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
     if kind == "CoCa":
         config |= {"multimodal_cfg": TEXT, "text_cfg": TEXT | {"embed_cls": True, "output_tokens": True}}
-    return shaken(getattr(open_clip, kind)(**config))
+    model = getattr(open_clip, kind)(**config)
+    if kind == "CoCa":  # which leaves it as the memory was
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)
+    return shaken(model)
 
 
 def outputs(model, x):
