@@ -41,15 +41,15 @@ def test_a_bad_place_reads_nothing_out_of_range() -> None:
 
 @given(st.integers(1, 3), st.sampled_from((1, 40, 300, 5000)), st.integers(1, 5000), *[st.booleans()] * 2, SEEDS)
 def test_homes(batch: int, n: int, tokens: int, placed: bool, padded: bool, seed: int) -> None:
-    """Slots out of range are nobody's, and a token that nobody went into stands in the first place."""
+    """Slots out of range are nobody's, and a token that nobody went into stands in the last place."""
     tokens, generator = min(tokens, n), torch.Generator().manual_seed(seed)
     slot = at_the_end(torch.randint(-1, tokens + 1, (batch, n), generator=generator, dtype=torch.int32))
     home = at_the_end(torch.randint(10**12, (batch, n), generator=generator)) if placed else None
     valid = at_the_end(torch.rand(batch, n, generator=generator) < 0.6) if padded else None
-    expected = torch.zeros(batch, tokens + 2, dtype=torch.int64)
+    expected = torch.full((batch, tokens + 2), n - 1)
     for b in range(batch):
-        order = range(n) if valid is None else [*(~valid[b]).nonzero()[:, 0], *valid[b].nonzero()[:, 0]]
-        for i in order:
+        order = range(n) if valid is None else [*valid[b].nonzero()[:, 0], *(~valid[b]).nonzero()[:, 0]]
+        for i in reversed(order):
             expected[b, slot[b, i]] = i
     expected = expected[:, :tokens] if home is None else home.gather(1, expected[:, :tokens])
     emulator.begin(seed)
