@@ -18,6 +18,7 @@ from tome_cuda.ops import (
     mlp_half,
     random_match,
     restore,
+    set_match,
     unmerge,
 )
 from tome_cuda.predicates import PREDICATES, remark, why_not
@@ -40,6 +41,7 @@ __all__ = [
     "random_match",
     "remark",
     "restore",
+    "set_match",
     "unavailable",
     "unmerge",
     "why_not",

@@ -7,7 +7,7 @@ it agrees with this package.
 
 from tome_reference.attention import attention
 from tome_reference.halves import attend_half, mlp_half
-from tome_reference.matching import kth_match, match, max_r, random_match
+from tome_reference.matching import kth_match, match, max_r, random_match, set_match
 from tome_reference.merging import follow, merge, restore, unmerge
 from tome_reference.norm import merge_add_norm
 
@@ -23,5 +23,6 @@ __all__ = [
     "mlp_half",
     "random_match",
     "restore",
+    "set_match",
     "unmerge",
 ]
