@@ -80,16 +80,6 @@ def choose(patch: Any) -> None:
     patch.setattr(backend._thread, "name", "cuda")
 
 
-def _listed_match(keys: Tensor, sources: Tensor, targets: Tensor, prefix: int) -> Tensor:
-    metric = keys if keys.dim() == 3 else keys.mean(1)
-    metric = torch.nn.functional.normalize(metric.float(), dim=-1)
-    rows = [metric.gather(1, index[:, :, None].expand(-1, -1, metric.shape[2])) for index in (sources, targets)]
-    best = (rows[0] @ rows[1].transpose(1, 2)).argmax(2)
-    places = torch.arange(prefix, prefix + targets.shape[1]).expand_as(targets)
-    slot = torch.arange(keys.shape[-2]).expand(keys.shape[0], -1)
-    return slot.scatter(1, targets, places).scatter(1, sources, prefix + best).int()
-
-
 def _spread(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor | None) -> Tensor:
     rows = grad.float().gather(1, slot.long()[:, :, None].expand(-1, -1, grad.shape[2]))
     if total is None:
@@ -181,7 +171,7 @@ def _mlp_half(x: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 KERNELS: dict[str, Callable[..., Any]] = {
     "bipartite_match": tome_reference.match,
     "kth_match": tome_reference.kth_match,
-    "listed_match": _listed_match,
+    "listed_match": tome_reference.set_match,
     "merge": tome_reference.merge,
     "merge_backward": _spread,
     "unmerge": lambda x, slot: _spread(x, slot, None, None),

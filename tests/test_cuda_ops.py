@@ -96,7 +96,7 @@ LISTS = (torch.tensor([[1, 3, 5], [8, 2, 4]]), torch.tensor([[2, 4, 6, 7, 8], [1
 OPERATORS = [
     ("bipartite_match", (KEYS, 3, 1)),
     ("kth_match", (KEYS[:, 0], 2, 1)),
-    ("listed_match", (KEYS, *LISTS, 1)),
+    ("listed_match", (KEYS, *LISTS, 2, 1)),
     ("merge", (X, SLOT, 6, SIZE)),
     ("merge", (X.half(), SLOT, 6, None)),
     ("merge_backward", (X[:, :6], SLOT, SIZE, TOTAL)),

@@ -31,6 +31,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 import tome
+from tome import ops
 from tome.patch import grid
 from tome.patch.diffusers_unet import MergingAttention
 
@@ -246,9 +247,9 @@ def test_images_of_pixart_that_are_not_square():
 def test_matching_on_a_grid(device, shape, r):
     height, width, sx, sy = shape
     metric = torch.randn(3, height * width, 6, generator=torch.Generator().manual_seed(4)).to(device)
-    where = grid.layout(height, width, sx, sy, None, device)
-    r = where.sources if r is None else min(r, where.sources)
-    slot = grid.match(metric, where, r)
+    sources, targets = (each.expand(3, -1) for each in grid.sets(height, width, sx, sy, None, device))
+    r = sources.shape[1] if r is None else min(r, sources.shape[1])
+    slot = ops.set_match(metric, sources, targets, r)
     assert slot.dtype == torch.int32
     expected = [slot_by_hand(m, targets_by_hand(height, width, sx, sy), r) for m in metric.cpu()]
     assert slot.tolist() == torch.stack(expected).tolist()
@@ -258,8 +259,8 @@ def test_numbers_that_are_none_leave_a_map():
     metric = torch.randn(2, 35, 4)
     metric[0] = torch.nan
     metric[1, ::2] = torch.inf
-    where = grid.layout(5, 7, 2, 2, None, metric.device)
-    slot = grid.match(metric, where, 20)
+    sources, targets = (each.expand(2, -1) for each in grid.sets(5, 7, 2, 2, None, metric.device))
+    slot = ops.set_match(metric, sources, targets, 20)
     assert all(sorted(set(row)) == list(range(15)) for row in slot.tolist())
 
 
@@ -267,13 +268,13 @@ def test_numbers_that_are_none_leave_a_map():
 def test_one_target_in_each_cell(device, height, width, sx, sy):
     rows, columns = grid.cells(height, width, sx, sy)
     drawn = grid.draws(3, torch.tensor(981), rows * columns, device)
-    where = grid.layout(height, width, sx, sy, drawn, device)
-    targets = where.order[1::2][: where.targets].tolist()
+    sources, targets = (each.tolist() for each in grid.sets(height, width, sx, sy, drawn, device))
     assert targets == sorted(targets)
+    assert sources == sorted(sources)
     assert {(t // width // sy, t % width // sx) for t in targets} == {
         (y, x) for y in range(rows) for x in range(columns)
     }
-    assert sorted([*targets, *where.order[::2][: where.sources].tolist()]) == list(range(height * width))
+    assert sorted([*targets, *sources]) == list(range(height * width))
 
 
 def mixed_by_hand(x):
@@ -343,14 +344,14 @@ def test_what_attends_to_the_text_alone_does_not_merge():
 
 
 def slots_of(model, given, monkeypatch):
-    slots, match = [], grid.match
+    slots, match = [], ops.set_match
 
     def noted(*args):
         slots.append(match(*args))
         return slots[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(grid, "match", noted)
+        patch.setattr(ops, "set_match", noted)
         run(model, given)
     return slots
 
@@ -439,8 +440,8 @@ def test_a_pipeline(tmp_path, monkeypatch):
     processors, keys = pipe.unet.attn_processors, list(pipe.unet.state_dict())
     assert tome.patch.diffusers(pipe) is pipe
     slots = []
-    match = grid.match
-    monkeypatch.setattr(grid, "match", lambda *args: slots.append(match(*args)) or slots[-1])
+    match = ops.set_match
+    monkeypatch.setattr(ops, "set_match", lambda *args: slots.append(match(*args)) or slots[-1])
     merged = draw(pipe)
     assert torch.equal(draw(pipe), merged)
     assert not torch.equal(merged, plain)

@@ -22,6 +22,18 @@ MATCH = [
     ((X, 1, 9), ValueError, r"prefix must be in \[0, 8\], got 9"),
     ((X, 1, -1), ValueError, r"prefix must be in \[0, 8\], got -1"),
 ]
+ALL = torch.arange(8).repeat(2, 1)
+SETS = ALL[:, :3], ALL[:, 3:]
+SET_MATCH = [
+    ((X.int(), *SETS, 1), TypeError, "keys must be float16"),
+    ((X, *SETS, -1), ValueError, "must be at least .*, got -1"),
+    ((X, *SETS, 1, 9), ValueError, r"prefix must be in \[0, 8\], got 9"),
+    ((X, *SETS, 1, 1), ValueError, "must be the 7 tokens behind the prefix, got 3 and 5"),
+    ((X, ALL[:, :3].int(), ALL[:, 3:], 1), TypeError, "sources must be int64, got torch.int32"),
+    ((X, ALL[0, :3], ALL[:, 3:], 1), ValueError, r"sources must be int64 \[B, S\], got shape \(3,\)"),
+    ((X, ALL[:, :3], ALL[:1, 3:], 1), ValueError, r"targets must be \[2, T\], got shape \(1, 5\)"),
+    ((X, ALL[:, :3], [3], 1), TypeError, "targets must be a tensor .*, got list"),
+]
 MERGE = [
     ((X.long(), SLOT, 8), TypeError, "x must be float16"),
     ((X[0], SLOT, 8), ValueError, r"x must be \[B, N, C\]"),
@@ -147,6 +159,7 @@ CASES = [
     *(("match", *case) for case in MATCH),
     *(("kth_match", *case) for case in MATCH),
     *(("random_match", *case) for case in MATCH),
+    *(("set_match", *case) for case in SET_MATCH),
     *(("merge", *case) for case in MERGE),
     ("unmerge", (X[0], SLOT), ValueError, r"x must be \[B, M, C\]"),
     ("unmerge", (X, SLOT[:1]), ValueError, r"slot must be \[2, N\], got shape \(1, 8\)"),
@@ -182,6 +195,12 @@ def test_a_map_that_is_not_onto_is_refused_where_reading_it_is_free(values):
     slot = torch.tensor([[0, 1, 2, 2], values], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"slot must map onto \[0, 3\) in every row"):
         ops.merge(torch.randn(2, 4, 2), slot, 3)
+
+
+@pytest.mark.parametrize("targets", [[3, 4, 5, 6, 6], [2, 3, 4, 5, 6], [3, 4, 5, 6, 8], [-1, 4, 5, 6, 7]])
+def test_sets_that_do_not_cover_the_tokens_are_refused_where_reading_them_is_free(targets):
+    with pytest.raises(ValueError, match="must hold each of the positions 0 to 7 once"):
+        ops.set_match(X, ALL[:, :3], torch.tensor([ALL[0, 3:].tolist(), targets]), 2)
 
 
 def test_unmerge_refuses_a_slot_beyond_the_tokens():

@@ -19,6 +19,7 @@ X, Y = torch.randn(2, 9, 8), torch.randn(2, 6, 8)
 SLOT = torch.arange(9).clamp(max=5).int().repeat(2, 1)
 SIZE, TOTAL, STATS = torch.ones(2, 9), torch.ones(2, 6), torch.ones(2, 6, 2)
 POSITIONS = torch.arange(1, 9).repeat(2, 1)
+LISTS = POSITIONS[:, :3].contiguous(), POSITIONS[:, 3:].contiguous()
 HEADS = torch.randn(2, 3, 9, 64).half()
 TABLE = torch.randn(9, 128)
 SQUARE = torch.eye(8)
@@ -63,10 +64,12 @@ def attend(**changed: Any) -> tuple[Any, ...]:
         ("bipartite_match", (KEYS, 0, 1), "nothing to match"),
         ("kth_match", (KEYS, 1, 1), "k must be in"),
         ("kth_match", (KEYS, 9, 1), "k must be in"),
-        ("listed_match", (KEYS, POSITIONS[:, :3].int(), POSITIONS[:, 3:], 1), "sources has the wrong dtype"),
-        ("listed_match", (KEYS, POSITIONS[:, :3], POSITIONS[:, 3:].contiguous(), 1), "sources must be contiguous"),
-        ("listed_match", (KEYS, POSITIONS[:, :0].contiguous(), POSITIONS, 1), "sources must not be empty"),
-        ("listed_match", (KEYS, *[POSITIONS[:, :3].contiguous()] * 2, 1), "must cover the tokens"),
+        ("listed_match", (KEYS, POSITIONS[:, :3].int(), POSITIONS[:, 3:], 3, 1), "sources has the wrong dtype"),
+        ("listed_match", (KEYS, POSITIONS[:, :3], POSITIONS[:, 3:].contiguous(), 3, 1), "sources must be contiguous"),
+        ("listed_match", (KEYS, POSITIONS[:, :0].contiguous(), POSITIONS, 3, 1), "sources must not be empty"),
+        ("listed_match", (KEYS, *[POSITIONS[:, :3].contiguous()] * 2, 3, 1), "must cover the tokens"),
+        ("listed_match", (KEYS, *LISTS, 4, 1), r"r must be in \[1, 3\], got 4"),
+        ("listed_match", (KEYS, *LISTS, 0, 1), r"r must be in \[1, 3\], got 0"),
         ("merge", (X[0], SLOT, 6, None), "x must have 3 dimensions"),
         ("merge", (X, SLOT.long(), 6, None), "slot has the wrong dtype"),
         ("merge", (X, SLOT[:, :8], 6, None), r"slot must be \[2, 9\]"),

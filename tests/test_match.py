@@ -3,9 +3,9 @@
 import brute_force
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from judge import judge_match
+from judge import judge, judge_match
 from strategies import FINITE, LAYOUTS, Case, cases, strided
 
 from tome import ops
@@ -181,6 +181,35 @@ def test_random_match_merges_into_the_best_kept_token(device):
         assert [row[t] for t in kept] == list(range(23))
         for i in sources:
             assert row[i] == kept.index(max(kept[1:], key=lambda j: (score[i, j], -j)))
+
+
+@given(case=cases(), share=st.floats(0.1, 0.9))
+def test_matching_between_given_sets(device, case, share):
+    free = case.n - case.prefix
+    assume(free >= 2 and case.batch > 0)
+    count = min(max(round(share * free), 1), free - 1)
+    order = (
+        torch.rand(case.batch, free, generator=torch.Generator().manual_seed(case.seed)).argsort(dim=1) + case.prefix
+    )
+    keys, sources, targets = (t.to(device) for t in (case.keys("cpu"), order[:, :count], order[:, count:]))
+    for r in sorted({1, (count + 1) // 2, count}):
+        slot = ops.set_match(keys, sources, targets, r, case.prefix)
+        assert_onto(slot, case.n - r)
+        assert judge(keys, slot, sources, targets, r, case.prefix).is_right()
+    assert torch.equal(ops.set_match(keys, sources, targets, case.n, case.prefix), slot)  # r is clipped
+
+
+def test_sets_of_which_one_is_empty_merge_nothing(device):
+    keys = torch.randn(2, 6, 4, device=device)
+    everyone, nobody = (torch.arange(n, device=device).expand(2, -1) for n in (6, 0))
+    for sets in ((everyone, nobody), (nobody, everyone)):
+        assert ops.set_match(keys, *sets, 3).tolist() == [list(range(6))] * 2
+
+
+def test_sets_of_even_and_odd_positions_are_bipartite_matching(device):
+    keys = torch.randn(3, 2, 20, 8, device=device)
+    sets = (torch.arange(first, 20, 2, device=device).expand(3, -1) for first in (0, 1))
+    assert torch.equal(ops.set_match(keys, *sets, 7), ops.match(keys, 7, 0))
 
 
 def test_strided_builder_keeps_the_values():

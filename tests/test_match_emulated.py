@@ -109,8 +109,9 @@ def test_listed(case: Case, path: emulator.Gpu, seed: int) -> None:
     value = at_the_end(case.keys("cpu"))
     order = torch.rand(case.batch, n - prefix, generator=torch.Generator().manual_seed(seed)).argsort(dim=1) + prefix
     sources, targets = order[:, :r].contiguous(), order[:, r:].sort(dim=1).values.contiguous()
-    slot = emulator.run("listed_match", value, sources, targets, prefix, seed=seed, gpu=path)
-    assert judge(value, slot, sources, targets, r, prefix).is_right()
+    for merged in {r, (r + 1) // 2}:
+        slot = emulator.run("listed_match", value, sources, targets, merged, prefix, seed=seed, gpu=path)
+        assert judge(value, slot, sources, targets, merged, prefix).is_right()
 
 
 def test_the_order_of_threads_changes_no_bit() -> None:

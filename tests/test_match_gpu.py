@@ -60,7 +60,7 @@ def test_opcheck(name: str) -> None:
     arguments = {
         "bipartite_match": (value, 3, 1),
         "kth_match": (value, 2, 1),
-        "listed_match": (value, positions[:, :3].contiguous(), positions[:, 3:].contiguous(), 1),
+        "listed_match": (value, positions[:, :3].contiguous(), positions[:, 3:].contiguous(), 2, 1),
     }[name]
     torch.library.opcheck(getattr(tome_cuda.operators(), name).default, arguments)
 

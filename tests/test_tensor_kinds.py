@@ -20,6 +20,7 @@ SLOT = tome_reference.match(KEYS, 3)
 NEXT = torch.tensor([[0, 1, 2, 0, 1, 2], [2, 1, 0, 0, 1, 2]], dtype=torch.int32)
 SIZE = torch.randint(1, 9, (2, 9)).float()
 W, V, G = torch.randn(3, 8)
+SETS = torch.tensor([[1, 3, 5], [8, 2, 4]]), torch.tensor([[2, 4, 6, 7, 8], [1, 3, 5, 6, 7]])
 HALVES = [
     Half(2, 9, 2, 8, merged, 1, form, mapped, True, True, "quick", None, torch.float32, None, True, 3).build("cpu")
     for form in FORMS
@@ -30,6 +31,7 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("match", (KEYS[:, 0], 0)),
     ("kth_match", (KEYS, 3)),
     ("random_match", (KEYS, 3)),
+    ("set_match", (KEYS, *SETS, 2, 1)),
     ("merge", (X, SLOT, 6, SIZE)),
     ("merge", (X, SLOT, 6)),
     ("unmerge", (X[:, :6], SLOT)),

@@ -33,6 +33,7 @@ __all__ = [
     "random_match",
     "restore",
     "rotate",
+    "set_match",
     "swiglu",
     "take",
     "unmerge",
@@ -106,6 +107,7 @@ max_r = tome_reference.max_r
 match = _operation(tome_reference.match)
 kth_match = _operation(tome_reference.kth_match)
 random_match = _operation(tome_reference.random_match)
+set_match = _operation(tome_reference.set_match)
 merge = _operation(tome_reference.merge, checks_first=False)
 unmerge = _operation(tome_reference.unmerge)
 follow = _operation(tome_reference.follow)

@@ -14,7 +14,7 @@
 STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("bipartite_match(Tensor keys, SymInt r, SymInt prefix) -> Tensor");
   m.def("kth_match(Tensor keys, SymInt k, SymInt prefix) -> Tensor");
-  m.def("listed_match(Tensor keys, Tensor sources, Tensor targets, SymInt prefix) -> Tensor");
+  m.def("listed_match(Tensor keys, Tensor sources, Tensor targets, SymInt r, SymInt prefix) -> Tensor");
   m.def("merge(Tensor x, Tensor slot, SymInt tokens, Tensor? size) -> (Tensor, Tensor)");
   m.def("merge_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor");
   m.def("unmerge(Tensor x, Tensor slot) -> Tensor");

@@ -21,7 +21,7 @@ inline bool runs_hopper(int device) {
 
 Tensor bipartite_match(const Tensor& keys, int64_t r, int64_t prefix);
 Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix);
-Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t prefix);
+Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r, int64_t prefix);
 
 std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& slot, int64_t tokens,
                                  const std::optional<Tensor>& size);

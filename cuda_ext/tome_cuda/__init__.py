@@ -21,6 +21,7 @@ from tome_cuda.ops import (
     random_match,
     restore,
     rotate,
+    set_match,
     swiglu,
     unmerge,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "remark",
     "restore",
     "rotate",
+    "set_match",
     "swiglu",
     "unavailable",
     "unmerge",

@@ -21,7 +21,7 @@ def _kth_match(keys: Tensor, k: int, prefix: int) -> Tensor:
     return _match(keys, keys.shape[0], keys.shape[-2], keys.shape[-1])
 
 
-def _listed_match(keys: Tensor, sources: Tensor, targets: Tensor, prefix: int) -> Tensor:
+def _listed_match(keys: Tensor, sources: Tensor, targets: Tensor, r: int, prefix: int) -> Tensor:
     return _match(keys, keys.shape[0], keys.shape[-2], keys.shape[-1])
 
 

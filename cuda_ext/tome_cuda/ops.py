@@ -48,8 +48,17 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
     sources = prefix + drawn[:, :r]
     targets = prefix + drawn[:, r:].sort(dim=1).values
     return launch(  # type: ignore[no-any-return]
-        "listed_match", keys.detach(), sources.contiguous(), targets.contiguous(), prefix
+        "listed_match", keys.detach(), sources.contiguous(), targets.contiguous(), r, prefix
     )
+
+
+def set_match(keys: Tensor, sources: Tensor, targets: Tensor, r: int, prefix: int = 0) -> Tensor:
+    r = min(r, sources.shape[1]) if targets.shape[1] else 0
+    if r == 0:
+        return _identity(keys)
+    # The kernel makes addresses of what nobody has looked at.
+    sources, targets = (t.clamp(prefix, keys.shape[-2] - 1).contiguous() for t in (sources, targets))
+    return launch("listed_match", keys.detach(), sources, targets, r, prefix)  # type: ignore[no-any-return]
 
 
 def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -134,6 +134,7 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
     "match": _match,
     "kth_match": _match,
     "random_match": _match,
+    "set_match": _match,
     "merge": _tokens,
     "unmerge": _tokens,
     "follow": _follow,

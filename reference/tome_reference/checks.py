@@ -30,6 +30,33 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
     match(keys, r, prefix)
 
 
+def set_match(keys: Tensor, sources: Tensor, targets: Tensor, r: int, prefix: int = 0) -> None:
+    match(keys, r, prefix)
+    batch, n = keys.shape[0], keys.shape[-2]
+    for name, positions in (("sources", sources), ("targets", targets)):
+        tensor = _tensor(name, positions, (2,), f"int64 [B, {name[0].upper()}]")
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+        _on(name, tensor, keys.device)
+        if tensor.shape[0] != batch:
+            raise ValueError(f"{name} must be [{batch}, {name[0].upper()}], got shape {tuple(tensor.shape)}")
+    if sources.shape[1] + targets.shape[1] != n - prefix:
+        raise ValueError(
+            f"sources and targets must be the {n - prefix} tokens behind the prefix, got {sources.shape[1]} and "
+            f"{targets.shape[1]}"
+        )
+    # Reading the values would stop a GPU, and a trace has none: there the caller answers for them.
+    if torch.compiler.is_compiling() or keys.device.type != "cpu":
+        return
+    found = torch.cat([sources, targets], dim=1).sort(dim=1).values
+    try:
+        covers = bool((found == torch.arange(prefix, n)).all())
+    except RuntimeError:  # of a fake tensor, and of those that torch.func.vmap hands out, which stand for many
+        return
+    if not covers:
+        raise ValueError(f"sources and targets must hold each of the positions {prefix} to {n - 1} once")
+
+
 def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> None:
     _floating("x", x, (3,), "[B, N, C]")
     _slot("slot", slot, x, x.shape[1])

@@ -1,6 +1,7 @@
-"""Which token goes where: bipartite, k-th and random matching (arXiv 2210.09461, section 3 and appendix D).
+"""Which token goes where: bipartite, k-th and random matching (arXiv 2210.09461, section 3 and appendix D), and between
+sets that the caller gives.
 
-All three score pairs of tokens by the cosine of their metrics, send some tokens (sources) to their best target,
+All of them score pairs of tokens by the cosine of their metrics, send some tokens (sources) to their best target,
 and differ only in which tokens may be sources and which targets. The result is always a slot map.
 """
 
@@ -47,15 +48,7 @@ def match(keys: Tensor, r: int, prefix: int = 1) -> Tensor:
     a = torch.arange(prefix + prefix % 2, n, 2, device=keys.device)
     b = torch.arange(prefix + 1 - prefix % 2, n, 2, device=keys.device)
     best, target = _best_target(metric[:, prefix + prefix % 2 :: 2], metric[:, prefix + 1 - prefix % 2 :: 2])
-
-    # The r best, the lowest index first among those that equal the last of them. (A stable sort does not export.)
-    threshold = best.topk(r, dim=1).values[:, -1:]
-    merged, tied = best > threshold, best == threshold
-    merged |= tied & (tied.cumsum(dim=1) <= r - merged.sum(dim=1, keepdim=True))
-    first_b = prefix + a.shape[0] - r
-    slot_a = torch.where(merged, first_b + target, prefix - 1 + (~merged).cumsum(dim=1))
-    slot_b = torch.arange(first_b, n - r, device=keys.device).expand(keys.shape[0], -1)
-    return _slot_map(keys, prefix, a.expand_as(slot_a), slot_a, b.expand_as(slot_b), slot_b)
+    return _best_pairs(keys, r, prefix, a.expand_as(target), b.expand(keys.shape[0], -1), best, target)
 
 
 def kth_match(keys: Tensor, k: int, prefix: int = 1) -> Tensor:
@@ -120,6 +113,49 @@ def random_match(keys: Tensor, r: int, prefix: int = 1, generator: torch.Generat
     _, target = _best_target(_rows(metric, sources), _rows(metric, targets))
     slot_t = torch.arange(prefix, n - r, device=keys.device).expand_as(targets)
     return _slot_map(keys, prefix, sources, prefix + target, targets, slot_t)
+
+
+def set_match(keys: Tensor, sources: Tensor, targets: Tensor, r: int, prefix: int = 0) -> Tensor:
+    """Matching between given sets: of the sources the ``r`` that are most like their best target merge into it.
+
+    Args:
+        keys: as for :func:`match`.
+        sources: int64 [B, S], the positions of the tokens that may merge.
+        targets: int64 [B, T], those of the tokens that others may merge into. Sources and targets together are every
+            token behind the prefix, once.
+        r: how many tokens to merge; clipped to S. 0 gives the identity.
+        prefix: how many leading tokens stay untouched.
+
+    Returns:
+        slot, int32 [B, N], onto [0, N - r): prefix, unmerged sources and targets, these in the order in which they are
+        given. On equal scores the first one wins, as in :func:`match`.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape, r or prefix; on the CPU also a token that is in no set or in
+            both.
+
+    """
+    checks.set_match(keys, sources, targets, r, prefix)
+    r = min(r, sources.shape[1]) if targets.shape[1] else 0
+    if r == 0:
+        return _identity(keys)
+    metric = _metric(keys)
+    best, target = _best_target(_rows(metric, sources), _rows(metric, targets))
+    return _best_pairs(keys, r, prefix, sources, targets, best, target)
+
+
+def _best_pairs(
+    keys: Tensor, r: int, prefix: int, sources: Tensor, targets: Tensor, best: Tensor, target: Tensor
+) -> Tensor:
+    """The slot map where of all sources [B, S], with the best targets and scores given, r merge."""
+    # The r best, the lowest index first among those that equal the last of them. (A stable sort does not export.)
+    threshold = best.topk(r, dim=1).values[:, -1:]
+    merged, tied = best > threshold, best == threshold
+    merged |= tied & (tied.cumsum(dim=1) <= r - merged.sum(dim=1, keepdim=True))
+    first_target = prefix + sources.shape[1] - r
+    slot_s = torch.where(merged, first_target + target, prefix - 1 + (~merged).cumsum(dim=1))
+    slot_t = torch.arange(first_target, first_target + targets.shape[1], device=keys.device).expand_as(targets)
+    return _slot_map(keys, prefix, sources, slot_s, targets, slot_t)
 
 
 def _metric(keys: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Step:
     def __init__(self, settings: Settings, height: int, width: int, timestep: Any, same: Tensor | None) -> None:
         self.settings, self.height, self.width, self.timestep = settings, height, width, timestep
         self.same = same  # bool [B / 2], whether a sample of the first half has a twin in the second
-        self.layouts: dict[tuple[int, int], grid.Layout] = {}
+        self.known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # sources and targets by the size of the grid
         self.maps: dict[tuple[int, int], Tensor] = {}
 
     def slot(self, attn: Any, y: Tensor, size: tuple[int, int], r: int) -> Tensor:
@@ -76,7 +76,8 @@ class Step:
         if self.settings.share_map and size in self.maps:
             return self.maps[size]
         with torch.no_grad():
-            slot = grid.match(self.metric(attn, y), self.layout(size, y.device), r)
+            sources, targets = (positions.expand(y.shape[0], -1) for positions in self.sets(size, y.device))
+            slot = ops.set_match(self.metric(attn, y), sources, targets, r)
         if self.settings.share_map:
             self.maps[size] = slot
         return slot
@@ -91,14 +92,14 @@ class Step:
         mean = (halves[0] + halves[1]) / 2
         return torch.cat([torch.where(self.same[:, None, None], mean, half) for half in halves])
 
-    def layout(self, size: tuple[int, int], device: torch.device) -> grid.Layout:
-        """Which tokens are targets: the same ones for all images, and for all blocks of that size."""
-        if size not in self.layouts:
+    def sets(self, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Sources and targets: the same ones for all images, and for all blocks of that size."""
+        if size not in self.known:
             s = self.settings
             rows, columns = grid.cells(*size, s.sx, s.sy)
             drawn = grid.draws(s.seed, self.timestep, rows * columns, device) if s.use_rand else None
-            self.layouts[size] = grid.layout(*size, s.sx, s.sy, drawn, device)
-        return self.layouts[size]
+            self.known[size] = grid.sets(*size, s.sx, s.sy, drawn, device)
+        return self.known[size]
 
 
 class MergingAttention(Patched):

@@ -100,7 +100,7 @@ Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix) {
   return run(p, keys);
 }
 
-Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t prefix) {
+Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r, int64_t prefix) {
   Params p = key_params(keys, prefix);
   for (const auto& [tensor, name] : {std::pair{&sources, "sources"}, std::pair{&targets, "targets"}}) {
     check_like(*tensor, name, keys, ScalarType::Long);
@@ -114,7 +114,8 @@ Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& tar
   p.sources = to_int(sources.size(1), "the number of sources");
   p.targets = to_int(targets.size(1), "the number of targets");
   TOME_CHECK(p.prefix + p.rows() == p.tokens, "sources and targets must cover the tokens behind the prefix");
-  p.merged = p.sources;
+  TOME_CHECK(r > 0 && r <= p.sources, "r must be in [1, ", p.sources, "], got ", r);
+  p.merged = static_cast<int>(r);
   return run(p, keys);
 }
 
