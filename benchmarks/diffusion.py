@@ -2,9 +2,9 @@
 
     python benchmarks/diffusion.py [--only NAME] [--batch-size 8] [--ratio 0.5] [--compile] [--json FILE]
 
-The UNets have the shapes of Stable Diffusion 1.5 and XL and random weights, so nothing is downloaded. Variants are timed in
-turns, one call each, and medians compared; the baseline is the unpatched UNet with PyTorch's own attention. Attention is
-timed without torch.compile, matching and merging included.
+The UNets have the shapes of Stable Diffusion 1.5 and XL and random weights, so nothing is downloaded. Variants are
+timed in turns, one call each, and medians compared; the baseline is the unpatched UNet with PyTorch's own attention.
+Attention is timed without torch.compile, matching and merging included.
 """
 
 from __future__ import annotations
