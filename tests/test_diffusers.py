@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import pickle
 import re
 import struct
@@ -482,6 +483,22 @@ def test_the_page(monkeypatch):
     assert names["before"][0].tobytes() != names["after"][0].tobytes()
     for argument in inspect.signature(tome.patch.diffusers).parameters:
         assert f"`{argument}" in page or argument in ("model", "merge_attn")
+
+
+def test_nobody_is_told_of_what_the_attentions_share():
+    model, given, records = tome.patch.diffusers(make("sd1")), inputs("sd1"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("diffusers.models.attention_processor")
+    logger.addHandler(handler)
+    try:
+        run(model, given)
+        assert not records
+        run(model, given | {"cross_attention_kwargs": {"unknown": 1}})
+        assert records
+        assert all("['unknown']" in record.getMessage() for record in records)
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_processors_set_before_and_afterwards():

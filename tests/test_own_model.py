@@ -185,6 +185,21 @@ def test_other_blocks(kind, halves, monkeypatch):
     assert all(torch.isfinite(p.grad).all() for p in twin.parameters())
 
 
+def test_dropouts():
+    make, row = KINDS["separate"]
+    model = tome.patch.custom(make(), "layers", row).train()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.drop.p, layer.attention.drop_out.p = 0.0, 1.0
+        expected = model(images())
+        model.r = NOTHING
+        torch.testing.assert_close(model(images()), expected)
+        for layer in model.layers:
+            layer.attention.drop.p, layer.attention.drop_out.p = 0.5, 0.0
+        assert not torch.equal(model(images()), model(images()))
+        assert torch.equal(model.eval()(images()), model(images()))
+
+
 def test_state():
     model = tome.patch.custom(vit(), "layers", ROW)
     model.r = 5
