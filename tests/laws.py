@@ -49,6 +49,19 @@ def keeps_the_model_where_nothing_merges(model: nn.Module) -> None:
     assert snapshot(twin) == before
 
 
+def drops_as_the_model(model: nn.Module) -> None:
+    """In training, of the same random numbers; the model must have rates."""
+    whole = model(images())
+    twin = tome.patch.timm(copy.deepcopy(model.train()))
+    twin.r = NOTHING
+    outcomes = []
+    for each in (model, twin):
+        torch.manual_seed(0)
+        outcomes.append(each(images()))
+    torch.testing.assert_close(outcomes[1], outcomes[0], **CLOSE)
+    assert not torch.allclose(whole, outcomes[0], **CLOSE)
+
+
 def snapshot(model: nn.Module) -> list[Any]:
     return [(name, type(module), sorted(vars(module))) for name, module in model.named_modules()]
 

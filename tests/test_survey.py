@@ -71,12 +71,17 @@ def ignored_places(bias, place, log_size, dtype):
     return (bias if log_size is None else bias + log_size).to(dtype)
 
 
+def half(x, branch, *others):
+    return tome.tokens.add(x, tome.tokens.Branch(branch.value / 2), *others)
+
+
 @pytest.mark.parametrize(
     ("name", "where", "wrong"),
     [
         ("beit_base_patch16_224", "tome.patch.timm_bias.paired", ignored_places),
         ("vit_relpos_base_patch16_224", "tome.patch.timm_bias.size_bias", lambda size: size[:, None, None] * 0),
         ("vit_base_patch16_xp_224", "tome.tokens.Tokens.weights", lambda self, by_size: None),
+        ("vit_base_patch16_18x2_224", "tome.patch.timm_parallel.add", half),
         ("cait_xxs24_224", "tome.patch.timm_cait.size_bias", lambda size: size[:, None, None]),
         ("vit_tiny_patch16_224", "tome.schedule.merged", lambda entry, free: 3),
         ("vit_tiny_patch16_224", "tome.patch.plain.scaled", lambda block, value, *_: tome.tokens.Branch(value * 1.01)),

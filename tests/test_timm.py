@@ -283,6 +283,7 @@ SMALLEST = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
     ("build", "message"),
     [
         (lambda: timm.create_model("resnet18"), "ResNet is not supported"),
+        (lambda: timm.create_model("crossvit_tiny_240"), "CrossVit is not supported: it has several sequences"),
         (lambda: torch.nn.DataParallel(make("plain")), "Patch before torch.compile, DataParallel"),
         (lambda: torch.compile(make("plain")), "Patch before torch.compile"),
         (unknown_block, "blocks.0: Unknown is not supported"),

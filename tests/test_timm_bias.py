@@ -55,6 +55,12 @@ def test_nothing_changes_where_nothing_merges(host):
     laws.keeps_the_model_where_nothing_merges(made(host))
 
 
+@pytest.mark.parametrize("host", ["beit", "relpos", "relpos shared", "relpos res-post-norm"])
+@pytest.mark.parametrize("rate", ["attn_drop_rate", "proj_drop_rate", "drop_path_rate"])
+def test_training_drops_what_the_model_drops(host, rate):
+    laws.drops_as_the_model(made(host, **{rate: 0.4}))
+
+
 @every_host
 def test_the_planned_tokens(host):
     laws.merges_as_planned(tome.patch.timm(made(host)), HOSTS[host][2])
@@ -128,6 +134,15 @@ def test_merging_is_what_the_hosts_own_modules_compute(host):
     for block in twin.blocks:
         block.attn.fused_attn = False
     torch.testing.assert_close(twin(images()), expected, **CLOSE)
+
+
+def test_a_bias_of_q_k_v_that_is_added_apart():
+    model = tome.patch.timm(made("beit"))
+    model.r = 5
+    expected = model(images())
+    for block in model.blocks:
+        block.attn.qkv_bias_separate = True
+    torch.testing.assert_close(model(images()), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -60,6 +60,12 @@ def test_nothing_changes_where_nothing_merges(host):
 
 
 @every_host
+@pytest.mark.parametrize("rate", ["attn_drop_rate", "proj_drop_rate", "drop_path_rate"])
+def test_training_drops_what_the_model_drops(host, rate):
+    laws.drops_as_the_model(made(host, **{rate: 0.4}))
+
+
+@every_host
 def test_the_planned_tokens(host):
     laws.merges_as_planned(tome.patch.timm(made(host)), HOSTS[host][2])
 
