@@ -64,6 +64,13 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session
+def survey(session: nox.Session) -> None:
+    """Ask of every model of every library whether it is supported, and write the table of docs/hosts.md."""
+    install(session, "test")
+    session.run("python", "tests/survey.py", *session.posargs)
+
+
+@nox.session
 def oldest(session: nox.Session) -> None:
     """Run the tests on the oldest versions of everything that pyproject.toml claims to work with."""
     project = PROJECT["project"]

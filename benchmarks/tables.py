@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headline import BASE, MODELS, RESULTS, RUNS
+from hosts import HOSTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
@@ -25,6 +26,7 @@ COMMANDS = {  # of what headline.py does not run
     "cpu-vit_small": "tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0 --runs 21",
     "h200-operations": 'pytest benchmarks -k "cuda and not kth and not random"',
     **{name: f"tome bench {arguments}" for name, arguments in RUNS.items()},
+    **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
 }
 
 Data = dict[str, Any]
@@ -51,8 +53,12 @@ def speed(result: Data | None) -> str:
     return "" if result is None else f"{result['speedup']:.2f}x"
 
 
+def whole(number: float) -> str:
+    return f"{number:,.0f}".replace(",", " ")
+
+
 def rate(result: Data | None) -> str:
-    return "" if result is None else f"{result['images_per_second']:,.0f}".replace(",", " ")
+    return "" if result is None else whole(result["images_per_second"])
 
 
 def allowed(result: Data) -> str:
@@ -85,7 +91,8 @@ def measured(what: str, runs: dict[str, Data]) -> list[str]:
     machines = "; ".join(dict.fromkeys(map(machine, runs.values())))
     command = f"`{' '.join(COMMANDS[next(iter(runs))].split())}`"
     if len(runs) > 1:
-        command += f" and {len(runs) - 1} more like it, all by `python benchmarks/headline.py`"
+        whole_script = "hosts" if next(iter(runs)).startswith("hosts-") else "headline"
+        command += f" and {len(runs) - 1} more like it, all by `python benchmarks/{whole_script}.py`"
     return ["", f"{what}; {machines}; {command}."]
 
 
@@ -143,6 +150,33 @@ def models() -> list[str]:
         ratios = "; ".join(f"{each['r']}: {speed(each)} ({allowed(each)})" for each in merged)
         lines.append(row(model, data["conditions"]["batch size"], rate(base), ratios))
     return [*lines, *measured("float16, eager", runs)]
+
+
+def hosts() -> list[str]:
+    """Models of each library against the faster of themselves unpatched, eager and compiled."""
+    runs = {f"hosts-{name}": load(f"hosts-{name}") for name in HOSTS}
+    lines = table(
+        *(
+            "model",
+            "batch",
+            "unpatched, images/s: eager, compiled",
+            "1.5x saved, images/s",
+            "of eager",
+            "of the faster",
+        ),
+        *("2x saved, images/s", "of eager", "of the faster", "batch 1, ms: unpatched, 1.5x saved"),
+    )
+    for name, data in zip(HOSTS, runs.values(), strict=True):
+        rates, small = data["images_per_second"], data["batch_1_ms"]
+        compiled = rates.get("compiled")
+        best = max(rates["eager"], compiled or 0.0)
+        cells = []
+        for saved in ("1.5x", "2.0x"):
+            ratios = (f"{rates[saved] / base:.2f}x" for base in (rates["eager"], best))
+            cells += [whole(rates[saved]), *ratios]
+        unpatched = f"{whole(rates['eager'])}, {whole(compiled) if compiled else 'not measured'}"
+        lines.append(row(name, data["batch"], unpatched, *cells, f"{small['eager']:.1f}, {small['1.5x']:.1f}"))
+    return [*lines, *measured("float16, random weights, patched models eager", runs)]
 
 
 def sweep() -> list[str]:
@@ -217,6 +251,7 @@ TABLES = {
     "headline": headline,
     "batches": batches,
     "models": models,
+    "hosts": hosts,
     "sweep": sweep,
     "operations": operations,
     "attention": attention,

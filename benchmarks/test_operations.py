@@ -38,13 +38,15 @@ GPU = [
     Shape(8, 4096, 10, 64, 2048),
 ]
 MORE_ATTENTION = [Shape(256, 149, 12, 64, 16), Shape(256, 101, 12, 64, 16), Shape(32, 1369, 16, 64, 40)]
+ACTIVATIONS = ("quick_gelu", "swiglu")
+PLACES = ("rotate", "rotate neighbours", "homes")
 MATCHING = ("match", "kth_match", "random_match", "match+merge", "merge", "unmerge")
 NORMS = ("add_norm", "merge_add_norm", "merge_add_norm autocast")
 SDPA = ("sdpa without sizes", "sdpa with a mask")  # PyTorch's attention, to compare with
 
 
 def cases() -> list[Any]:
-    every = (*MATCHING, "attention", *NORMS)
+    every = (*MATCHING, "attention", *NORMS, *PLACES, *ACTIVATIONS)
     found = [(op, "reference", "cpu", torch.float32, shape) for op in every for shape in CPU]
     if torch.cuda.is_available():
         names = ["reference"] + (["cuda"] if backend.extension_problem() is None else [])
@@ -66,6 +68,9 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     weight = torch.ones(channels, device=device, dtype=dtype)
     weights = torch.ones(channels, device=device)
     merged = x[:, :tokens].contiguous()
+    table, home = torch.randn(n, 2 * shape.d, device=device), torch.arange(n, device=device).repeat(b, 1)
+    hidden = torch.randn(b, n, 4 * channels, device=device).to(dtype)
+    gate, value = hidden.chunk(2, dim=2)
     mask = size.log().to(dtype)[:, None, None, :]
     return {
         "match": (lambda: ops.match(k, shape.r, 0), [k]),
@@ -75,6 +80,11 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
         "merge": (lambda: ops.merge(x, slot, tokens, size), [x, slot, size]),
         "unmerge": (lambda: ops.unmerge(merged, slot), [merged, slot]),
         "attention": (lambda: ops.attention(q, k, v, size), [q, k, v, size]),
+        "rotate": (lambda: ops.rotate(q, k, table, home, 0, True), [q, k, table, home]),
+        "rotate neighbours": (lambda: ops.rotate(q, k, table), [q, k, table]),
+        "homes": (lambda: ops.homes(slot, tokens, home), [slot, home]),
+        "quick_gelu": (lambda: ops.quick_gelu(hidden), [hidden]),
+        "swiglu": (lambda: ops.swiglu(gate, value), [gate, value]),
         "sdpa without sizes": (lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v]),
         "sdpa with a mask": (lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), [q, k, v, mask]),
         "add_norm": (

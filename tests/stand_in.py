@@ -18,6 +18,7 @@ from torch import Tensor
 import tome_reference
 from tome import backend
 from tome_cuda import fakes, library, predicates, registration
+from tome_reference import checks
 
 NAMESPACE = "tome_stand_in"
 BINDING = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "binding.cpp"
@@ -92,6 +93,17 @@ def _unmerge_backward(grad: Tensor, slot: Tensor, tokens: int) -> Tensor:
     return sums.scatter_add(1, slot.long()[:, :, None].expand_as(grad), grad.float()).to(grad.dtype)
 
 
+def _rotate(
+    q: Tensor, k: Tensor, table: Tensor, home: Tensor | None, prefix: int, is_half: bool, is_back: bool
+) -> tuple[Tensor, ...]:
+    if is_back:
+        sin, cos = table.chunk(2, dim=-1)
+        sin = sin.roll(q.shape[3] // 2, -1) if is_half else sin.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        table = torch.cat([-sin, cos], dim=-1)
+    found = tome_reference.rotate(q, k, table, home, prefix, is_half)
+    return tuple(x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in found)
+
+
 def _merge_add_norm(x: Tensor, branch: Tensor | None, slot: Tensor | None, tokens: int, *others: Any) -> Any:
     size, weight, bias, eps, gamma, norm_dtype, training = others
     out, y, total = tome_reference.merge_add_norm(x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype)
@@ -151,8 +163,8 @@ def _attend_half(x: Tensor, qkv: list[Tensor], heads: int, *others: Any) -> Any:
 
 
 def _mlp_half(x: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    fc1_weight, fc1_bias, is_tanh, fc2_weight, fc2_bias, gamma, norm_weight, norm_bias, eps, norm_dtype = others
-    layers = ((fc1_weight, fc1_bias), is_tanh, (fc2_weight, fc2_bias))
+    fc1_weight, fc1_bias, gelu, fc2_weight, fc2_bias, gamma, norm_weight, norm_bias, eps, norm_dtype = others
+    layers = ((fc1_weight, fc1_bias), checks.GELUS[gelu], (fc2_weight, fc2_bias))
     return tome_reference.mlp_half(x, y, *layers, gamma, (norm_weight, norm_bias, eps), norm_dtype)
 
 
@@ -166,6 +178,10 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "unmerge_backward": _unmerge_backward,
     "follow": lambda steps: tome_reference.follow(steps).clone(),
     "restore": tome_reference.restore,
+    "rotate": _rotate,
+    "homes": tome_reference.homes,
+    "quick_gelu": lambda x: tome_reference.quick_gelu(x).contiguous(),
+    "swiglu": lambda gate, x: tome_reference.swiglu(gate, x).contiguous(),
     "attention": lambda q, k, v, size, scale: (
         tome_reference.attention(q, k, v, size, scale).transpose(1, 2).contiguous()
     ),

@@ -189,7 +189,7 @@ def test_compiles_without_breaks_or_recompiles() -> None:
 def test_opcheck(sized: bool) -> None:
     q, k, v, size = layer(2, 37, 3, 64)
     arguments = (q, k, v, size if sized else None, 0.125)
-    torch.library.opcheck(torch.ops.tome_cuda.attention.default, arguments, atol=2e-2, rtol=2e-2)
+    torch.library.opcheck(tome_cuda.operators().attention.default, arguments, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 64), (2, 0, 5, 64), (2, 2, 0, 64)])

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import tome
 import tome.cli
 import tome_cuda
-from tome.cli import arguments, files
+from tome.cli import arguments, files, sources
 from tome.cli.models import create_model
 
 TINY = "test_vit"
@@ -81,7 +81,7 @@ def test_without_a_gpu_a_forced_cuda_is_an_error_after_the_facts(monkeypatch, ca
     assert err == "tome: error: TOME_BACKEND chose cuda, which cannot run here: no operation can\n"
 
 
-@pytest.mark.parametrize("command", ["info", "bench", "visualize"])
+@pytest.mark.parametrize("command", ["info", "hosts", "bench", "visualize"])
 def test_help_has_examples(command, capsys):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -94,6 +94,7 @@ AT_ONCE = [
     "--version",
     "bench --help",
     "info --help",
+    "hosts --help",
     "visualize --help",
     "frobnicate",
     "bench nosuchdir --r x",
@@ -119,6 +120,7 @@ def loaded_by(line, **env):
     code = (
         "import atexit, sys\n"
         "slow = {'torch', 'timm', 'tome_reference', 'numpy', 'matplotlib', 'rich', 'PIL'}\n"
+        "slow |= {'torchvision', 'transformers', 'open_clip'}\n"
         "atexit.register(lambda: print('loaded:', *slow & set(sys.modules)))\n"
         "from tome.cli import main; main(sys.argv[1:])"
     )
@@ -481,3 +483,144 @@ def test_bench_on_the_gpu_as_a_graph(capsys):
     )
     assert code == 0, err
     assert "cuda graph True" in out
+
+
+SIZES = {"image_size": 48, "patch_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 32}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Folders of transformers' models: configurations, and one with weights."""
+    transformers = pytest.importorskip("transformers")
+    vision = SIZES | {"intermediate_size": 64}
+    text = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32}
+    text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    transformers.ViTConfig(**vision, architectures=["ViTForImageClassification"]).save_pretrained(tmp_path / "vit")
+    transformers.VideoMAEConfig(**vision, num_frames=4).save_pretrained(tmp_path / "video")
+    transformers.ViTMAEConfig(**vision).save_pretrained(tmp_path / "mae")
+    clip = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
+    transformers.CLIPModel(clip).save_pretrained(tmp_path / "clip")
+    mean = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5]}
+    transformers.CLIPImageProcessor(**mean).save_pretrained(tmp_path / "clip")
+    return tmp_path
+
+
+SHORT = ("--device", "cpu", "--batch-size", 1, "--runs", 1, "--warm-up", 0)
+
+
+def test_models_of_transformers(folders, photo, tmp_path, capsys, monkeypatch):
+    for name, layer in (("vit", "layers.0"), ("clip", "encoder.layers.0")):
+        code, out, err = run(capsys, "info", f"hf:{folders / name}", "--r", "4", "--device", "cpu")
+        assert code == 0, err
+        assert layer in out
+    code, out, err = run(capsys, "bench", f"hf:{folders / 'vit'}", "--r", "4", *SHORT)
+    assert code == 0, err
+    assert "37-21" in out
+
+    made = sources.make(f"hf:{folders / 'clip'}", True, "cpu")
+    saved = load_file(folders / "clip" / "model.safetensors")
+    layer = "vision_model.encoder.layers.3.mlp.fc2.weight"
+    assert torch.equal(made.model.get_parameter(layer.removeprefix("vision_model.")), saved[layer])
+    told = {key: tuple(value) if key in ("mean", "std") else value for key, value in made.pixels().items()}
+    assert told == {
+        "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "crop_mode": "center",
+        "crop_pct": 1.0,
+    }  # fmt: skip
+    short = {key: value for key, value in saved.items() if key != layer}
+    save_file(short, folders / "clip" / "model.safetensors", {"format": "pt"})
+    lost = run(capsys, "visualize", photo, "--model", f"hf:{folders / 'clip'}", "--r", "6", "--out", tmp_path)
+    check_one_line(lost, f"has no weights for {layer} of CLIPModel")
+    save_file(saved, folders / "clip" / "model.safetensors", {"format": "pt"})
+    for options in (["--model", f"hf:{folders / 'clip'}"], ["--model", f"hf:{folders / 'vit'}", "--random-weights"]):
+        code, out, err = run(capsys, "visualize", photo, *options, "--r", "6", "--out", tmp_path)
+        assert code == 0, err
+        with Image.open(tmp_path / "photo_merged.png") as picture:
+            assert picture.size == (2 * 48 + 8, 48)
+
+
+def test_models_of_torchvision_and_of_ones_own(photo, tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "import timm, torchvision\n"
+        "def small():\n"
+        "    return torchvision.models.VisionTransformer(48, 8, 4, 2, 32, 64)\n"
+        "class Wrapper(torchvision.models.vision_transformer.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inside = timm.create_model('test_vit')\n"
+        "    def forward(self, x):\n"
+        "        return self.inside(x)\n"
+        "def broken():\n"
+        "    raise OSError('no disk\\nat all')\n"
+        "def number():\n"
+        "    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    code, out, err = run(capsys, "info", "torchvision:vit_b_32", "--r", "4", "--device", "cpu")
+    assert code == 0, err
+    assert "encoder_layer_1-10" in out
+    code, out, err = run(capsys, "bench", "my_models:small", "--r", "4", *SHORT)
+    assert code == 0, err
+    assert "37-21" in out
+    code, out, err = run(capsys, "visualize", photo, "--model", "my_models:Wrapper", "--r", "20", "--out", tmp_path)
+    assert code == 0, err
+    assert "101 -> 6" in out
+    for name, message in {
+        "my_models:smal": "module 'my_models' has no function 'smal'; it has small",
+        "my_models:broken": "cannot make 'my_models:broken' (no disk)",
+        "my_models:number": "'my_models:number' returned a int, not a torch.nn.Module",
+        "no_such_module:f": "there is no module 'no_such_module' (forms: hf:",
+    }.items():
+        check_one_line(run(capsys, "info", name), message)
+
+
+def test_the_vision_tower_of_open_clip(monkeypatch, capsys, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 48, "patch_size": 8, "layers": 4, "width": 64, "head_width": 32}
+    text = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
+    (tmp_path / "tiny.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "tiny.json")
+    code, out, err = run(capsys, "info", "open_clip:tiny", "--r", "4", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "transformer.resblocks.1-2" in out
+    told = sources.make("open_clip:tiny", False, "cpu").pixels()
+    assert told["mean"] == open_clip.OPENAI_DATASET_MEAN
+    assert (told["crop_mode"], told["interpolation"]) == ("center", "bicubic")
+    check_one_line(
+        run(capsys, "info", "open_clip:tinny"), "unknown model open_clip:tinny; there are, for instance, tiny,"
+    )
+    check_one_line(run(capsys, "info", "open_clip:ViT-B-32/openia"), "for 'ViT-B-32', not 'openia'")
+
+
+def check_one_line(result, message):
+    code, _, err = result
+    errors = [line for line in err.splitlines() if line.strip() and "%|" not in line]  # transformers draws its progress
+    assert (code, len(errors)) == (2, 1), err
+    assert message in err
+
+
+def test_what_sources_cannot_give_is_one_line(folders, photo, capsys, offline, monkeypatch):
+    for name, message in {
+        "torchvision:vit_b_61": "unknown model torchvision:vit_b_61; there are, for instance, vit_b_16, ",
+        f"hf:{folders / 'nowhere'}": "cannot make 'hf:",
+        "hf:google/no-such-vit": "connect to the model hub, or name a folder",
+        f"hf:{folders / 'video'}": "VideoMAEModel does not say what images it was made for",
+    }.items():
+        check_one_line(run(capsys, "info", name, "--device", "cpu"), message)
+    check_one_line(
+        run(capsys, "info", "torchvision:vit_b_16", "--checkpoint", photo), "--checkpoint needs a plain name of timm's"
+    )
+    drawn = ("visualize", photo, "--random-weights", "--r", "2", "--model")
+    check_one_line(run(capsys, *drawn, f"hf:{folders / 'mae'}"), "cannot be drawn: ViTMAEModel hides patches and")
+    check_one_line(run(capsys, *drawn[:2], *drawn[3:], f"hf:{folders / 'vit'}"), "cannot make 'hf:")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    check_one_line(
+        run(capsys, "info", "open_clip:ViT-B-32"), "open_clip is not installed: pip install 'token-merging[op"
+    )
+
+
+def test_hosts(capsys):
+    code, out, err = run(capsys, "hosts")
+    assert code == 0, err
+    for text in ("tome.patch.open_clip", "VisionTransformer", "Dinov2Model", "XCiT", "attends over channels"):
+        assert text in out

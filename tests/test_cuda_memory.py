@@ -135,8 +135,8 @@ class Allocations(TorchDispatchMode):
 
 def test_fakes_of_the_halves_allocate_as_their_operators_do() -> None:
     """In csrc/halves: qkv and what attention gives are free before the tokens merge, and the hidden layer after it."""
-    half = Half(2, 9, 2, 32, 3, 1, "projected", False, True, True, True, 0.2, torch.float32, None, True, 0)
-    (x, qkv, *others), (_, y, fc1, is_tanh, fc2, gamma, norm, _) = half.build("meta")
+    half = Half(2, 9, 2, 32, 3, 1, "projected", False, True, True, "erf", 0.2, torch.float32, None, True, 0)
+    (x, qkv, *others), (_, y, fc1, _, fc2, gamma, norm, _) = half.build("meta")
     *others, qkv_linear, proj, _, _, _ = others
     with Allocations() as attend:
         FAKES["attend_half"].make(x, qkv, *others, *qkv_linear, *proj, gamma, *norm, torch.float32)
@@ -153,7 +153,7 @@ def test_fakes_of_the_halves_allocate_as_their_operators_do() -> None:
         [slot, branch, out, out, size],
     ]
     with Allocations() as mlp:
-        FAKES["mlp_half"].make(x, y, *fc1, is_tanh, *fc2, gamma, *norm, torch.float32)
+        FAKES["mlp_half"].make(x, y, *fc1, 2, *fc2, gamma, *norm, torch.float32)
     hidden, branch = (2, 9, 24), (2, 9, 16)
     assert mlp.seen[:5] == [
         [hidden],
@@ -198,7 +198,7 @@ def test_a_gpu_that_runs_out_of_memory(
         "merge": lambda: tome.ops.merge(x, slot, 512),
         "unmerge": lambda: tome.ops.unmerge(x, slot),
         "merge_add_norm": lambda: tome.ops.merge_add_norm(x, x, slot, 512, None, None, None, 1e-5),
-        "mlp_half": lambda: tome.ops.mlp_half(x, x, (weight, None), False, (weight, None), None, norm, None),
+        "mlp_half": lambda: tome.ops.mlp_half(x, x, (weight, None), "quick", (weight, None), None, norm, None),
         "merge_backward": lambda: torch.autograd.grad(merged, leaf, x, retain_graph=True),
     }
     with tome.use_backend("cuda"):

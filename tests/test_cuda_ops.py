@@ -37,6 +37,7 @@ TOTAL = tome_reference.merge(X, SLOT, 6, SIZE)[1]
 W, V, G = torch.randn(3, 8)
 Q = torch.randn(2, 9, 3, 2, 32).half().permute(2, 0, 3, 1, 4)
 F32 = torch.float32
+TABLE, HOME = torch.randn(8, 64), torch.tensor([[0, 1, 8, 3, 5, 5, 2, 7, 1], [0, 8, 7, 6, 5, 4, 3, 2, 1]])
 
 
 @pytest.fixture
@@ -91,7 +92,6 @@ def test_the_fake_of_column_sums_has_as_many_slabs_as_the_kernel(tmp_path: Path)
 
 
 STATS = torch.stack([X.mean(2), (X.var(2, correction=0) + 1e-5).rsqrt()], dim=2)
-LAYERS = (torch.randn(24, 8), None), False, (torch.randn(8, 24), torch.randn(8))
 LISTS = (torch.tensor([[1, 3, 5], [8, 2, 4]]), torch.tensor([[2, 4, 6, 7, 8], [1, 3, 5, 6, 7]]))
 OPERATORS = [
     ("bipartite_match", (KEYS, 3, 1)),
@@ -106,6 +106,12 @@ OPERATORS = [
     ("restore", (X[:, :3], X[:, 3:6].half(), [SLOT, NEXT], G)),
     ("restore", (X[:, :6], None, [SLOT], None)),
     ("restore", (X, X, [], None)),
+    ("rotate", (*Q[:2], TABLE, None, 1, False, False)),
+    ("rotate", (*Q[:2], TABLE.half().expand(2, -1, -1), HOME.int(), 1, True, True)),
+    ("homes", (SLOT, 6, None, None)),
+    ("homes", (SLOT, 6, HOME, SIZE > 3)),
+    ("quick_gelu", (X,)),
+    ("swiglu", X.half().chunk(2, dim=2)),
     ("attention", (*Q, SIZE, 0.2)),
     ("merge_add_norm", (X, X.half(), SLOT, 6, SIZE, W, V, 1e-5, G, torch.float16, True)),
     ("merge_add_norm", (X, X, None, 9, None, W, None, 1e-5, None, F32, True)),
@@ -117,7 +123,7 @@ OPERATORS = [
 ]
 
 
-DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "merge_add_norm")
+DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "merge_add_norm")
 
 
 @pytest.mark.parametrize(
@@ -143,14 +149,14 @@ def test_operators_are_registered_as_torch_wants_it(name: str, args: tuple[Any, 
 
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("merged", [0, 3])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "gelu"), [*zip(FORMS, checks.GELUS, strict=True)])
 @pytest.mark.usefixtures("stand_ins")
-def test_the_halves(form: str, merged: int, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_halves(form: str, gelu: str, merged: int, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one call gives what the definition gives; its fake, what it gives: shapes, dtypes, order, nothing aliased."""
     passed = []
     launch = registration.launch
     monkeypatch.setattr(tome_cuda.ops, "launch", lambda name, *args: passed.append((name, args)) or launch(name, *args))
-    case = Half(2, 9, 2, 32, merged, 1, form, mapped, True, True, True, None, torch.float16, F32, True, 3)
+    case = Half(2, 9, 2, 32, merged, 1, form, mapped, True, True, gelu, None, torch.float16, F32, True, 3)
     attend, mlp = case.build("cpu")
     ours, theirs = tome_cuda.attend_half(*attend), tome_reference.attend_half(*attend)
     assert all(a is b if b is None else torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -175,6 +181,14 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("restore", (X[:, :3], X[:, 3:6], (SLOT, NEXT), G)),
     ("restore", (X, X, (), None)),
     ("restore", (X, None, ())),
+    ("rotate", (*Q.float()[:2], TABLE.half(), None, 1)),
+    ("rotate", (*Q.float()[:2], TABLE, HOME, 1, True)),
+    ("homes", (SLOT, 6)),
+    ("homes", (SLOT, 6, HOME, SIZE > 3)),
+    ("quick_gelu", (X,)),
+    ("quick_gelu", (X[0, 0].half(),)),
+    ("swiglu", X.chunk(2, dim=2)),
+    ("swiglu", (X[None, :, :3], X[None, :, :3].transpose(2, 3).contiguous().transpose(2, 3))),
     ("attention", (*Q, SIZE)),
     ("attention", (*Q.float(), SIZE, 0.3)),
     ("attention", (*Q[:, :0], None)),

@@ -30,10 +30,14 @@ def arguments(name: str, x: Tensor) -> tuple[Any, ...]:
         "attention": (x[None],) * 3,
         "attend_half": (x, (x[None],) * 3, 1, None, None, 4, 1, True, None, None, linear, None, norm, None),
         "follow": ([SLOT],),
+        "homes": (SLOT, 4),
         "merge": (x, SLOT, 4),
         "merge_add_norm": (x, x, None, 4, None, None, None, 1e-5),
-        "mlp_half": (x, x, linear, False, linear, None, norm, None),
+        "mlp_half": (x, x, linear, "erf", linear, None, norm, None),
+        "quick_gelu": (x,),
         "restore": (x, None, [SLOT]),
+        "rotate": (x[None], x[None], x),
+        "swiglu": (x, x),
         "unmerge": (x, SLOT),
     }.get(name, (x, 1))
 
@@ -93,6 +97,17 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_chain_that_is_too_long() -> None:
     assert tome_cuda.why_not("follow", [SLOT] * 3) is None
     assert "4 merges, and the kernels follow at most 3" in str(tome_cuda.why_not("follow", [SLOT] * 4))
+
+
+@pytest.mark.usefixtures("chosen")
+def test_what_rotate_declines() -> None:
+    q, table = X[None], torch.zeros(4, 4)
+    assert tome_cuda.why_not("rotate", q, q, table) is None
+    assert "float64" in str(tome_cuda.why_not("rotate", q, q, table.double()))
+    table.requires_grad_()
+    assert "no gradient of its table" in str(tome_cuda.why_not("rotate", q, q, table=table))
+    with torch.no_grad():
+        assert tome_cuda.why_not("rotate", q, q, table) is None
 
 
 @pytest.mark.parametrize(
@@ -163,7 +178,7 @@ def mlp(**changed: Any) -> tuple[Any, ...]:
     """Likewise for mlp_half."""
     dtype = changed.pop("dtype", torch.bfloat16)
     x, fc1, fc2 = (torch.zeros(shape, dtype=dtype) for shape in ((1, 9, 16), (24, 16), (16, 24)))
-    case = {"x": x, "y": x, "fc1": (fc1, None), "is_tanh": False, "fc2": (fc2, fc1[0, :16]), "gamma": None}
+    case = {"x": x, "y": x, "fc1": (fc1, None), "gelu": "quick", "fc2": (fc2, fc1[0, :16]), "gamma": None}
     case |= {"norm": (None, None, 1e-5), "norm_dtype": None}
     assert changed.keys() <= case.keys()
     return tuple((case | changed).values())

@@ -81,12 +81,42 @@ FOLLOW = [
     (([None],), TypeError, r"steps\[0\] must be a tensor int32 \[B, N\], got NoneType"),
     (([SLOT[:, 1:], SLOT],), ValueError, r"from first to last: steps\[1\] has 8 tokens, the one before it 7"),
 ]
+TABLE, HOME = torch.randn(7, 8), torch.arange(8).expand(2, 8)
+ROTATE = [
+    ((Q[0], Q, TABLE, None, 1), ValueError, r"q must be \[B, H, N, D\]"),
+    ((Q, Q.half(), TABLE, None, 1), TypeError, "q and k must share dtype and device, got torch.float32 on"),
+    ((Q, Q[:, :, 1:], TABLE, None, 1), ValueError, r"k must have the batch, tokens and channels of q \(2, 2, 8, 4\)"),
+    ((Q[..., :3], Q[..., :3], TABLE, None, 1), ValueError, "an even number of channels, got 3"),
+    ((Q, Q, TABLE, None, 9), ValueError, r"prefix must be in \[0, 8\], got 9"),
+    ((Q, Q, TABLE.int(), None, 1), TypeError, "table must be float16"),
+    ((Q, Q, TABLE[:, 1:], None, 1), ValueError, r"table must be \[P, 2 \* D\].*, got shape \(7, 7\)"),
+    ((Q, Q, TABLE.expand(3, 7, 8), None, 1), ValueError, r"table must be .*, got shape \(3, 7, 8\)"),
+    ((Q, Q, TABLE.expand(3, 1, 7, 8), None, 1), ValueError, r"table must be .*, got shape \(3, 1, 7, 8\)"),
+    ((Q, Q[:, :1], TABLE.expand(2, 7, 8), None, 1), ValueError, "for all heads alike where k has 1 and q 2, got 2"),
+    ((Q, Q, TABLE), ValueError, "table must be of the 8 tokens behind the prefix, got 7"),
+    ((Q, Q, TABLE, HOME.float(), 1), TypeError, "home must be int64 or int32, got torch.float32"),
+    ((Q, Q, TABLE, HOME[:, 1:], 1), ValueError, r"home must be \[2, 8\], got shape \(2, 7\)"),
+]
+HOMES = [
+    ((SLOT.long(), 8), TypeError, "slot must be int32"),
+    ((SLOT[0], 8), ValueError, r"slot must be int32 \[B, N\], got shape \(8,\)"),
+    ((SLOT, 9), ValueError, r"tokens must be in \[1, 8\], got 9"),
+    ((SLOT, 8, HOME.int()), TypeError, "home must be int64, got torch.int32"),
+    ((SLOT, 8, HOME[:1]), ValueError, r"home must be \[2, 8\], got shape \(1, 8\)"),
+    ((SLOT, 8, HOME, SIZE), TypeError, "valid must be bool, got torch.float32"),
+]
+SWIGLU = [
+    ((X.int(), X), TypeError, "gate must be float16"),
+    ((X, None), TypeError, r"x must be a tensor \[..., C\], got NoneType"),
+    ((X, X.half()), TypeError, "gate and x must share dtype and device, got torch.float32 on"),
+    ((X, X[:, :7]), ValueError, r"x must have the shape of gate \(2, 8, 4\), got \(2, 7, 4\)"),
+]
 PROJ, NORM, LINEAR = (torch.randn(4, 8), None), (W, W, 1e-5), (torch.randn(24, 4), torch.randn(24))
 PACKED = torch.randn(2, 8, 24)
 NORMED = {"gamma": None, "norm": NORM, "norm_dtype": None}
 ATTEND = {"x": X, "qkv": (Q, Q, Q), "heads": 2, "size": None, "slot": None, "tokens": 6, "prefix": 1}
 ATTEND |= {"is_weighted": True, "scale": None, "qkv_linear": None, "proj": PROJ, **NORMED}
-MLP = {"x": X, "y": X, "fc1": LINEAR, "is_tanh": False, "fc2": (torch.randn(4, 24), None), **NORMED}
+MLP = {"x": X, "y": X, "fc1": LINEAR, "gelu": "erf", "fc2": (torch.randn(4, 24), None), **NORMED}
 HALF = [
     ({"norm": (W, W)}, TypeError, r"norm must be \(weight, bias, eps\)"),
     ({"norm": (W, W, 0.0)}, ValueError, "eps must be positive, got 0.0"),
@@ -122,6 +152,7 @@ MLP_HALF = [
     ({"y": X[:, 1:]}, ValueError, r"y must have the tokens of x \(2, 8, 4\), got shape \(2, 7, 4\)"),
     ({"fc1": (LINEAR[0].T, None)}, ValueError, r"fc1's weight must be \[4, 4\], got shape \(4, 24\)"),
     ({"fc2": LINEAR}, ValueError, r"fc2's weight must be \[4, 24\], got shape \(24, 4\)"),
+    ({"gelu": "none"}, ValueError, "gelu must be one of erf, tanh, quick, got 'none'"),
     ({"fc2": (LINEAR[0].T.int(), None)}, TypeError, "fc2's weight must be float16"),
 ]
 CASES = [
@@ -137,6 +168,11 @@ CASES = [
     *(("merge_add_norm", *case) for case in ADD_NORM),
     *(("restore", *case) for case in RESTORE),
     *(("follow", *case) for case in FOLLOW),
+    *(("rotate", *case) for case in ROTATE),
+    *(("homes", *case) for case in HOMES),
+    *(("swiglu", *case) for case in SWIGLU),
+    ("quick_gelu", (X.long(),), TypeError, "x must be float16"),
+    ("quick_gelu", (W[0],), ValueError, r"x must be \[..., C\], got shape \(\)"),
     *(("attend_half", tuple((ATTEND | change).values()), *expected) for change, *expected in ATTEND_HALF),
     *(("mlp_half", tuple((MLP | change).values()), *expected) for change, *expected in MLP_HALF),
 ]

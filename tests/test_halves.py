@@ -15,6 +15,7 @@ from torch import Tensor
 import tome
 import tome_reference
 from tome import ops
+from tome_reference.checks import GELUS
 
 FORMS = ("views", "packed", "projected")
 
@@ -33,7 +34,7 @@ class Half:
     mapped: bool  # whether the slot map is given
     sized: bool
     is_weighted: bool
-    is_tanh: bool
+    gelu: str
     scale: float | None
     dtype: torch.dtype
     norm_dtype: torch.dtype | None
@@ -70,7 +71,7 @@ class Half:
         )
         fc1 = (self.draw(24, channels), self.draw(24, optional=True))
         fc2 = (self.draw(channels, 24), self.draw(channels, optional=True))
-        return attend, (x, y, fc1, self.is_tanh, fc2, gamma, norm, self.norm_dtype)
+        return attend, (x, y, fc1, self.gelu, fc2, gamma, norm, self.norm_dtype)
 
 
 @st.composite
@@ -81,7 +82,7 @@ def halves(draw: st.DrawFn) -> Half:
     return Half(
         *(draw(st.integers(0, 2)), n, draw(st.sampled_from([1, 3])), draw(st.sampled_from([8, 32, 64]))),
         *(draw(st.integers(0, (n - prefix) // 2)), prefix, draw(st.sampled_from(FORMS)), draw(booleans)),
-        *(draw(booleans), draw(booleans), draw(booleans), draw(st.sampled_from([None, 0.3]))),
+        *(draw(booleans), draw(booleans), draw(st.sampled_from(GELUS)), draw(st.sampled_from([None, 0.3]))),
         *(draw(st.sampled_from(HALF_AND_SINGLE)), draw(st.sampled_from([None, torch.float32, torch.float16]))),
         *(draw(booleans), draw(st.integers(0, 2**31))),
     )
@@ -117,16 +118,17 @@ def test_attend_half_is_its_parts(device, case):
 @given(case=halves())
 def test_mlp_half_is_its_parts(device, case):
     _, mlp = case.build(device)
-    x, y, fc1, is_tanh, fc2, gamma, norm, norm_dtype = mlp
+    x, y, fc1, gelu, fc2, gamma, norm, norm_dtype = mlp
     with torch.no_grad():
-        hidden = F.gelu(F.linear(y, *fc1), approximate="tanh" if is_tanh else "none")
+        kinds = {"erf": F.gelu, "tanh": lambda x: F.gelu(x, approximate="tanh"), "quick": ops.quick_gelu}
+        hidden = kinds[gelu](F.linear(y, *fc1))
         expected = ops.merge_add_norm(x, F.linear(hidden, *fc2), None, case.n, None, *norm, gamma, norm_dtype)
         assert same(ops.mlp_half(*mlp), expected[:2])
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_flow_through_both_halves(device, form):
-    case = Half(2, 9, 2, 8, 3, 1, form, False, True, True, True, None, torch.float32, None, True, 0)
+    case = Half(2, 9, 2, 8, 3, 1, form, False, True, True, "quick", None, torch.float32, None, True, 0)
     attend, mlp = case.build(device)
     leaves = []
 

@@ -21,6 +21,7 @@ SIZE, TOTAL, STATS = torch.ones(2, 9), torch.ones(2, 6), torch.ones(2, 6, 2)
 POSITIONS = torch.arange(1, 9).repeat(2, 1)
 LISTS = POSITIONS[:, :3].contiguous(), POSITIONS[:, 3:].contiguous()
 HEADS = torch.randn(2, 3, 9, 64).half()
+TABLE = torch.randn(9, 128)
 SQUARE = torch.eye(8)
 
 
@@ -105,6 +106,33 @@ def attend(**changed: Any) -> tuple[Any, ...]:
         ("follow", ([SLOT] * 65,), "at most 64 slot maps"),
         ("restore", (Y, None, [SLOT], torch.ones(8)), "nothing to scale"),
         ("restore", (Y, X, [SLOT], None), "branch must be like x"),
+        ("rotate", (HEADS[0], HEADS, TABLE, None, 0, True, False), "q must have 4 dimensions"),
+        ("rotate", (HEADS, HEADS[:, 0], TABLE, None, 0, True, False), "k must have 4 dimensions"),
+        ("rotate", (HEADS, HEADS.float(), TABLE, None, 0, True, False), "k has the wrong dtype"),
+        ("rotate", (HEADS, HEADS[:, :, :8], TABLE, None, 0, True, False), "k must have the batch, tokens"),
+        ("rotate", (HEADS[..., :63],) * 2 + (TABLE, None, 0, True, False), "must be even, got 63"),
+        ("rotate", (HEADS, HEADS, TABLE, None, 10, True, False), r"prefix must be in \[0, 9\]"),
+        ("rotate", (HEADS, HEADS, TABLE.double(), None, 0, True, False), "the table must be float32"),
+        ("rotate", (HEADS, HEADS, TABLE[0], None, 0, True, False), "2 to 4 dimensions"),
+        ("rotate", (HEADS, HEADS, TABLE[:, 1:], None, 0, True, False), "must have 128 channels"),
+        ("rotate", (HEADS, HEADS, TABLE, None, 1, True, False), "must be of 8 places, got 9"),
+        ("rotate", (HEADS, HEADS, TABLE.expand(2, -1, -1), None, 0, True, False), "1 or all heads, got 2"),
+        ("rotate", (HEADS, HEADS[:, :1], TABLE.expand(3, -1, -1), None, 0, True, False), "1 or all heads, got 3"),
+        ("rotate", (HEADS, HEADS, TABLE.expand(3, 1, -1, -1), None, 0, True, False), "1 or all images, got 3"),
+        ("rotate", (HEADS, HEADS, TABLE, SLOT[:, 1:], 0, True, False), r"home must be \[2, 9\]"),
+        ("rotate", (HEADS, HEADS, TABLE, SIZE, 0, True, False), "home has the wrong dtype"),
+        ("homes", (SLOT[0], 6, None, None), "slot must have 2 dimensions"),
+        ("homes", (SLOT.long(), 6, None, None), "slot has the wrong dtype"),
+        ("homes", (SLOT, 10, None, None), r"tokens must be in \[0, 9\], got 10"),
+        ("homes", (SLOT, 6, SLOT, None), "home has the wrong dtype"),
+        ("homes", (SLOT, 6, SLOT[:1].long(), None), r"home must be \[2, 9\]"),
+        ("homes", (SLOT, 6, None, SLOT), "valid has the wrong dtype"),
+        ("homes", (SLOT, 6, None, SLOT[:, 1:].bool()), r"valid must be \[2, 9\]"),
+        ("quick_gelu", (X[0],), "x must have 3 dimensions"),
+        ("quick_gelu", (X.double(),), "x must be float32"),
+        ("swiglu", (X[0], X), "gate must have 3 dimensions"),
+        ("swiglu", (X.half(), X), "gate has the wrong dtype"),
+        ("swiglu", (X[:, :8], X), "gate must have the shape of x"),
         ("attention", (HEADS[0],) * 3 + (None, 0.1), "q must have 4 dimensions"),
         ("attention", (HEADS.float(),) * 3 + (None, 0.1), "q must be float16 or bfloat16"),
         ("attention", (HEADS, HEADS.bfloat16(), HEADS, None, 0.1), "k has the wrong dtype"),
@@ -121,8 +149,10 @@ def attend(**changed: Any) -> tuple[Any, ...]:
         ("attend_half", attend(qkv_weight=SQUARE), "projected already"),
         ("attend_half", attend(qkv=[HEADS]), "qkv must be"),
         ("attend_half", attend(qkv=[X]), "can't be split"),
-        ("mlp_half", (X[0], X, SQUARE, None, False, SQUARE, None, None, None, None, 1e-5, torch.float32),
+        ("mlp_half", (X[0], X, SQUARE, None, 0, SQUARE, None, None, None, None, 1e-5, torch.float32),
          "x must have 3 dimensions"),
+        ("mlp_half", (X, X, SQUARE, None, 3, SQUARE, None, None, None, None, 1e-5, torch.float32),
+         "gelu must be 0, 1 or 2, got 3"),
     ],
 )  # fmt: skip
 def test_refused(name: str, arguments: tuple[Any, ...], reason: str) -> None:

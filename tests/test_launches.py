@@ -115,8 +115,31 @@ def test_norms(
         grid = memory(batch, tokens if steps else n, channels, dtype=dtype, aligned=aligned)
         waiting = memory(*grid.shape, dtype=branch_dtype) if has_branch else None
         assert emulator.planned("restore", grid, waiting, steps, gamma, gpu=gpu) == launches
+    assert emulator.planned("quick_gelu", x, gpu=gpu) == launches
+    assert emulator.planned("swiglu", x, x, gpu=gpu) == launches
     if merging:
         assert emulator.planned("follow", [slot], gpu=gpu) == launches
+
+
+@MANY
+@given(
+    *(BATCHES, st.integers(1, 24), st.integers(1, 24), TOKENS, st.sampled_from(HEAD_DIMS) | st.just(88)),
+    *(DTYPES, DTYPES, *[st.booleans()] * 5, GPU),
+)
+def test_places(
+    batch: int, heads: int, key_heads: int, n: int, d: int, dtype: torch.dtype, table_dtype: torch.dtype,
+    aligned: bool, placed: bool, long: bool, is_half: bool, is_back: bool, gpu: Gpu,
+) -> None:  # fmt: skip
+    q = memory(batch, heads + key_heads, n, d, dtype=dtype, aligned=aligned)
+    q, k = q.split((heads, key_heads), dim=1)
+    table = memory(n, 2 * d, dtype=table_dtype)
+    n, table = min(n, table.shape[0]), table[:n]
+    q, k = q[:, :, :n], k[:, :, :n]
+    home = memory(q.shape[0], n, dtype=torch.int64 if long else torch.int32) if placed else None
+    assert emulator.planned("rotate", q, k, table, home, 0, is_half, is_back, gpu=gpu) == min(batch, 1)
+    slot = memory(q.shape[0], n, dtype=torch.int32)
+    home = home if long else None
+    assert emulator.planned("homes", slot, max(1, n - d), home, None, gpu=gpu) == min(batch, 1)
 
 
 @MANY

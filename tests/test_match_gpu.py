@@ -62,7 +62,7 @@ def test_opcheck(name: str) -> None:
         "kth_match": (value, 2, 1),
         "listed_match": (value, positions[:, :3].contiguous(), positions[:, 3:].contiguous(), 2, 1),
     }[name]
-    torch.library.opcheck(getattr(torch.ops.tome_cuda, name).default, arguments)
+    torch.library.opcheck(getattr(tome_cuda.operators(), name).default, arguments)
 
 
 def test_empty_tensors() -> None:

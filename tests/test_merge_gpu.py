@@ -197,7 +197,7 @@ def test_opcheck(name: str, sized: bool) -> None:
         "unmerge": (y, slot),
         "unmerge_backward": (x, slot, 6),
     }[name]
-    torch.library.opcheck(getattr(torch.ops.tome_cuda, name).default, arguments)
+    torch.library.opcheck(getattr(tome_cuda.operators(), name).default, arguments)
 
 
 def test_empty_tensors() -> None:

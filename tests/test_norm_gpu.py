@@ -150,7 +150,7 @@ def test_no_second_derivative_is_told() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype, merging: bool) -> None:
     call = case_of((2, 9, 24), 3 if merging else 0, dtype).build("cuda")
-    ops = torch.ops.tome_cuda
+    ops = tome_cuda.operators()
     x, branch, weight, bias, gamma = (
         v.clone().requires_grad_() for v in (call.x, call.branch, call.weight, call.bias, call.gamma)
     )

@@ -7,6 +7,7 @@ import torch
 from backends import NO_EXTENSION
 from models import HOSTS, WIDE, images, make
 from stand_in import Halves
+from timm.layers import GluMlp, SwiGLU
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,7 @@ from tome.patch import block
 
 # Which halves of which hosts have other parts than one call knows.
 OTHER_ATTENTION = {"scale norm", "res-post-norm"}
-OTHER_MLP = {"clip quickgelu", "scale norm", "res-post-norm", "swiglu"}
+OTHER_MLP = {"scale norm", "res-post-norm", "swiglu"}
 every_host = pytest.mark.parametrize("host", HOSTS)
 
 
@@ -289,6 +290,86 @@ def test_the_report_says_what_is_one_call_or_why_not():
     with recording.recorded() as calls:
         model(images())
     assert recording.Call("attend_half", None, "gradients are on (use torch.inference_mode)") in calls
+
+
+def gated(kind, **kwargs):
+    """A model of gated MLPs, whatever the block asks for."""
+    return make("plain", mlp_layer=lambda *args, **asked: kind(*args, **(asked | {"act_layer": nn.SiLU} | kwargs)))
+
+
+GATED = {
+    "packed": lambda: make("swiglu"),
+    "gate last": lambda: gated(GluMlp),
+    "apart": lambda: gated(SwiGLU),
+    "normed": lambda: gated(SwiGLU, norm_layer=nn.LayerNorm),
+    "no bias": lambda: gated(SwiGLU, bias=False),
+}
+
+
+def swiglus(model, x):
+    """The result, and how often the operation was asked for."""
+    with recording.recorded() as calls:
+        result = model(x)
+    return result, [call.op for call in calls].count("swiglu")
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_a_gated_mlp_is_computed_by_the_operation_where_nobody_watches(kind):
+    model = tome.patch.timm(GATED[kind]())
+    model.r = 4
+    found, asked = swiglus(model, images())
+    assert asked == 0  # gradients are on
+    with torch.no_grad():
+        plain, asked = swiglus(model, images())
+        assert asked == 4
+        assert torch.equal(plain, found)
+        mlp, seen = model.blocks[1].mlp, []
+        for part in mlp.children():
+            handle = part.register_forward_hook(lambda *args: seen.append(args[0]))
+            watched, asked = swiglus(model, images())
+            handle.remove()
+            assert (asked, seen.pop()) == (3, part)
+            assert torch.equal(watched, plain)
+        mlp.drop1 = nn.Dropout(0.5).train()
+        assert swiglus(model, images())[1] == 3
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.GELU])
+def test_a_gate_of_another_activation_is_called(activation):
+    model = tome.patch.timm(gated(GluMlp, act_layer=activation))
+    model.r = 4
+    found = model(images())
+    with torch.no_grad():
+        plain, asked = swiglus(model, images())
+    assert asked == 0
+    assert torch.equal(plain, found)
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_a_gated_mlp_under_autocast(kind):
+    model = tome.patch.timm(GATED[kind]())
+    model.r = 4
+    with torch.autocast("cpu", torch.bfloat16):
+        called = model(images())
+        with torch.no_grad():
+            torch.testing.assert_close(model(images()), called, rtol=0.05, atol=0.05)
+
+
+@NO_EXTENSION
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", GATED)
+def test_a_gated_mlp_on_a_gpu(kind, dtype):
+    model = tome.patch.timm(GATED[kind]()).cuda()
+    model.r = 4
+    x = images().cuda()
+    autocast = torch.autocast("cuda", dtype, enabled=dtype is not torch.float32)
+    with torch.no_grad(), tome.use_backend("cuda"), autocast:
+        found, asked = swiglus(model, x)
+        model.blocks[1].mlp.act.register_forward_hook(lambda *args: None)
+        watched, fewer = swiglus(model, x)
+    assert (asked, fewer) == (4, 3)
+    tolerance = 1e-4 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(found, watched, rtol=tolerance, atol=tolerance)
 
 
 @NO_EXTENSION

@@ -92,6 +92,30 @@ def test_the_way_back(batch: int, n: int, channels: int, dtype: torch.dtype) -> 
         assert bool(tome_cuda.restore(x, *arguments).isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["packed", "misaligned", "stepped"])
+@pytest.mark.parametrize(("n", "d"), [*product((1, 33, 197), (2, 32, 64, 72, 80, 88, 128))])
+def test_places(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
+    """Queries and keys turned there and back, by a table for all and one for each head and image; and homes."""
+    q, k = (heads(n, d, dtype, layout, seed).requires_grad_() for seed in range(2))
+    table = torch.randn(2, 3, n + 3, 2 * d, device="cuda", generator=generator(n))
+    home = torch.arange(n, device="cuda").expand(2, n).add(3)
+    for is_half, rows, place in ((True, table[0, 0, 3:], None), (False, table, home), (True, table.half(), home.int())):
+        turned = tome_cuda.rotate(q, k, rows, place, 0, is_half)
+        assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(turned, (q, k), turned))
+    _, slot, _ = Map(2, n, max(1, n // 2), 1, torch.float32, "contiguous", False, n).build("cuda")
+    assert int(tome_cuda.homes(slot, max(1, n // 2), home).max()) == n + 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "n", "channels"), ROWS)
+def test_activations(batch: int, n: int, channels: int, dtype: torch.dtype) -> None:
+    packed = torch.randn(batch, n, 2 * channels, device="cuda", generator=generator(n)).to(dtype)
+    gate, x = packed.chunk(2, dim=2)
+    for found in (tome_cuda.quick_gelu(packed), tome_cuda.quick_gelu(x), tome_cuda.swiglu(gate, x)):
+        assert bool(found.isfinite().all())
+
+
 def heads(n: int, d: int, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
     return strided(torch.randn(2, 3, n, d, device="cuda", generator=generator(seed)).to(dtype), layout)
 

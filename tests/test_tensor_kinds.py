@@ -22,7 +22,7 @@ SIZE = torch.randint(1, 9, (2, 9)).float()
 W, V, G = torch.randn(3, 8)
 SETS = torch.tensor([[1, 3, 5], [8, 2, 4]]), torch.tensor([[2, 4, 6, 7, 8], [1, 3, 5, 6, 7]])
 HALVES = [
-    Half(2, 9, 2, 8, merged, 1, form, mapped, True, True, True, None, torch.float32, None, True, 3).build("cpu")
+    Half(2, 9, 2, 8, merged, 1, form, mapped, True, True, "quick", None, torch.float32, None, True, 3).build("cpu")
     for form in FORMS
     for merged, mapped in ((0, False), (3, False), (3, True))
 ]
@@ -37,6 +37,11 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("unmerge", (X[:, :6], SLOT)),
     ("follow", ([SLOT, NEXT],)),
     ("restore", (X[:, :3], X[:, 3:6], [SLOT, NEXT], G)),
+    ("rotate", (KEYS, KEYS, torch.randn(9, 8))),
+    ("rotate", (KEYS, KEYS, torch.randn(3, 9, 8), torch.arange(9).expand(2, 9), 2, True)),
+    ("homes", (SLOT, 6, torch.arange(9).repeat(2, 1), SIZE > 3)),
+    ("quick_gelu", (X,)),
+    ("swiglu", (X, X)),
     ("attention", (KEYS, KEYS, KEYS, SIZE)),
     ("merge_add_norm", (X, X, SLOT, 6, SIZE, W, V, 1e-5, G)),
     ("merge_add_norm", (X, X, SLOT, 6, None, None, None, 1e-5)),
@@ -116,11 +121,14 @@ def loss_of(name: str, args: tuple[Any, ...], position: int) -> Callable[[Tensor
         ("restore", (X[:1, :6], None, [SLOT[:1]]), 1),
         ("merge_add_norm", (None, X[:1], SLOT[:1], 6, SIZE[:1], W, V, 1e-5, G), 0),
         ("merge_add_norm", (X[:1], None, None, 9, None, W, V, 1e-5), 0),
+        ("rotate", (KEYS[:1], None, torch.randn(9, 8), torch.arange(9)[None], 2), 1),
+        ("quick_gelu", (None,), 0),
+        ("swiglu", (None, X[:1]), 0),
         ("attention", (None, KEYS[:1], KEYS[:1], SIZE[:1]), 0),
     ],
 )
 def test_gradients_of_each_image(name: str, args: tuple[Any, ...], position: int) -> None:
-    images = KEYS if name == "attention" else X[:, :6] if name in ("unmerge", "restore") else X
+    images = KEYS if name in ("rotate", "attention") else X[:, :6] if name in ("unmerge", "restore") else X
     loss = loss_of(name, args, position)
     found = torch.func.vmap(torch.func.grad(loss))(images)
     leaves = images.clone().requires_grad_()

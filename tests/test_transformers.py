@@ -1,72 +1,40 @@
 """transformers' models: what a user of them sees of a patch."""
 
 import copy
+import itertools
 import pickle
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
+from backends import NO_EXTENSION
 from PIL import Image
 from stand_in import Halves
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers_models import (
+    HOSTS,
+    REFUSED,
+    SUPPORTED,
+    images,
+    inputs_of,
+    make,
+    make_refused,
+    run,
+)  # fmt: skip
 
 import tome
 import tome_reference
-from tome import ops
+from tome import ops, recording
+from tome.patch.transformers_refused import REFUSED as REFUSED_LAYERS
 from tome.patch.transformers_vit import LAYERS, TOWERS
 
-SMALL = {"image_size": 48, "patch_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 32}
-WIDE = SMALL | {"intermediate_size": 64}
-TEXT = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
-REGISTERS = SMALL | {"num_register_tokens": 3, "layerscale_value": 0.5}
 NOTHING = 0.001  # a share of the free tokens that comes to none: all of the merging path, without a merge
-
-# name -> (class, configuration, protected tokens)
-HOSTS = {
-    "vit": (transformers.ViTForImageClassification, transformers.ViTConfig(**WIDE), 1),
-    "deit": (transformers.DeiTForImageClassificationWithTeacher, transformers.DeiTConfig(**WIDE), 2),
-    "ijepa": (transformers.IJepaForImageClassification, transformers.IJepaConfig(**WIDE), 0),
-    "dinov2": (transformers.Dinov2ForImageClassification, transformers.Dinov2Config(**SMALL, layerscale_value=0.5), 1),
-    "dinov2 swiglu": (transformers.Dinov2Model, transformers.Dinov2Config(**SMALL, use_swiglu_ffn=True), 1),
-    "dinov2 registers": (
-        transformers.Dinov2WithRegistersForImageClassification,
-        transformers.Dinov2WithRegistersConfig(**REGISTERS),
-        4,
-    ),
-    "clip": (transformers.CLIPVisionModelWithProjection, transformers.CLIPVisionConfig(**WIDE, projection_dim=16), 1),
-    "clip gelu": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig(**WIDE, hidden_act="gelu"), 1),
-    "siglip": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig(**WIDE), 0),
-    "mae": (transformers.ViTMAEModel, transformers.ViTMAEConfig(**WIDE, mask_ratio=0.25), 1),
-}
+FEW = {"num_hidden_layers": 2}
 every_host = pytest.mark.parametrize("host", HOSTS)
-
-
-def make(host, attn="sdpa", **changed):
-    kind, config, _ = HOSTS[host]
-    config = copy.deepcopy(config)
-    config.update(changed)
-    config._attn_implementation = attn
-    return shaken(kind(config))
-
-
-def shaken(model):
-    """In eval mode, with weights that make its tokens differ."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model.eval()
-
-
-def images():
-    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(2))
-
-
-def run(model, **kwargs):
-    if isinstance(model, transformers.ViTMAEModel):  # which patches are hidden is drawn
-        kwargs["noise"] = torch.rand(2, 36, generator=torch.Generator().manual_seed(3))
-    return model(pixel_values=images(), **kwargs)
+every_supported = pytest.mark.parametrize("host", SUPPORTED)
 
 
 def tensors(output):
@@ -86,7 +54,7 @@ def layers_of(model):
     return list(tower_of(model)._tome_blocks().values())
 
 
-@every_host
+@every_supported
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_the_outputs_of_the_unpatched_model(host, attn):
     model = make(host, attn)
@@ -98,30 +66,61 @@ def test_the_outputs_of_the_unpatched_model(host, attn):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def linear_layers(layer):
+    """The host's own modules: q, k, v, the layer behind the heads, and what the MLP adds."""
+    if type(layer).__name__ == "VideoMAELayer":
+        inner, out = layer.attention.attention, layer.attention.output.dense
+        return inner.query, inner.key, inner.value, out, lambda y: layer.output.dense(layer.intermediate(y))
+    attn = getattr(layer, layer._tome_row.attn)
+    return attn.q_proj, attn.k_proj, attn.v_proj, getattr(attn, "o_proj", getattr(attn, "out_proj", None)), layer.mlp
+
+
+def turned(x, positions, home, prefix):
+    """Queries or keys by DINOv3's formula, each patch at the row of the token in whose place it stands."""
+    if positions is None:
+        return x
+    cos, sin = (torch.stack([table[h[prefix:] - prefix] for h in home])[:, None] for table in positions)
+    first, second = x[:, :, prefix:].chunk(2, dim=-1)
+    patches = x[:, :, prefix:] * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([x[:, :, :prefix], patches], dim=2)
+
+
 def by_hand(model, r):
-    """The last layer's tokens on the full grid, by the host's own modules and a mask of log sizes."""
+    """The last layer's tokens on the full grid and which are no padding, by the host's modules and log sizes."""
     prefix, seen = tower_of(model)._tome_prefix()[0], {}
     first = layers_of(model)[0]
-    handle = first.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    handle = first.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(x=args[0], **kwargs), with_kwargs=True
+    )
     model.r = 0
     run(model)
     handle.remove()
-    x, size, steps = seen["x"], None, []
+    x, positions, steps = seen["x"], seen.get("position_embeddings"), []
+    size = inputs_of(model).get("pixel_attention_mask", torch.ones(x.shape[:2])).float()
+    home = torch.arange(x.shape[1]).expand(x.shape[:2])
+    valid = size > 0
     for layer in layers_of(model):
         row = layer._tome_row
-        attn, norm1, norm2 = (getattr(layer, name) for name in (row.attn, row.norm1, row.norm2))
+        norm1, norm2 = getattr(layer, row.norm1), getattr(layer, row.norm2)
+        query, key, value, out, mlp = linear_layers(layer)
         y = norm1(x)
-        q, k, v = (part(y).unflatten(2, (2, 16)).transpose(1, 2) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
-        mask = None if size is None else size.log()[:, None, None]
-        out = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        out = (attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj)(out)
-        x = x + (out if row.scale1 is None else getattr(layer, row.scale1)(out))
-        slot = tome_reference.match(k, r, prefix)
-        x, size = tome_reference.merge(x, slot, x.shape[1] - r, size)
+        q, k, v = (part(y).unflatten(2, (2, 16)).transpose(1, 2) for part in (query, key, value))
+        turned_q, turned_k = (turned(each, positions, home, prefix) for each in (q, k))
+        seen_by = scaled_dot_product_attention(turned_q, turned_k, v, size.log()[:, None, None])
+        attended = out(seen_by.transpose(1, 2).flatten(2))
+        x = x + (attended if row.scale1 is None else getattr(layer, row.scale1)(attended))
+        slot = tome_reference.match(k.masked_fill(size[:, None, :, None] == 0, torch.nan), r, prefix)
+        # Padding merges with nothing here: there are real pairs enough.
+        x, merged_size = tome_reference.merge(x, slot, x.shape[1] - r, size.clamp(min=1))
+        size = merged_size * merged_size.new_zeros(merged_size.shape).scatter(1, slot.long(), size).sign()
+        places = torch.zeros_like(home[:, : x.shape[1]])
+        for image, token in itertools.product(range(2), reversed(range(home.shape[1]))):
+            places[image, slot[image, token]] = home[image, token]
+        home = places
         steps.append(slot)
-        out = layer.mlp(norm2(x))
-        x = x + (out if row.scale2 is None else getattr(layer, row.scale2)(out))
-    return tome_reference.restore(x, None, steps)
+        added = mlp(norm2(x))
+        x = x + (added if row.scale2 is None else getattr(layer, row.scale2)(added))
+    return tome_reference.restore(x, None, steps), valid
 
 
 @every_host
@@ -129,19 +128,18 @@ def by_hand(model, r):
 def test_merging_is_what_the_hosts_own_modules_compute(host, attn):
     model = tome.patch.transformers(make(host, attn))
     with torch.no_grad():
-        expected = by_hand(model, 4)
+        expected, valid = by_hand(model, 4)
         model.r = 4
         seen = []
         handle = layers_of(model)[-1].register_forward_hook(lambda module, args, out: seen.append(out))
         run(model)
         handle.remove()
-        tokens = tome.merged(model, pixel_values=images())
-    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+        tokens = tome.merged(model, **inputs_of(model))
+    torch.testing.assert_close(seen[0][valid], expected[valid], rtol=1e-4, atol=1e-5)
     assert model._tome_info["r"] == [4] * 4
-    assert tower_of(model)._tome_prefix()[0] == HOSTS[host][2]
-    if host != "mae":
-        assert tokens.count() == 36 + HOSTS[host][2] - 16
-    assert torch.equal(tokens.size.sum(1), torch.full((2,), float(seen[0].shape[1])))
+    assert tower_of(model)._tome_prefix()[0] == HOSTS[host].prefix
+    assert tokens.count() == expected.shape[1] - 16
+    torch.testing.assert_close(tokens.size.sum(1), valid.sum(1).float(), rtol=0, atol=1e-5)
 
 
 @every_host
@@ -197,7 +195,7 @@ def test_unpatched_and_copied_and_saved(host, tmp_path):
     assert not [key for m in twin.modules() for key in vars(m) if key.startswith("_tome")]
 
 
-@pytest.mark.parametrize("host", ["vit", "dinov2 registers", "clip gelu"])
+@pytest.mark.parametrize("host", ["vit", "dinov2 registers", "clip gelu", "dinov3", "siglip2 mean", "videomae decoder"])
 def test_training_and_checkpoints(host):
     model = tome.patch.transformers(make(host)).train()
     model.r = 4
@@ -212,9 +210,9 @@ def test_training_and_checkpoints(host):
     torch.testing.assert_close(grads[1], grads[0])
 
 
-@pytest.mark.parametrize("host", ["vit", "dinov2", "siglip"])
+@pytest.mark.parametrize("host", ["vit", "dinov3", "siglip2", "videomae"])
 def test_compiles_in_one_graph(host):
-    model = tome.patch.transformers(make(host))
+    model = tome.patch.transformers(make(host, **FEW))
     model.r = 4
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -223,36 +221,61 @@ def test_compiles_in_one_graph(host):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("host", ["vit", "dinov2", "clip"])
+@pytest.mark.parametrize("host", ["vit", "clip", "dinov3"])
 def test_exports(host):
-    model = tome.patch.transformers(make(host))
+    model = tome.patch.transformers(make(host, **FEW))
     model.r = 4
     with torch.no_grad(), tome.use_backend("reference"):
-        program = torch.export.export(model, (), {"pixel_values": images()})
-        for ours, theirs in zip(tensors(program.module()(pixel_values=images())), tensors(run(model)), strict=True):
+        program = torch.export.export(model, (), inputs_of(model))
+        for ours, theirs in zip(tensors(program.module()(**inputs_of(model))), tensors(run(model)), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["hook", "forward"])
-@pytest.mark.parametrize("part", ["attention", "attention.q_proj", "attention.o_proj", "mlp", "mlp.fc1", "dropout"])
-def test_watched_parts_are_called(part, how):
-    model = tome.patch.transformers(make("vit"))
+@pytest.mark.parametrize(
+    ("host", "part"),
+    [
+        *(("vit", part) for part in ("attention", "attention.q_proj", "attention.o_proj", "mlp", "mlp.fc1", "dropout")),
+        *(("dinov3", part) for part in ("attention", "attention.k_proj", "layer_scale1", "mlp", "mlp.up_proj")),
+        *(("siglip2 mean", part) for part in ("self_attn", "self_attn.k_proj", "mlp")),
+        *(("videomae", part) for part in ("attention", "attention.attention", "attention.attention.key")),
+        *(("videomae", part) for part in ("attention.output", "attention.output.dropout", "intermediate")),
+        *(("videomae", part) for part in ("intermediate.dense", "output.dense", "output.dropout")),
+    ],
+)
+def test_watched_parts_are_called(host, part, how):
+    model = tome.patch.transformers(make(host))
     model.r = 4
     with torch.no_grad():
-        expected = run(model).logits
+        expected = run(model)[0]
         module, calls = layers_of(model)[1].get_submodule(part), []
         if how == "hook":
             module.register_forward_hook(lambda *_: calls.append(part))
         else:
             real = module.forward
             module.forward = lambda *args, **kwargs: calls.append(part) or real(*args, **kwargs)
-        torch.testing.assert_close(run(model).logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run(model)[0], expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == (2 if part == "dropout" else 1)
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_part_that_adds_its_input_itself_cannot_be_watched(how):
+    model = tome.patch.transformers(make("videomae"))
+    output = layers_of(model)[1].output
+    if how == "hook":
+        output.register_forward_hook(lambda *_: None)
+    else:
+        output.forward = output.forward
+    with torch.no_grad():
+        run(model)
+        model.r = 4
+        with pytest.raises(tome.patch.UnsupportedModelError, match=r"layer\.1: output is watched, and adds its input"):
+            run(model)
 
 
 @every_host
 def test_each_half_is_one_call_where_its_parts_are_known(host, monkeypatch):
-    model = tome.patch.transformers(make(host, drop_path_rate=0.1))
+    model = tome.patch.transformers(make(host, **({"drop_path_rate": 0.1} if host.startswith("dino") else {})))
     model.r = 4
     with torch.no_grad():
         by_parts = tensors(run(model))
@@ -260,24 +283,30 @@ def test_each_half_is_one_call_where_its_parts_are_known(host, monkeypatch):
         monkeypatch.setattr(ops, "one_call", halves.one_call)
         for ours, theirs in zip(tensors(run(model)), by_parts, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert halves.counts() == (4, 0 if host in ("clip", "dinov2 swiglu") else 4)  # quick GELU, SwiGLU
+    assert halves.counts() == (4, 0 if "swiglu" in host else 4)
 
 
-def pair(kind, config, text, vision):
-    return shaken(kind(config(text_config=TEXT | text, vision_config=WIDE | vision)))
+@pytest.mark.parametrize(("host", "op"), [("clip", "quick_gelu"), ("dinov2 swiglu", "swiglu")])
+def test_activations_of_several_passes_are_operations(host, op):
+    model = tome.patch.transformers(make(host))
+    model.r = 4
+    called = tensors(run(model))
+    with torch.no_grad(), recording.recorded() as calls:
+        found = tensors(run(model))
+    assert [call.op for call in calls].count(op) == 4
+    assert all(map(torch.equal, found, called))
+    mlp = layers_of(model)[1].mlp
+    (mlp.activation_fn if host == "clip" else mlp.act_fn).register_forward_hook(lambda *_: None)
+    with torch.no_grad(), recording.recorded() as calls:
+        assert all(map(torch.equal, tensors(run(model)), called))
+    assert [call.op for call in calls].count(op) == 3
 
 
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [
-        (transformers.CLIPModel, transformers.CLIPConfig),
-        (transformers.SiglipModel, transformers.SiglipConfig),
-    ],
-)
-def test_of_two_towers_the_vision_tower_is_patched(kind, config):
-    model = pair(kind, config, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, {})
-    inputs = {"input_ids": torch.tensor([[1, 5, 9, 2], [1, 7, 2, 0]]), "pixel_values": images()}
-    if kind is transformers.CLIPModel:
+@pytest.mark.parametrize("host", ["clip pair", "siglip pair", "siglip2 pair"])
+def test_of_two_towers_the_vision_tower_is_patched(host):
+    model = make(host)
+    inputs = inputs_of(model)
+    if host == "clip pair":
         inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     twin = tome.patch.auto(copy.deepcopy(model))
     with torch.no_grad():
@@ -291,48 +320,41 @@ def test_of_two_towers_the_vision_tower_is_patched(kind, config):
     assert twin._tome_info["size"].shape == (2, tome.merged(twin, **inputs).count(), 1)
 
 
-@pytest.mark.parametrize("kind", [transformers.TimmWrapperModel, transformers.TimmWrapperForImageClassification])
-def test_a_timm_model_in_transformers_clothes(kind):
-    args = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
-    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=3, model_args=args)
-    model = shaken(kind(config))
+@pytest.mark.parametrize("host", ["timm", "timm classifier"])
+def test_a_timm_model_in_transformers_clothes(host):
+    model = make(host)
     twin = tome.patch.auto(copy.deepcopy(model))
     with torch.no_grad():
-        before, after = (each(images(), output_hidden_states=True) for each in (model, twin))
+        before, after = (run(each, output_hidden_states=True) for each in (model, twin))
         assert same(after, before)
         assert all(map(torch.equal, after.hidden_states, before.hidden_states))
         twin.r = 4
-        after = twin(images(), output_hidden_states=True)
+        after = run(twin, output_hidden_states=True)
     assert [h.shape for h in after.hidden_states] == [h.shape for h in before.hidden_states]
     assert not torch.equal(after[0], before[0])
-    assert tome.merged(twin, images()).count() == 37 - 16
-    assert same(tome.unpatch(twin)(images()), model(images()))
+    assert tome.merged(twin, **images()).count() == 37 - 16
+    assert same(run(tome.unpatch(twin)), run(model))
 
 
-def test_a_backbone_gives_grids():
-    config = transformers.Dinov2Config(**SMALL, out_indices=[2, 4])
-    model = shaken(transformers.Dinov2Backbone(config))
+@pytest.mark.parametrize("host", ["dinov2 grids", "dinov2 registers grids", "dinov3 grids"])
+def test_a_backbone_gives_grids(host):
+    model = make(host)
     twin = tome.patch.auto(copy.deepcopy(model))
     with torch.no_grad():
-        assert all(map(torch.equal, twin(images()).feature_maps, model(images()).feature_maps))
+        assert all(map(torch.equal, run(twin).feature_maps, run(model).feature_maps))
         twin.r = 4
-        assert [m.shape for m in twin(images()).feature_maps] == [(2, 32, 6, 6)] * 2
+        assert [m.shape for m in run(twin).feature_maps] == [(2, 32, 6, 6)] * 2
 
 
 def test_a_language_model_gets_a_token_for_each_placeholder():
-    text = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 64} | TEXT
-    vision = {"model_type": "clip_vision_model"} | WIDE
-    config = transformers.LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=49, image_seq_length=36, vision_feature_layer=-2
-    )
-    model = shaken(transformers.LlavaForConditionalGeneration(config))
-    ids = torch.tensor([[1, *[49] * 36, 5, 6]] * 2)
+    model = make("llava")
     twin = tome.patch.auto(copy.deepcopy(model))
     with torch.no_grad():
-        expected = model(input_ids=ids, pixel_values=images()).logits
-        assert torch.equal(twin(input_ids=ids, pixel_values=images()).logits, expected)
+        expected = run(model).logits
+        assert torch.equal(run(twin).logits, expected)
         twin.r = 4
-        assert twin(input_ids=ids, pixel_values=images()).logits.shape == expected.shape
+        assert run(twin).logits.shape == expected.shape
+        assert tome.merged(twin, **inputs_of(twin)).count() == 37 - 16
 
 
 def test_padding_is_refused():
@@ -342,6 +364,160 @@ def test_padding_is_refused():
     mask[1, 20:] = False
     with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.0: a patched block takes no attn_mask"):
         run(model, attention_mask=mask)
+    with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.1: a patched block takes no attn_mask"):
+        layers_of(model)[1](torch.randn(2, 37, 32), object())  # what flex_attention takes for a mask
+    with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.0: a patched block takes no position_ids"):
+        run(model, position_ids=torch.arange(37))
+
+
+def alone(inputs, image):
+    """One image of a padded batch, without its padding."""
+    count = int(inputs["pixel_attention_mask"][image].sum())
+    return {
+        "pixel_values": inputs["pixel_values"][image : image + 1, :count],
+        "pixel_attention_mask": None,
+        "spatial_shapes": inputs["spatial_shapes"][image : image + 1],
+    }
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("host", ["siglip2", "siglip2 mean"])  # 32 padded tokens: real ones alternate as without them
+@pytest.mark.parametrize("r", [0, NOTHING, [6, 0, 3, 2], 4, [0, 8, 0, 0]], ids=str)
+def test_each_image_of_a_padded_batch_is_as_it_is_alone(host, attn, r):
+    model = tome.patch.transformers(make(host, attn))
+    inputs = inputs_of(model)
+    model.r = r
+    with torch.no_grad():
+        batch = run(model)[-1]
+        for image in range(2):
+            torch.testing.assert_close(model(**alone(inputs, image))[-1][0], batch[image], rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(**inputs)[-1], batch)
+
+
+@pytest.mark.parametrize("prop_attn", [True, False])
+@pytest.mark.parametrize("r", [NOTHING, 4, 16])  # 16: more than there are real pairs, so that padding merges too
+def test_what_stands_in_the_padding_is_not_seen(prop_attn, r):
+    model = tome.patch.transformers(make("siglip2 mean"), prop_attn=prop_attn)
+    model.r = r
+    inputs = inputs_of(model)
+    other = copy.deepcopy(inputs)
+    other["pixel_values"][1, 32:] = 30 * torch.randn(32, 48, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**other).logits, model(**inputs).logits, rtol=1e-5, atol=1e-6)
+        other["pixel_values"][1, 31] += 1
+        assert not torch.allclose(model(**other).logits, model(**inputs).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mask_that_tells_queries_apart_is_refused():
+    model = tome.patch.transformers(make("siglip2 mean"))
+    inputs = inputs_of(model)
+    inputs["pixel_attention_mask"] = torch.ones(2, 1, 64, 64, dtype=torch.bool)
+    model.r = 4
+    for call in (lambda: tower_of(model)(**inputs), lambda: tower_of(model)(*inputs.values())):
+        with pytest.raises(tome.patch.UnsupportedModelError, match=r"mask of padding \[B, N\] only"):
+            call()
+    with pytest.raises(tome.patch.UnsupportedModelError, match=r"layers\.0: the Tensor is no mask \[B, 1, N, N\]"):
+        layers_of(model)[0](torch.randn(2, 64, 32), torch.ones(2, 64))
+
+
+def test_decoders_of_the_same_layers_stay_as_they_are():
+    for host, decoder in (("videomae decoder", "decoder"), ("mae decoder", "decoder")):
+        model = make(host)
+        kinds = [type(m) for m in getattr(model, decoder).modules()]
+        tome.patch.transformers(model)
+        assert [type(m) for m in getattr(model, decoder).modules()] == kinds
+
+
+@pytest.mark.parametrize("host", ["vit", "videomae", "dinov3", "clip gelu"])
+def test_recorders_sleep_until_they_are_asked(host, monkeypatch):
+    model, calls = tome.patch.transformers(make(host, "eager")), []
+    model.r = 4
+
+    def one_call(half, *args):
+        compute = getattr(tome_reference, half.__name__)
+        return lambda *args: calls.append(half.__name__) or compute(*args)
+
+    def counts():
+        counted = calls.count("attend_half"), calls.count("mlp_half")
+        calls.clear()
+        return counted
+
+    monkeypatch.setattr(ops, "one_call", one_call)
+    with torch.no_grad():
+        expected = run(model)
+        assert counts() == (4, 3)  # the last MLP is computed with its addition while the grid is restored
+        run(model, output_hidden_states=True)  # watches the layers, which hand on no additions
+        assert counts() == (4, 0)
+        assert len(run(model, output_attentions=True).attentions) == 4
+        assert counts() == (0, 3)
+        assert same(run(model), expected)
+        assert counts() == (4, 3)
+        seen = []
+        layers_of(model)[1].register_forward_hook(lambda *_: seen.append(1))
+        run(model)
+        assert counts() == (4, 2)
+    assert len(seen) == 1
+
+
+def neighbours(keys, r, prefix):
+    """The first r tokens at odd places behind the prefix each go into the one before: the same on every backend."""
+    order = torch.arange(keys.shape[-2], device=keys.device) - prefix
+    merged = (order > 0) & (order % 2 == 1) & (order < 2 * r)
+    return ((~merged).cumsum(0) - 1).int().expand(keys.shape[0], -1).contiguous()
+
+
+@NO_EXTENSION
+@pytest.mark.parametrize("host", ["vit", "clip", "dinov3", "siglip2 mean", "videomae"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_on_both_backends(host, autocast, dtype):
+    model = tome.patch.transformers(make(host), matching=neighbours).cuda().to(torch.float32 if autocast else dtype)
+    model.r = 4
+    inputs = {name: value.cuda() for name, value in inputs_of(model).items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+    outputs = []
+    with torch.no_grad(), torch.autocast("cuda", dtype, enabled=autocast):
+        for backend in ("reference", "cuda"):
+            with tome.use_backend(backend):
+                outputs.append(tensors(model(**inputs))[-1].float())
+    scale = outputs[0].abs().max().item()
+    torch.testing.assert_close(*outputs, rtol=0, atol=(0.01 if dtype is torch.float16 else 0.06) * scale)
+
+
+class Shapes(torch.utils.data.Dataset):
+    """Images of one brightness for each label."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        noise = torch.randn(3, 48, 48, generator=torch.Generator().manual_seed(index))
+        return {"pixel_values": noise + index % 2, "labels": index % 2}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trainer_fine_tunes_and_saves_and_loads(checkpointing, tmp_path):
+    model = tome.patch.auto(make("vit", num_labels=2))
+    model.r = 4
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    before = [p.clone() for p in model.parameters()]
+    arguments = transformers.TrainingArguments(
+        tmp_path / "run", max_steps=4, per_device_train_batch_size=8, learning_rate=1e-3, use_cpu=True, report_to=[],
+        save_steps=2, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=Shapes(), eval_dataset=Shapes())
+    trainer.train()
+    assert all(entry["loss"] < 10 for entry in trainer.state.log_history if "loss" in entry)
+    assert not any(map(torch.equal, before, model.parameters()))
+    assert "eval_loss" in trainer.evaluate()
+    trainer.save_model(tmp_path / "saved")
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved").eval()
+    assert type(loaded) is transformers.ViTForImageClassification
+    tome.patch.auto(loaded).r = 4
+    with torch.no_grad():
+        assert torch.equal(run(loaded).logits, run(model.eval()).logits)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
 def test_pipeline():
@@ -352,6 +528,36 @@ def test_pipeline():
     result = classify(Image.new("RGB", (60, 50), (10, 200, 30)))
     assert len(result) == 3
     assert sum(each["score"] for each in result) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("host", ["clip pair", "siglip pair"])
+def test_pipeline_without_training(host):
+    words = {word: i for i, word in enumerate(("<pad>", "<s>", "<unk>", "a", "photo", "cat", "dog", "</s>"))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 7)])
+    size = {"height": 48, "width": 48}
+    model = make(host)
+    classify = transformers.pipeline(
+        "zero-shot-image-classification",
+        model=model,
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", model_max_length=8
+        ),
+        image_processor=transformers.SiglipImageProcessor(size=size),
+        device="cpu",
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8))
+    results = []
+    with torch.no_grad():
+        for r in (None, 0, 4):
+            if r is not None:
+                tome.patch.auto(model).r = r
+            results.append(classify(image, candidate_labels=["cat", "dog"], hypothesis_template="a photo {}"))
+    assert results[0] == results[1]
+    assert results[2] != results[0]
+    for before, after in zip(results[0], sorted(results[2], key=lambda result: -result["score"]), strict=True):
+        assert after["score"] == pytest.approx(before["score"], abs=0.2)
 
 
 class Renamed(nn.Module):
@@ -383,15 +589,29 @@ def test_what_is_not_understood_is_named(change, reason):
     assert [type(m) for m in model.modules()] == kinds
 
 
-def test_models_without_a_known_tower_are_refused():
-    config = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1], num_heads=[1])
-    with pytest.raises(tome.patch.UnsupportedModelError, match=r"SwinModel must hold one of CLIPVisionModel.*found 0"):
-        tome.patch.auto(transformers.SwinModel(config))
+@pytest.mark.parametrize("part", ["attention.attention", "attention.output", "intermediate", "output"])
+def test_parts_of_parts_that_are_not_understood_are_named(part):
+    model = make("videomae")
+    parent, _, name = part.rpartition(".")
+    setattr(tower_of(model).encoder.layer[2].get_submodule(parent), name, Renamed())
+    with pytest.raises(tome.patch.UnsupportedModelError, match=rf"layer\.2\.{part}: Renamed is not supported"):
+        tome.patch.auto(model)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_without_a_known_tower_are_refused_for_a_reason(name):
+    model, reason = make_refused(name)
+    with pytest.raises(tome.patch.UnsupportedModelError, match=reason):
+        tome.patch.auto(model)
+    assert not [key for m in model.modules() for key in vars(m) if key.startswith("_tome")]
+
+
+def test_models_of_no_known_library_are_refused():
     with pytest.raises(tome.patch.UnsupportedModelError, match=r"Linear comes from none of timm, transformers"):
         tome.patch.auto(nn.Linear(2, 2))
 
 
 def test_every_layer_and_tower_is_one_of_transformers():
-    for name in (*LAYERS, *TOWERS):
+    for name in (*LAYERS, *TOWERS, *REFUSED_LAYERS):
         module, _, kind = name.rpartition(".")
         assert hasattr(__import__(f"transformers.models.{module}", fromlist=[kind]), kind)

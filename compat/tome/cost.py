@@ -6,6 +6,7 @@ The pass is one of a copy on the meta device, so it takes no time or memory to s
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,28 +16,48 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tome import patch, schedule
 from tome.backend import use_backend
+from tome.patch.model import patched_in
+from tome.tokens import kept
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of the images that a Vision Transformer of timm was made for."""
-    embed: Any = model.patch_embed  # knows better than the configuration, which may be that of other weights
-    stem = next(module for module in embed.modules() if isinstance(module, nn.Conv2d))
-    return (stem.in_channels, *embed.img_size)
+    """Channels, height and width of the images that a Vision Transformer was made for.
+
+    Args:
+        model: of any library that :func:`tome.patch.auto` knows, patched or not.
+
+    Raises:
+        UnsupportedModelError: it does not say.
+
+    """
+    inner: Any = model if hasattr(model, "patch_embed") else patched_in(model)
+    if inner is None:
+        inner = patched_in(patch.auto(_unpatched_twin(model)))
+    stem = next((module for module in inner.modules() if isinstance(module, nn.Conv2d)), None)
+    # timm's embedding knows better than its configuration, which may be that of other weights.
+    source = getattr(inner, "patch_embed", getattr(inner, "config", inner))
+    size = getattr(source, "img_size", None) or getattr(source, "image_size", None)
+    if stem is None or not size:
+        raise patch.UnsupportedModelError(f"{type(inner).__name__} does not say what images it was made for")
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return stem.in_channels, height, width
 
 
 def tokens(model: nn.Module, size: tuple[int, int, int] | None = None) -> int:
     """How many tokens enter the first block, prefix included.
 
     Args:
-        model: of timm, patched or not.
+        model: of any library that :func:`tome.patch.auto` knows, patched or not.
         size: channels, height and width of the image; None for the model's own.
 
+    Raises:
+        UnsupportedModelError: it cannot be patched.
+
     """
-    twin: Any = _unpatched_twin(model)
-    counts: list[int] = []
-    twin.blocks[0].register_forward_pre_hook(lambda block, args: counts.append(args[0].shape[1]))
-    _count(twin, size)
-    return counts[0]
+    twin = patch.auto(_unpatched_twin(model))
+    with kept() as found:
+        _count(twin, size)
+    return found[-1].count()
 
 
 def flops(model: nn.Module, r: schedule.Schedule = 0, size: tuple[int, int, int] | None = None) -> int:
@@ -45,7 +66,7 @@ def flops(model: nn.Module, r: schedule.Schedule = 0, size: tuple[int, int, int]
     Those of matching are left out: they are the price of merging, and this tells what merging can save.
 
     Args:
-        model: of timm, patched or not.
+        model: of any library, patched or not.
         r: the schedule to count for.
         size: channels, height and width of the image; None for the model's own.
 
@@ -56,7 +77,7 @@ def flops(model: nn.Module, r: schedule.Schedule = 0, size: tuple[int, int, int]
     """
     twin: Any = _unpatched_twin(model)
     if r != 0:
-        patch.timm(twin, matching=_some_slot)
+        patch.auto(twin, matching=_some_slot)
         twin.r = r
     return _count(twin, size)
 

@@ -21,6 +21,7 @@ __all__ = [
     "attend_half",
     "attention",
     "follow",
+    "homes",
     "kth_match",
     "match",
     "max_r",
@@ -28,9 +29,12 @@ __all__ = [
     "merge_add_norm",
     "mlp_half",
     "one_call",
+    "quick_gelu",
     "random_match",
     "restore",
+    "rotate",
     "set_match",
+    "swiglu",
     "take",
     "unmerge",
 ]
@@ -108,6 +112,10 @@ merge = _operation(tome_reference.merge, checks_first=False)
 unmerge = _operation(tome_reference.unmerge)
 follow = _operation(tome_reference.follow)
 restore = _operation(tome_reference.restore)
+rotate = _operation(tome_reference.rotate)
+homes = _operation(tome_reference.homes)
+quick_gelu = _operation(tome_reference.quick_gelu)
+swiglu = _operation(tome_reference.swiglu)
 attention = _operation(tome_reference.attention)
 merge_add_norm = _operation(tome_reference.merge_add_norm, checks_first=False)
 attend_half = _operation(tome_reference.attend_half, checks_first=False)

@@ -44,10 +44,16 @@ def ranges(found: list[Part]) -> list[Part]:
     """The same with equal neighbours as one: "blocks.0", "blocks.1", "blocks.2" become "blocks.0-2"."""
     joined: list[Part] = []
     for part in found:
-        stem, _, number = part.name.rpartition(".")
-        if joined and number.isdecimal() and joined[-1].calls == part.calls:
-            first = joined[-1].name.rpartition(".")[2].partition("-")[0]
-            joined[-1] = part._replace(name=f"{stem}.{first}-{number}")
+        stem, number = _split(part.name)
+        if joined and number and joined[-1].calls == part.calls and joined[-1].name.startswith(stem):
+            first = joined[-1].name.removeprefix(stem).partition("-")[0]
+            joined[-1] = part._replace(name=f"{stem}{first}-{number}")
         else:
             joined.append(part)
     return joined
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A part's name without its number, and the number: "blocks." and "3"."""
+    stem = name.rstrip("0123456789")
+    return stem, name[len(stem) :]

@@ -45,9 +45,48 @@ class MlpParts(NamedTuple):
     """What an MLP of Linear, GELU, Linear computes with, the LayerScale behind it included."""
 
     fc1: Linear
-    is_tanh: bool
+    gelu: str  # "erf", "tanh" or "quick"
     fc2: Linear
     gamma: Tensor | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether there is a kernel for its activation."""
+        return self.gelu == "quick"
+
+    def value(self, y: Tensor) -> Tensor:
+        """What the MLP makes of its tokens, before scale."""
+        hidden = F.linear(y, *self.fc1)
+        if self.gelu == "quick":
+            hidden = ops.quick_gelu(hidden)
+        else:
+            hidden = F.gelu(hidden, approximate="tanh" if self.gelu == "tanh" else "none")
+        return F.linear(hidden, *self.fc2)
+
+
+class GatedParts(NamedTuple):
+    """What an MLP computes with whose hidden layer is silu(gate) * x."""
+
+    fc1: tuple[Linear, ...]  # one layer for gate and x side by side, or one for each
+    is_gate_last: bool
+    norm: Norm | None  # of the hidden layer
+    fc2: Linear
+    gamma: Tensor | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether there is a kernel for its activation."""
+        return True
+
+    def value(self, y: Tensor) -> Tensor:
+        """What the MLP makes of its tokens, before scale."""
+        made = [F.linear(y, *layer) for layer in self.fc1]
+        gate, x = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+        hidden = ops.swiglu(x, gate) if self.is_gate_last else ops.swiglu(gate, x)
+        if self.norm is not None:
+            weight, bias, eps, dtype = self.norm
+            hidden = ops.merge_add_norm(hidden, None, None, hidden.shape[1], None, weight, bias, eps, None, dtype)[1]
+        return F.linear(hidden, *self.fc2)
 
 
 class Mlp(NamedTuple):
@@ -59,9 +98,7 @@ class Mlp(NamedTuple):
 
     def branch(self) -> Branch:
         """What the MLP adds."""
-        fc1, is_tanh, fc2, gamma = self.parts
-        hidden = F.gelu(F.linear(self.y, *fc1), approximate="tanh" if is_tanh else "none")
-        return Branch(F.linear(hidden, *fc2), gamma)
+        return Branch(self.parts.value(self.y), self.parts.gamma)
 
     def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""
@@ -144,7 +181,10 @@ class Tokens:
         """What these have become behind a block that merged them along ``slot`` [B, M], if at all."""
         if slot is None:
             return Tokens(x, counts, self.steps, waiting, self.home, self.is_padded)
-        home = homes(self.home, slot, x.shape[1]) if is_placed else None
+        home = None
+        if is_placed:
+            valid = self.size >= 1.0 if self.is_padded and self.size is not None else None
+            home = ops.homes(slot, x.shape[1], self.home, valid)
         return Tokens(x, counts, (*self.steps, slot), waiting, home, self.is_padded)
 
     def weights(self, by_size: bool) -> Tensor | None:
@@ -252,24 +292,6 @@ def padded(x: Tensor, valid: Tensor | None) -> Tokens:
     if valid is None:
         return Tokens(x)
     return Tokens(x, Counts(torch.where(valid, 1.0, PADDING).float()), is_padded=True)
-
-
-def homes(home: Tensor | None, slot: Tensor, tokens: int) -> Tensor:
-    """The original token in whose place each stands after one more merge: that of the group's last member.
-
-    Args:
-        home: int64 [B, N]; None: each of the N in its own place.
-        slot: int32 [B, N], onto [0, tokens).
-        tokens: M.
-
-    Returns:
-        int64 [B, M].
-
-    """
-    batch, n = slot.shape
-    order = torch.arange(n, device=slot.device).expand(batch, n)
-    last = order.new_zeros(batch, tokens).scatter_reduce(1, slot.long(), order, "amax")
-    return last if home is None else home.gather(1, last)
 
 
 def add(

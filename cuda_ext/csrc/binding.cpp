@@ -22,6 +22,12 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("follow(Tensor[] steps) -> Tensor");
   m.def("restore(Tensor x, Tensor? branch, Tensor[] steps, Tensor? gamma) -> Tensor");
   m.def(
+      "rotate(Tensor q, Tensor k, Tensor table, Tensor? home, SymInt prefix, bool is_half, bool is_back) -> "
+      "(Tensor, Tensor)");
+  m.def("homes(Tensor slot, SymInt tokens, Tensor? home, Tensor? valid) -> Tensor");
+  m.def("quick_gelu(Tensor x) -> Tensor");
+  m.def("swiglu(Tensor gate, Tensor x) -> Tensor");
+  m.def(
       "merge_add_norm(Tensor x, Tensor? branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
@@ -33,7 +39,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
       "Tensor? proj_bias, Tensor? gamma, Tensor? norm_weight, Tensor? norm_bias, float eps, "
       "ScalarType norm_dtype) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "mlp_half(Tensor x, Tensor y, Tensor fc1_weight, Tensor? fc1_bias, bool is_tanh, Tensor fc2_weight, "
+      "mlp_half(Tensor x, Tensor y, Tensor fc1_weight, Tensor? fc1_bias, int gelu, Tensor fc2_weight, "
       "Tensor? fc2_bias, Tensor? gamma, Tensor? norm_weight, Tensor? norm_bias, float eps, "
       "ScalarType norm_dtype) -> (Tensor, Tensor)");
   m.def(
@@ -53,6 +59,10 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("unmerge_backward", TORCH_BOX(&tome::unmerge_backward));
   m.impl("follow", TORCH_BOX(&tome::follow));
   m.impl("restore", TORCH_BOX(&tome::restore));
+  m.impl("rotate", TORCH_BOX(&tome::rotate));
+  m.impl("homes", TORCH_BOX(&tome::homes));
+  m.impl("quick_gelu", TORCH_BOX(&tome::quick_gelu));
+  m.impl("swiglu", TORCH_BOX(&tome::swiglu));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
   m.impl("attend_half", TORCH_BOX(&tome::attend_half));

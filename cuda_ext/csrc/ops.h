@@ -33,6 +33,17 @@ Tensor unmerge_backward(const Tensor& grad, const Tensor& slot, int64_t tokens);
 Tensor follow(const std::vector<Tensor>& steps);
 Tensor restore(const Tensor& x, const std::optional<Tensor>& branch, const std::vector<Tensor>& steps,
                const std::optional<Tensor>& gamma);
+// Queries and keys turned by the places of their tokens, [B, N, H, D] for [B, H, N, D]; or their gradients.
+std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor& table,
+                                  const std::optional<Tensor>& home, int64_t prefix, bool is_half,
+                                  bool is_back);
+// In whose place each token stands behind a merge.
+Tensor homes(const Tensor& slot, int64_t tokens, const std::optional<Tensor>& home,
+             const std::optional<Tensor>& valid);
+
+// Of tokens [B, N, C].
+Tensor quick_gelu(const Tensor& x);
+Tensor swiglu(const Tensor& gate, const Tensor& x);
 
 // x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of
 // every row. Without a branch only the norm of x, and merged is empty.
@@ -61,9 +72,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
     const std::optional<Tensor>& proj_bias, const std::optional<Tensor>& gamma,
     const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
     ScalarType norm_dtype);
-// x with the MLP's output added, and its norm.
+// x with the MLP's output added, and its norm. gelu: 0 by erf, 1 by tanh, 2 quick.
 std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tensor& fc1_weight,
-                                    const std::optional<Tensor>& fc1_bias, bool is_tanh,
+                                    const std::optional<Tensor>& fc1_bias, int64_t gelu,
                                     const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
                                     const std::optional<Tensor>& gamma,
                                     const std::optional<Tensor>& norm_weight,

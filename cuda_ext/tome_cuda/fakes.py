@@ -58,6 +58,25 @@ def _restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: T
     return x.new_empty((x.shape[0], steps[0].shape[1] if steps else x.shape[1], x.shape[2]))
 
 
+def _rotate(
+    q: Tensor, k: Tensor, table: Tensor, home: Tensor | None, prefix: int, is_half: bool, is_back: bool
+) -> tuple[Tensor, Tensor]:
+    made = [x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])) for x in (q, k)]
+    return made[0], made[1]
+
+
+def _homes(slot: Tensor, tokens: int, home: Tensor | None, valid: Tensor | None) -> Tensor:
+    return slot.new_empty((slot.shape[0], tokens), dtype=torch.int64)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> Tensor:
     batch, heads, queries, head_dim = q.shape
     return q.new_empty((batch, queries, heads, head_dim))
@@ -148,7 +167,7 @@ def _mlp_half(
     y: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor | None,
-    is_tanh: bool,
+    gelu: int,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     gamma: Tensor | None,
@@ -191,6 +210,10 @@ FAKES = {
     "unmerge_backward": Fake(_unmerge_backward, _first),
     "follow": Fake(_follow, lambda args: args[0][0].numel()),
     "restore": Fake(_restore, lambda args: args[2][0].numel() * args[0].shape[2] if args[2] else args[0].numel()),
+    "rotate": Fake(_rotate, lambda args: max(args[0].numel(), args[1].numel())),
+    "homes": Fake(_homes, _first),
+    "quick_gelu": Fake(_quick_gelu, _first),
+    "swiglu": Fake(_swiglu, _first),
     "attention": Fake(_attention, _first),
     "merge_add_norm": Fake(_merge_add_norm, _first),
     "merge_add_norm_backward": Fake(

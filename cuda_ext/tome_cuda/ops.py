@@ -17,6 +17,7 @@ from tome_cuda import predicates
 from tome_cuda.predicates import Linear, Norm
 from tome_cuda.registration import _unmerge_context, _unmerge_grad, launch
 
+GELUS = {"erf": 0, "tanh": 1, "quick": 2}
 S = TypeVar("S", Tensor, "Tensor | None")
 
 
@@ -105,6 +106,29 @@ class _Spread(torch.autograd.Function):
         return x.gather(1, slot.long()[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+def rotate(
+    q: Tensor, k: Tensor, table: Tensor, home: Tensor | None = None, prefix: int = 0, is_half: bool = False
+) -> tuple[Tensor, Tensor]:
+    q, k = launch("rotate", q, k, table, home, prefix, is_half, False)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    return launch("homes", slot, tokens, home, valid)  # type: ignore[no-any-return]
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(x)):
+        return x * torch.sigmoid(1.702 * x)
+    return launch("quick_gelu", _rows(x)).view(x.shape)  # type: ignore[no-any-return]
+
+
+def swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(gate, x)):
+        return F.silu(gate) * x
+    return launch("swiglu", _rows(gate), _rows(x)).view(x.shape)  # type: ignore[no-any-return]
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -181,19 +205,24 @@ def mlp_half(
     x: Tensor,
     y: Tensor,
     fc1: Linear,
-    is_tanh: bool,
+    gelu: str,
     fc2: Linear,
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     norm_dtype = norm_dtype or x.dtype
-    return launch("mlp_half", x, y, *fc1, is_tanh, *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
+    return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
 
 
 def _identity(keys: Tensor) -> Tensor:
     n = keys.shape[-2]
     return torch.arange(n, dtype=torch.int32, device=keys.device).expand(keys.shape[0], n).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """X [..., C] as three dimensions; a copy only where no strides would do."""
+    return x if x.dim() == 3 else x[None, None] if x.dim() == 1 else x.flatten(0, -2)[None]
 
 
 def _constant(size: S) -> S:

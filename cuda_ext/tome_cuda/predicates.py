@@ -52,6 +52,17 @@ def _restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: T
     return _lacks(x) or _lacks_double(branch, gamma) or _lacks_steps(steps)
 
 
+def _rotate(q: Tensor, k: Tensor, table: Tensor, *_: object, **__: object) -> str | None:
+    reason = _lacks(q) or _lacks_double(k, table)
+    if reason is None and torch.is_grad_enabled() and _requires_grad(table):
+        return "the kernel of rotate has no gradient of its table, and one is wanted"
+    return reason
+
+
+def _swiglu(gate: Tensor, x: Tensor) -> str | None:
+    return _lacks(gate) or _lacks(x)
+
+
 def _attention(q: Tensor, *_: object, **__: object) -> str | None:
     return _lacks(q)
 
@@ -104,7 +115,7 @@ def _mlp_half(
     x: Tensor,
     y: Tensor,
     fc1: Linear,
-    is_tanh: bool,
+    gelu: str,
     fc2: Linear,
     gamma: Tensor | None,
     norm: Norm,
@@ -128,6 +139,10 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
     "unmerge": _tokens,
     "follow": _follow,
     "restore": _restore,
+    "rotate": _rotate,
+    "homes": _tokens,
+    "quick_gelu": _tokens,
+    "swiglu": _swiglu,
     "attention": _attention,
     "merge_add_norm": _merge_add_norm,
     "attend_half": _attend_half,

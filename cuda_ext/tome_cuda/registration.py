@@ -120,6 +120,20 @@ def _unmerge_grad_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return launch("unmerge", grad, slot), None, None
 
 
+def _rotate_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, table, home, *ctx.numbers = inputs
+    ctx.save_for_backward(table, home)
+
+
+def _rotate_grad(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """A rotation is linear in q and k, and its transpose the rotation back."""
+    table, home = ctx.saved_tensors
+    prefix, is_half, is_back = ctx.numbers
+    heads = (grad.transpose(1, 2) for grad in grads)
+    q, k = (grad.transpose(1, 2) for grad in launch("rotate", *heads, table, home, prefix, is_half, not is_back))
+    return q, k, None, None, None, None, None
+
+
 def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, branch, slot, _, size, weight, bias, _, gamma, *_ = inputs
     merged, _, total, stats = output
@@ -167,6 +181,7 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
     "merge_backward": (_merge_grad_grad, _merge_backward_context),
     "unmerge": (_unmerge_grad, _unmerge_context),
     "unmerge_backward": (_unmerge_grad_grad, _unmerge_backward_context),
+    "rotate": (_rotate_grad, _rotate_context),
     "merge_add_norm": (_merge_add_norm_grad, _merge_add_norm_context),
     "merge_add_norm_backward": (_no_second_gradient, None),
     "column_sums": (_no_second_gradient, None),

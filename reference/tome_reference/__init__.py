@@ -5,24 +5,30 @@ makes it, merging averages along it, unmerging gathers through it. What another 
 it agrees with this package.
 """
 
+from tome_reference.activation import quick_gelu, swiglu
 from tome_reference.attention import attention
 from tome_reference.halves import attend_half, mlp_half
 from tome_reference.matching import kth_match, match, max_r, random_match, set_match
 from tome_reference.merging import follow, merge, restore, unmerge
 from tome_reference.norm import merge_add_norm
+from tome_reference.position import homes, rotate
 
 __all__ = [
     "attend_half",
     "attention",
     "follow",
+    "homes",
     "kth_match",
     "match",
     "max_r",
     "merge",
     "merge_add_norm",
     "mlp_half",
+    "quick_gelu",
     "random_match",
     "restore",
+    "rotate",
     "set_match",
+    "swiglu",
     "unmerge",
 ]

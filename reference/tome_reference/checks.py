@@ -12,6 +12,7 @@ Linear: TypeAlias = "tuple[Tensor, Tensor | None]"  # weight [outputs, inputs] a
 Norm: TypeAlias = "tuple[Tensor | None, Tensor | None, float]"  # weight [C], bias [C] and eps
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+GELUS = ("erf", "tanh", "quick")
 INTEGERS = (int, torch.SymInt)
 
 
@@ -85,6 +86,59 @@ def restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Te
         raise ValueError(
             f"the last of steps must lead to the {x.shape[1]} tokens of x, got shape {tuple(steps[-1].shape)}"
         )
+
+
+def rotate(
+    q: Tensor, k: Tensor, table: Tensor, home: Tensor | None = None, prefix: int = 0, is_half: bool = False
+) -> None:
+    _floating("q", q, (4,), "[B, H, N, D]")
+    _floating("k", k, (4,), "[B, H, N, D]")
+    batch, heads, n, dim = q.shape
+    if k.dtype != q.dtype or k.device != q.device:
+        raise TypeError(f"q and k must share dtype and device, got {q.dtype} on {q.device}, {k.dtype} on {k.device}")
+    if (k.shape[0], *k.shape[2:]) != (batch, n, dim):
+        raise ValueError(f"k must have the batch, tokens and channels of q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if dim % 2 != 0:
+        raise ValueError(f"q and k must have an even number of channels, got {dim}")
+    _integer("prefix", prefix, 0, n)
+    layout = "[P, 2 * D], [H, P, 2 * D] or [B, H, P, 2 * D]"
+    _floating("table", table, (2, 3, 4), layout)
+    _on("table", table, q.device)
+    images, shared = (1, 1, *table.shape)[-4:-2]
+    if table.shape[-1] != 2 * dim or images not in (1, batch) or shared not in (1, heads):
+        raise ValueError(f"table must be {layout} for q {tuple(q.shape)}, got shape {tuple(table.shape)}")
+    if shared not in (1, k.shape[1]):
+        raise ValueError(f"table must be for all heads alike where k has {k.shape[1]} and q {heads}, got {shared}")
+    if home is None:
+        if table.shape[-2] != n - prefix:
+            raise ValueError(f"table must be of the {n - prefix} tokens behind the prefix, got {table.shape[-2]}")
+    else:
+        _per_token("home", home, batch, n, (torch.int64, torch.int32), q.device)
+
+
+def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor | None = None) -> None:
+    _slot("slot", slot, _tensor("slot", slot, (2,), "int32 [B, N]"))
+    batch, n = slot.shape
+    _integer("tokens", tokens, min(n, 1), n)
+    if home is not None:
+        _per_token("home", home, batch, n, (torch.int64,), slot.device)
+    if valid is not None:
+        _per_token("valid", valid, batch, n, (torch.bool,), slot.device)
+
+
+def quick_gelu(x: Tensor) -> None:
+    _channels("x", x)
+
+
+def swiglu(gate: Tensor, x: Tensor) -> None:
+    _channels("gate", gate)
+    _channels("x", x)
+    if gate.dtype != x.dtype or gate.device != x.device:
+        raise TypeError(
+            f"gate and x must share dtype and device, got {gate.dtype} on {gate.device}, {x.dtype} on {x.device}"
+        )
+    if gate.shape != x.shape:
+        raise ValueError(f"x must have the shape of gate {tuple(gate.shape)}, got {tuple(x.shape)}")
 
 
 def attention(
@@ -171,7 +225,7 @@ def mlp_half(
     x: Tensor,
     y: Tensor,
     fc1: Linear,
-    is_tanh: bool,
+    gelu: str,
     fc2: Linear,
     gamma: Tensor | None,
     norm: Norm,
@@ -181,6 +235,8 @@ def mlp_half(
     _floating("y", y, (3,), "[B, N, C]")
     if y.shape[:2] != x.shape[:2]:
         raise ValueError(f"y must have the tokens of x {tuple(x.shape)}, got shape {tuple(y.shape)}")
+    if gelu not in GELUS:
+        raise ValueError(f"gelu must be one of {', '.join(GELUS)}, got {gelu!r}")
     hidden = _linear("fc1", fc1, None, y.shape[2], x)
     _linear("fc2", fc2, x.shape[2], hidden, x)
     _per_channel("gamma", gamma, x)
@@ -193,6 +249,12 @@ def _tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Ten
     if value.dim() not in dims:
         raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
     return value
+
+
+def _channels(name: str, value: object) -> None:
+    """A tensor [..., C]."""
+    dims = value.dim() if isinstance(value, Tensor) else 1
+    _floating(name, value, (max(dims, 1),), "[..., C]")
 
 
 def _floating(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:
@@ -259,6 +321,19 @@ def _size(size: object, batch: int, tokens: int, device: torch.device) -> None:
     if tuple(tensor.shape) != (batch, tokens):
         raise ValueError(f"size must be [{batch}, {tokens}], got shape {tuple(tensor.shape)}")
     _on("size", tensor, device)
+
+
+def _per_token(
+    name: str, value: object, batch: int, tokens: int, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> None:
+    """A tensor [B, N] of one of these dtypes."""
+    known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    tensor = _tensor(name, value, (2,), f"{known} [B, N]")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {known}, got {tensor.dtype}")
+    if tuple(tensor.shape) != (batch, tokens):
+        raise ValueError(f"{name} must be [{batch}, {tokens}], got shape {tuple(tensor.shape)}")
+    _on(name, tensor, device)
 
 
 def _addition(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> None:

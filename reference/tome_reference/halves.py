@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tome_reference import checks
+from tome_reference import activation, checks
 from tome_reference.attention import attention
 from tome_reference.checks import Linear, Norm
 from tome_reference.matching import match
@@ -74,7 +74,7 @@ def mlp_half(
     x: Tensor,
     y: Tensor,
     fc1: Linear,
-    is_tanh: bool,
+    gelu: str,
     fc2: Linear,
     gamma: Tensor | None,
     norm: Norm,
@@ -86,7 +86,7 @@ def mlp_half(
         x: [B, N, C], the residual stream.
         y: [B, N, C'], what the MLP reads.
         fc1: the first linear layer, (weight [hidden, C'], bias or None).
-        is_tanh: whether the GELU between the two is its tanh approximation.
+        gelu: the GELU between the two: "erf", "tanh" (its approximation) or "quick" (:func:`quick_gelu`).
         fc2: the second, (weight [C, hidden], bias or None).
         gamma: [C], LayerScale's factor, or None for 1.
         norm: the LayerNorm behind the addition, (weight or None, bias or None, eps).
@@ -99,8 +99,8 @@ def mlp_half(
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
 
     """
-    checks.mlp_half(x, y, fc1, is_tanh, fc2, gamma, norm, norm_dtype)
-    hidden = F.gelu(F.linear(y, *fc1), approximate="tanh" if is_tanh else "none")
+    checks.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, norm_dtype)
+    hidden = activation.gelu(F.linear(y, *fc1), gelu)
     x, y, _ = merge_add_norm(x, F.linear(hidden, *fc2), None, x.shape[1], None, *norm, gamma, norm_dtype)
     return x, y
 

@@ -83,7 +83,7 @@ def run(
     if cuda_graph and device.type != "cuda":
         raise click.BadParameter(f"needs --device cuda, not {device}", param_hint="--cuda-graph")
     set_fused_attn(True)
-    model = models.create_model(model_name, device=device, checkpoint=checkpoint).to(models.dtype_of(dtype))
+    model = models.load(model_name, device=device, checkpoint=checkpoint).model.to(models.dtype_of(dtype))
     shape = models.patched_shape(model)
     patch.unpatch(model)
     schedules = schedules or tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
@@ -153,7 +153,7 @@ def _variants(
 def _patched(model: nn.Module, r: schedule.Schedule) -> nn.Module:
     """A patched copy that shares the weights."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    variant: Any = patch.timm(copy.deepcopy(model, shared))
+    variant: Any = patch.auto(copy.deepcopy(model, shared))
     variant.r = r
     return cast(nn.Module, variant)
 

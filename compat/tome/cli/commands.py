@@ -22,6 +22,12 @@ Examples:
   tome bench vit_base_patch16_224 --r 16 --batch-size 256 --dtype float16 --device cuda --compile
   tome bench vit_tiny_patch16_224 --r 0.05 --batch-size 1 --device cuda --cuda-graph --json out.json --plot out.png
 """
+HOSTS = """\b
+Examples:
+  tome hosts
+  tome info torchvision:vit_b_16 --r 8
+  tome bench hf:facebook/dinov2-base --r 8
+"""
 VISUALIZE = """\b
 Examples:
   tome visualize photo.jpg --r 16,-1.0 --out merged/
@@ -35,7 +41,9 @@ Examples:
 def cli() -> None:
     """Faster Vision Transformers by merging similar tokens (arXiv 2210.09461).
 
-    MODEL is a name of timm's, hf-hub:REPOSITORY or local-dir:FOLDER.
+    MODEL is a name of timm's, hf-hub:REPOSITORY or local-dir:FOLDER, both of timm's models; or hf:NAME or hf:FOLDER
+    (transformers), torchvision:NAME, open_clip:NAME or open_clip:NAME/WEIGHTS (its vision tower), or module:function,
+    which returns a model.
     """
     arguments.check_environment()
 
@@ -131,6 +139,14 @@ def info(
         work.show_backends()
     else:
         work.show_parts(model, r, batch_size, dtype, autocast, device, checkpoint)
+
+
+@cli.command(epilog=HOSTS)
+def hosts() -> None:
+    """Show which models of which libraries can be patched, and why others cannot."""
+    with arguments.loading():
+        from tome.cli import info as work
+    work.show_hosts()
 
 
 @cli.command(epilog=VISUALIZE)

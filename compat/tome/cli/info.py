@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from tome import backend, cost, measure, ops, report, schedule
 from tome.cli import models
+from tome.patch import hosts
 
 
 def show_backends() -> None:
@@ -41,6 +43,19 @@ def show_backends() -> None:
         raise click.UsageError("TOME_BACKEND chose cuda, which cannot run here: no operation can")
 
 
+def show_hosts() -> None:
+    """What is supported, and why the rest is not."""
+    console = Console()
+    table = Table("models", "patched by", "classes", box=box.SIMPLE_HEAD, title="tome.patch.auto finds which it is")
+    for row in hosts.supported():
+        table.add_row(row.library, row.function, escape(", ".join(row.models) or f"not installed: {row.needs}"))
+    console.print(table)
+    table = Table("not supported", "each of them", box=box.SIMPLE_HEAD)
+    for reason, names in hosts.unsupported().items():
+        table.add_row(names, reason)
+    console.print(table)
+
+
 def show_parts(
     name: str,
     r: schedule.Schedule,
@@ -52,7 +67,7 @@ def show_parts(
 ) -> None:
     """What each part of the model runs on, and why, in one pass over random images."""
     device = models.find_device(device_name)
-    model = models.create_model(name, device=device, checkpoint=checkpoint).to(models.dtype_of(dtype))
+    model = models.load(name, device=device, checkpoint=checkpoint).model.to(models.dtype_of(dtype))
     models.checked_plan(name, models.patched_shape(model), r)
     model.r = r
     images = torch.randn(batch_size, *cost.input_size(model), device=device, dtype=models.dtype_of(dtype))
@@ -65,14 +80,17 @@ def show_parts(
     table = Table("part", "operation", "runs on", "why", title=title, box=box.SIMPLE_HEAD)
     for part in report.ranges(found):
         if not part.calls:
-            table.add_row(part.name, "as in timm", "torch", "nothing is merged in it or before it")
+            table.add_row(part.name, "as unpatched", "torch", "nothing is merged in it or before it")
         for i, call in enumerate(part.calls):
             table.add_row("" if i else part.name, call.op, call.backend or "left out", escape(call.reason or ""))
     Console().print(table)
 
 
 def _facts(library: dict[str, str]) -> dict[str, str]:
-    facts = {p: metadata.version(p) for p in ("token-merging", "timm")} | {"torch": torch.__version__}
+    facts = {"token-merging": metadata.version("token-merging"), "torch": torch.__version__}
+    for package in ("timm", "transformers", "torchvision", "open_clip_torch"):
+        with suppress(metadata.PackageNotFoundError):
+            facts[package] = metadata.version(package)
     facts["python"] = f"{platform.python_version()} on {platform.platform()}"
     facts["CUDA of torch"] = torch.version.cuda or "none"
     facts.update(library)

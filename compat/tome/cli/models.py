@@ -17,11 +17,16 @@ import torch
 from timm.models import load_state_dict
 
 from tome import cost, patch, schedule
+from tome.cli import sources
 from tome.cli.arguments import RANDOM_WEIGHTS
 from tome.measure import checked_device
+from tome.patch.model import patched_in
 
 # Where timm keeps the models that are worth suggesting; whether one can be patched is found by trying.
 FAMILIES = ("deit", "vision_transformer", "vision_transformer_hybrid", "vitamin")
+
+TIMM_PREFIXES = ("hf-hub", "hf_hub", "local-dir")
+_PLAIN = "--checkpoint needs a plain name of timm's for the model, not {!r}"
 
 for library in ("huggingface_hub", "timm"):  # what matters of their warnings is in the one line that a failure ends in
     logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -59,6 +64,34 @@ def autocast_to(dtype: str | None, device: torch.device) -> AbstractContextManag
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype_of(dtype))
 
 
+def load(
+    name: str, pretrained: bool = False, device: torch.device | str = "cpu", checkpoint: Path | None = None
+) -> sources.Made:
+    """A model of any source in eval mode, with what is to be known of its images.
+
+    Args:
+        name: timm's, also with its prefix, or one of :data:`tome.cli.sources.FORMS`.
+        pretrained: load the weights that belong to the name; else they are random.
+        device: where it is made.
+        checkpoint: load the weights in this file instead, of timm's names.
+
+    Raises:
+        click.UsageError: an unknown model, or weights that cannot be loaded or do not fit.
+
+    """
+    if ":" not in name or name.partition(":")[0] in TIMM_PREFIXES:
+        return sources.Made(create_model(name, pretrained, device, checkpoint))
+    if checkpoint is not None:
+        raise click.UsageError(_PLAIN.format(name))
+    try:
+        return sources.make(name, pretrained, device)
+    except click.UsageError:
+        raise
+    except Exception as error:  # as below
+        mend = ": connect to the model hub, or name a folder" if name.startswith("hf:") else ""
+        raise click.UsageError(f"cannot make {name!r} ({_in_short(error)}){mend}") from error
+
+
 def create_model(
     name: str, pretrained: bool = False, device: torch.device | str = "cpu", checkpoint: Path | None = None
 ) -> Any:
@@ -81,7 +114,7 @@ def create_model(
     failed, mend = f"cannot make {name!r}", ""
     if checkpoint is not None:
         if not is_plain:
-            raise click.UsageError(f"--checkpoint needs a plain name of timm's for the model, not {name!r}")
+            raise click.UsageError(_PLAIN.format(name))
         failed, options = f"{checkpoint} does not fit {name!r}", _weights(checkpoint)
     elif not is_plain:
         failed, mend = f"cannot load {name!r}", ": connect to the model hub" if name.startswith("hf") else ""
@@ -108,10 +141,11 @@ def patched_shape(model: Any) -> Shape:
 
     """
     try:
-        patch.timm(model)
+        inner = patched_in(patch.auto(model))
+        assert inner is not None
+        return Shape(len(inner._tome_blocks()), cost.tokens(model), inner._tome_prefix()[0])
     except patch.UnsupportedModelError as error:
         raise click.UsageError(str(error)) from error
-    return Shape(len(model.blocks), cost.tokens(model), model.num_prefix_tokens)
 
 
 def checked_plan(name: str, shape: Shape, r: schedule.Schedule) -> schedule.Plan:
@@ -149,7 +183,10 @@ def _weights(checkpoint: Path) -> dict[str, Any]:
 
 def _unknown(name: str) -> str:
     if "/" in name:
-        return f"unknown model {name!r}: write hf-hub:{name} for the model hub or local-dir:{name} for a folder"
+        return (
+            f"unknown model {name!r}: write hf-hub:{name} for the model hub or local-dir:{name} for a folder, and "
+            f"hf:{name} for either if it is transformers'"
+        )
     names = [known for family in FAMILIES for known in timm.list_models(module=family)]
     near = difflib.get_close_matches(name, names, n=len(names), cutoff=0.0)
     return f"unknown model {name!r}; timm has, for instance, {', '.join(itertools.islice(filter(_is_host, near), 3))}"

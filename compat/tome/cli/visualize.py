@@ -15,6 +15,9 @@ from timm.data import create_transform, resolve_model_data_config
 
 from tome import backend, cost, patch, schedule, vis
 from tome.cli import files, models
+from tome.patch.model import patched_in
+
+SHUFFLED = ("ViTMAE",)  # in the names of classes
 
 
 def run(
@@ -28,14 +31,17 @@ def run(
     """Draw each image into its target."""
     photos = [_open(path) for path in images]
     torch.manual_seed(0)
-    model = models.create_model(model_name, pretrained=not random_weights, checkpoint=checkpoint)
+    model, pixels = models.load(model_name, pretrained=not random_weights, checkpoint=checkpoint)
     plan = models.checked_plan(model_name, models.patched_shape(model), r)
+    told = pixels()
     model.r = r
     for photo, target in track(list(zip(photos, targets, strict=True)), "drawing", transient=True):
         try:
-            picture = draw(model, photo)
+            picture = draw(model, photo, told)
         except backend.BackendError as error:
             raise click.ClickException(str(error)) from error
+        except GridError as error:
+            raise click.UsageError(f"{model_name} cannot be drawn: {error}") from error
         with files.replacing(target) as file:
             picture.save(file, format="png")
     console = Console()
@@ -43,9 +49,26 @@ def run(
         console.print(f"{target}: {plan.tokens[0]} -> {plan.tokens[-1]} tokens", soft_wrap=True)
 
 
-def draw(model: Any, photo: Image.Image) -> Image.Image:
-    """The photograph as the patched model sees it, beside its groups of merged patches."""
-    config = {**resolve_model_data_config(model), "input_size": cost.input_size(model)}
+class GridError(ValueError):
+    """The patches behind the prefix tokens are not the image's, row by row."""
+
+
+def draw(model: Any, photo: Image.Image, told: dict[str, Any] | None = None) -> Image.Image:
+    """The photograph as the patched model sees it, beside its groups of merged patches.
+
+    Args:
+        model: a patched one.
+        photo: RGB.
+        told: of how the model wants its images, what its library says; the rest is as timm has it.
+
+    Raises:
+        GridError: nobody knows which patch a token is of.
+
+    """
+    inner: Any = patched_in(model)
+    if any(word in type(inner).__name__ for word in SHUFFLED):
+        raise GridError(f"{type(inner).__name__} hides patches and shuffles the others")
+    config = {**resolve_model_data_config(inner), **(told or {}), "input_size": cost.input_size(model)}
     pixels = create_transform(**config, is_training=False)(photo)
     with torch.inference_mode():
         slot = patch.merged(model, pixels[None]).slot
@@ -53,9 +76,13 @@ def draw(model: Any, photo: Image.Image) -> Image.Image:
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     seen = (pixels * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     shown = Image.fromarray(seen.permute(1, 2, 0).contiguous().numpy())
-    patches = slot.shape[1] - model.num_prefix_tokens
+    prefix = inner._tome_prefix()[0]
+    patches = slot.shape[1] - prefix
     size = round((shown.width * shown.height / patches) ** 0.5)
-    merged = vis.make_visualization(shown, slot, size, prefix=model.num_prefix_tokens)
+    try:
+        merged = vis.make_visualization(shown, slot, size, prefix=prefix)
+    except ValueError as error:
+        raise GridError(str(error)) from error
     both = Image.new("RGB", (2 * shown.width + 8, shown.height), "white")
     both.paste(shown, (0, 0))
     both.paste(merged, (shown.width + 8, 0))

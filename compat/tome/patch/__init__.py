@@ -28,8 +28,12 @@ __all__ = [
     "auto",
     "custom",
     "diffusers",
+    "mae",
     "merged",
+    "open_clip",
+    "swag",
     "timm",
+    "torchvision",
     "transformers",
     "unpatch",
 ]
@@ -38,7 +42,8 @@ ARGUMENTS = """
     Args:
         model: the model; changed in place.
         trace_source: keep the slot map of each forward pass for ``model._tome_info["source"]``.
-        prop_attn: weigh each key by its size in attention (section 3, "Tracking Token Size").
+        prop_attn: weigh each key by its size in attention (section 3, "Tracking Token Size"); None is the default of
+            the model's own function.
         use_cuda_ext: True forces the CUDA backend, False the reference; None leaves it to :mod:`tome.backend`.
         matching: who decides which tokens merge: "bipartite" (section 3), "random", "kth" (an entry k of the schedule
             then keeps one token of k), or a function ``(keys, r, prefix) -> slot`` from keys [B, H, N, D] to int32
@@ -61,7 +66,7 @@ class Patch(Protocol):
         self,
         model: nn.Module,
         trace_source: bool = ...,
-        prop_attn: bool = ...,
+        prop_attn: bool | None = ...,
         use_cuda_ext: bool | None = ...,
         matching: str | Rule = ...,
     ) -> nn.Module:
@@ -72,17 +77,22 @@ def _backend(use_cuda_ext: bool | None) -> str | None:
     return None if use_cuda_ext is None else ("cuda" if use_cuda_ext else "reference")
 
 
-def _patch(name: str, host: str, summary: str) -> Patch:
+def _patch(name: str, host: str, summary: str, by_size: bool | None = True) -> Patch:
     def patch(
         model: nn.Module,
         trace_source: bool = False,
-        prop_attn: bool = True,
+        prop_attn: bool | None = by_size,
         use_cuda_ext: bool | None = None,
         matching: str | Rule = "bipartite",
     ) -> nn.Module:
-        settings = ModelSettings(trace_source, prop_attn, _backend(use_cuda_ext), chosen(matching))
+        rule = chosen(matching)
         # The library, and what comes with it, loads only when a model of it is patched.
-        patched: nn.Module = import_module(f"tome.patch.{host}").apply_patch(model, settings)
+        home = import_module(f"tome.patch.{host}")
+        weighs = by_size if prop_attn is None else prop_attn
+        settings = ModelSettings(
+            trace_source, home.weighs_sizes(model) if weighs is None else weighs, _backend(use_cuda_ext), rule
+        )
+        patched: nn.Module = home.apply_patch(model, settings)
         return patched
 
     patch.__name__ = patch.__qualname__ = name
@@ -98,13 +108,52 @@ timm = _patch(
 transformers = _patch(
     "transformers",
     "transformers_vit",
-    """Patch the vision tower of a model of transformers: ViT, DeiT, ViT-MAE, I-JEPA, DINOv2, CLIP or SigLIP.
+    """Patch the vision tower of a model of transformers 5.19 or newer (tested up to 5.24).
 
-    The model may have a head or a text tower around it. Text towers and decoders stay as they are. Hidden states are on
-    the full grid; attentions are those of the merged tokens. A padding mask is refused.
+    Its towers are ViT, DeiT, ViT-MAE, VideoMAE, I-JEPA, DINOv2 (with or without registers), DINOv3 (its ViT), CLIP,
+    SigLIP and SigLIP 2. The model may have a head or a text tower around one. Text towers and decoders stay as they
+    are. Hidden states are on the full grid; attentions are those of the merged tokens. SigLIP 2's padding merges with
+    nothing as long as other pairs are left, and weighs nothing; elsewhere a mask is refused.
     """,
 )
-auto = _patch("auto", "hosts", "Patch a model of any library that is known, by the library that its class comes from.")
+torchvision = _patch(
+    "torchvision", "torchvision_vit", "Patch a VisionTransformer of torchvision, with whatever weights and stem."
+)
+open_clip = _patch(
+    "open_clip",
+    "open_clip_vit",
+    """Patch the vision tower of a model of open_clip: its own VisionTransformer, or timm's in its TimmModel.
+
+    CLIP, CustomTextCLIP and CoCa then have ``r``; their text towers stay as they are.
+    """,
+)
+swag = _patch(
+    "swag",
+    "swag_vit",
+    """Patch SWAG's VisionTransformer, as torch.hub loads it.
+
+    torchvision's (:func:`torchvision`) has the same weights.
+    """,
+)
+mae = _patch(
+    "mae",
+    "timm_host",
+    """Patch MAE's VisionTransformer for fine-tuning, a class over timm's.
+
+    Keys are not weighed by their sizes unless ``prop_attn`` is True: such models were trained without.
+    """,
+    by_size=False,
+)
+auto = _patch(
+    "auto",
+    "hosts",
+    """Patch a model of any library that is known, by what its class comes from, or the one such model in a wrapper.
+
+    A wrapper of any class then has ``r``, which it passes on. ``prop_attn`` is what the model's own function would
+    take: False for MAE's class, else True.
+    """,
+    by_size=None,
+)
 
 
 def custom(

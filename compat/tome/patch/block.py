@@ -39,6 +39,11 @@ class MergingBlock(Halves):
             raise self.refused("a patched block takes no attn_mask: merging moves the tokens")
         return NOTHING
 
+    @classmethod
+    def attentions(cls, block: Any) -> dict[str, Any]:
+        """The attention of a host's block that is to be patched, by its name in the block."""
+        return {cls._tome_row.attn: getattr(block, cls._tome_row.attn)}
+
     def call_mlp(self, y: Tensor) -> Tensor:
         """What the MLP makes of its tokens, before scale and drop path."""
         value: Tensor = getattr(self, self._tome_row.mlp)(y)
@@ -114,7 +119,7 @@ class MergingBlock(Halves):
         x, mlp_input, size, slot = done
         waiting = self.waiting_mlp(plan, calls, x, mlp_input, norm2)
         if waiting is None:
-            waiting = self._mlp(x, mlp_input)
+            waiting = self._mlp(plan, x, mlp_input)
         return tokens.after(x, Counts(size), slot, waiting, row.attention.is_placed)
 
     def _normed(self, x: Tensor, norm: Norm | None, watched: str | None) -> Tensor:
@@ -136,28 +141,29 @@ class MergingBlock(Halves):
             # Called as it is, so that nothing of it is lost; the keys are projected once more, past its hooks.
             record("attention", "torch", f"{row.attn} is watched: it is called, and its keys are computed twice")
             if left < y.shape[1]:
-                with torch.no_grad():
-                    keys = kind.project(attn, y, lambda part, value: part.forward(value), place)[1]
-                slot = matching.rule(tokens.matchable(keys), amount, s.prefix)
+                slot = matching.rule(tokens.matchable(kind.unwatched_keys(attn, y)), amount, s.prefix)
             value = kind.whole(attn, y, None if weights is None else size_bias(weights).to(y.dtype), place)
         else:
-            q, k, v = qkv or kind.project(attn, y, through, place)
+            made = qkv or kind.project(attn, y, through)
             if slot is None and left < y.shape[1]:
                 side = side_stream(y) if matching.name == "bipartite" else None
                 with nullcontext() if side is None else torch.cuda.stream(side):
-                    slot = matching.rule(tokens.matchable(k), amount, s.prefix)
-            value = kind.output(attn, kind.attend(attn, (q, k, v), weights, place), y)
+                    slot = matching.rule(tokens.matchable(made[1]), amount, s.prefix)
+            placed = qkv or kind.placed(attn, made, place)
+            value = kind.output(attn, kind.attend(attn, placed, weights, place), y)
             if side is not None:  # before the keys that it reads are freed
                 torch.cuda.current_stream(y.device).wait_stream(side)
         if row.is_post:
             value = getattr(self, row.norm1)(value)
         return plain.scaled(self, value, row.scale1, row.drop1), slot
 
-    def _mlp(self, x: Tensor, y: Tensor | None) -> Branch | Mlp:
+    def _mlp(self, plan: Plan, x: Tensor, y: Tensor | None) -> Branch | Mlp:
         """What the MLP adds to x, part by part; y is x normed, if that is done."""
-        row = self._tome_row
+        row, parts = self._tome_row, plan.mlp
         norm2 = getattr(self, row.norm2)
-        value = self.call_mlp(y if y is not None else x if row.is_post else norm2(x))
+        y = y if y is not None else x if row.is_post else norm2(x)
+        # Activations that the library's modules compute in several passes are one of ours.
+        value = parts.value(y) if not isinstance(parts, str) and parts.has_kernel else self.call_mlp(y)
         return plain.scaled(self, norm2(value) if row.is_post else value, row.scale2, row.drop2)
 
     def _tell(self, tokens: Tokens) -> None:

@@ -54,7 +54,8 @@ class LastNorm(Patched):
             return normed
         record(PART, None, "norm")
         # Autocast computes norms in float32, and leaves them so.
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        is_kept = plain.NORMS.get(self._tome_base) or not torch.is_autocast_enabled(x.device.type)
+        dtype = x.dtype if is_kept else torch.float32
         return ops.merge_add_norm(x, None, None, x.shape[1], None, self.weight, self.bias, self.eps, None, dtype)[1]
 
 

@@ -15,7 +15,7 @@ from tome.patch.row import BlockSettings, Place, Qkv, Row
 from tome.patch.swap import Patched
 from tome.recording import record
 from tome.streams import side_stream
-from tome.tokens import Mlp, MlpParts, Norm, Tokens
+from tome.tokens import GatedParts, Mlp, MlpParts, Norm, Tokens
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Halves(Patched):
     _tome_kept: tuple[Reading, Plan] | None = None  # what it computes with, as long as nothing has changed
 
     def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
-        """What the MLP computes with; raises NotPlain where it is not Linear, GELU, Linear."""
+        """What the MLP computes with; raises NotPlain where it is not Linear, GELU, Linear. Gated ones are known."""
         raise NotPlain(f"{self._tome_row.mlp} is a {type(mlp).__name__}")
 
     def mlp_reads_linearly(self) -> bool:
@@ -44,7 +44,8 @@ class Halves(Patched):
         """What it made of q, k, v and slot before it could know, and in one call, if that can be, the half."""
         s, kind, qkv, slot, x = self._tome, self._tome_row.attention, None, None, tokens.unadded
         parts, size = plan.attention, tokens.size
-        is_own = left < x.shape[1] and (s.model.matching.name != "bipartite" or tokens.is_padded)
+        # Keys are matched before they are turned, other than where one call makes and matches them.
+        is_own = left < x.shape[1] and (s.model.matching.name != "bipartite" or tokens.is_padded or kind.is_rotary)
         if not isinstance(parts, str):
             if left < x.shape[1] and not is_own and side_stream(x) is not None:
                 parts = "a CUDA graph is captured, in which matching runs beside attention"
@@ -54,8 +55,9 @@ class Halves(Patched):
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
             return (None, None), None
         if is_own or parts.qkv is None:
-            qkv = kind.project(attn, y, through, place)
+            qkv = kind.project(attn, y, through)
             slot = s.model.matching.rule(tokens.matchable(qkv[1]), amount, s.prefix) if is_own else None
+            qkv = kind.placed(attn, qkv, place)
         heads, scale, _ = kind.numbers(attn)
         half = (
             x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,
@@ -68,9 +70,10 @@ class Halves(Patched):
     def waiting_mlp(self, plan: Plan, calls: dict[str, Any], x: Tensor, y: Tensor | None, norm: Norm | None) -> Any:
         """The MLP, for its reader to compute in one call, if that can be."""
         parts = plan.mlp
-        if isinstance(parts, str) or y is None or norm is None or has_hooks(self):
+        if not isinstance(parts, MlpParts) or y is None or norm is None or has_hooks(self):
             watched = "its norm is not plain, or the block is watched"
-            record("mlp_half", None, parts if isinstance(parts, str) else watched)
+            gated = "mlp is gated" if isinstance(parts, GatedParts) else watched
+            record("mlp_half", None, parts if isinstance(parts, str) else gated)
             return None
         call = one_call(calls, ops.mlp_half, x, y, *parts, norm[:3], norm.dtype)
         return None if call is None else Mlp(y, parts, call)
@@ -102,8 +105,9 @@ class Halves(Patched):
             parts = row.attention.read(reading, reading.unwatched(self, row.attn))
             return parts._replace(gamma=reading.gamma(self, row.scale1, row.drop1))
 
-        def mlp() -> MlpParts:
-            parts = self.mlp_parts(reading, reading.unwatched(self, row.mlp))
+        def mlp() -> MlpParts | GatedParts:
+            module = reading.unwatched(self, row.mlp)
+            parts = plain.GATED.get(type(module), self.mlp_parts)(reading, module)
             return parts._replace(gamma=reading.gamma(self, row.scale2, row.drop2))
 
         def norms() -> tuple[Norm, Norm]:

@@ -13,7 +13,7 @@ from tome import schedule
 from tome.patch.block import MergingBlock
 from tome.patch.row import BlockSettings, ModelSettings
 from tome.patch.swap import Patched, UnsupportedModelError, swap
-from tome.tokens import Tokens, kept
+from tome.tokens import Tokens, kept, restored
 from tome.utils import adjacency
 
 
@@ -70,6 +70,20 @@ class PatchedModel(Patched):
         )
 
 
+class Intermediates(PatchedModel):
+    """Mixed into a model that gives out what its middle blocks made: those of timm and open_clip."""
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the host's library: what it records of the blocks between is restored to the full grid."""
+        return restored(super().forward_intermediates(*args, **kwargs))  # type: ignore[misc]
+
+    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the host's library; the schedule is spread over the blocks that are left."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
+        self.r = self.r[: len(self._tome_blocks())] if isinstance(self.r, list) else self.r
+        return taken
+
+
 class PassedOn:
     """An attribute of a wrapper that is the patched model's inside, and would be lost without a word if set on it."""
 
@@ -78,7 +92,7 @@ class PassedOn:
 
     def __get__(self, wrapper: Any, kind: type | None = None) -> Any:
         inner = getattr(wrapper, self.inner, None)
-        if isinstance(inner, PatchedModel):
+        if isinstance(inner, PatchedModel | Holder):
             return getattr(inner, self.name)
         try:
             return vars(wrapper)[self.name]
@@ -87,7 +101,7 @@ class PassedOn:
 
     def __set__(self, wrapper: Any, value: Any) -> None:
         inner = getattr(wrapper, self.inner)
-        if isinstance(inner, PatchedModel):
+        if isinstance(inner, PatchedModel | Holder):
             setattr(inner, self.name, value)
         else:
             vars(wrapper)[self.name] = value
@@ -110,6 +124,11 @@ def hold(model: nn.Module, path: str) -> None:
     if path:
         swap(model, Holder)
         cast(Holder, model)._tome_path = path
+
+
+def patched_in(model: nn.Module) -> PatchedModel | None:
+    """The patched model in wrappers, or the model itself; None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, PatchedModel)), None)
 
 
 def pass_on(wrapper: type[nn.Module], inner: str) -> None:

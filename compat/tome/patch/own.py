@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tome.patch.block import MergingBlock
+from tome.patch.mha import MhaBlock
 from tome.patch.model import PatchedModel
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import Attention, Call, ModelSettings, Place, Qkv, Row
 from tome.patch.swap import UnsupportedModelError, check_block, check_own, check_parts, swap
-from tome.tokens import MlpParts
 
 
 class QkvAttention(Attention):
@@ -47,7 +47,7 @@ class QkvAttention(Attention):
         optional = {q_norm, k_norm, attn_drop, proj_drop} - {None}
         self.parts = frozenset({*self.layers, proj, *map(str, optional)})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         made, heads = [call(getattr(attn, layer), y) for layer in self.layers], self._heads(attn)
         parts = made[0].chunk(3, dim=-1) if len(made) == 1 else made
         q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
@@ -96,21 +96,10 @@ class QkvAttention(Attention):
         return heads
 
 
-class OwnBlock(MergingBlock):
+class OwnBlock(MhaBlock):
     """A block whose row its instance has."""
 
     _tome_row: Row
-
-    def mlp_parts(self, reading: Reading, mlp: Any) -> MlpParts:
-        # Of a class of the user's own nobody knows the order of its parts.
-        if type(mlp) is not nn.Sequential or [type(part) for part in mlp if type(part) is not nn.Dropout] != [
-            nn.Linear, nn.GELU, nn.Linear,
-        ]:  # fmt: skip
-            raise NotPlain(f"mlp is a {type(mlp).__name__}, and no Sequential of Linear, GELU, Linear")
-        names = [str(i) for i, part in enumerate(mlp) if type(part) is not nn.Dropout]
-        reading.inert(mlp, *({str(i) for i in range(len(mlp))} - set(names)))
-        fc1, act, fc2 = names
-        return MlpParts(reading.linear(mlp, fc1), reading.is_tanh(mlp, act), reading.linear(mlp, fc2))
 
 
 class OwnModel(PatchedModel):

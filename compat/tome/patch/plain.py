@@ -6,7 +6,7 @@ A library's own types join the tables here when its file in this folder is impor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from tome.recording import record
-from tome.tokens import Branch, Linear, MlpParts, Norm
+from tome.tokens import Branch, GatedParts, Linear, MlpParts, Norm
 
 Kinds = dict[type[nn.Module], Any]
 
-NORMS: Kinds = {nn.LayerNorm: None}
+NORMS: Kinds = {nn.LayerNorm: False}  # does it return the dtype that it is given, under autocast too?
+LINEARS: Kinds = {nn.Linear: None}
 INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: None}
-GELUS: dict[type[nn.Module], Callable[[Any], bool]] = {nn.GELU: lambda gelu: gelu.approximate == "tanh"}  # is it tanh?
+GELUS: dict[type[nn.Module], Callable[[Any], str]] = {  # which: "erf", "tanh" or "quick"
+    nn.GELU: lambda gelu: "tanh" if gelu.approximate == "tanh" else "erf"
+}
+SILUS: Kinds = {nn.SiLU: None}
+GATED: dict[type[nn.Module], Callable[[Reading, Any], GatedParts]] = {}  # MLPs of silu(gate) * x, and how to read one
 SCALES: dict[type[nn.Module], str | None] = {nn.Identity: None}  # LayerScale: the name of its factor
+# Forward hooks that a library leaves behind, by module and qualified name: whether one does anything in this pass.
+RECORDERS: dict[tuple[str, str], Callable[[Any], bool]] = {}
 PLAIN_VALUES = (nn.Parameter, Tensor, type(None))  # of a quantised or distributed layer the weight is a subclass
 
 
@@ -41,7 +48,7 @@ class Plan(NamedTuple):
     """What a block computes with where nobody watches; a sentence where parts must be called, and why."""
 
     attention: AttentionParts | str
-    mlp: MlpParts | str
+    mlp: MlpParts | GatedParts | str
     norms: tuple[Norm, Norm] | str
     calls: dict[Any, dict[str, Callable[..., Any]]]  # the halves that can be one call, by the kind of tokens
 
@@ -58,10 +65,11 @@ class Reading:
         self._root = root._modules
         self._modules: list[tuple[nn.Module, dict[str, Any], type]] = []
         self._entries: list[tuple[dict[str, Any], str, object]] = []
+        self._lengths: list[tuple[dict[str, Any], int]] = []
 
     def holds(self, root: Any) -> bool:
         """Whether everything that was read of ``root`` is still as it was (and root no replica of it)."""
-        if root._modules is not self._root:
+        if root._modules is not self._root or [owner for owner, length in self._lengths if len(owner) != length]:
             return False
         for owner, name, value in self._entries:
             if owner.get(name) is not value:
@@ -69,7 +77,7 @@ class Reading:
         for module, own, kind in self._modules:  # as has_hooks, in less of the host's time; nobody wants gradients
             if (
                 own["training"]
-                or own["_forward_hooks"]
+                or (own["_forward_hooks"] and are_awake(own["_forward_hooks"]))
                 or own["_forward_pre_hooks"]
                 or "forward" in own
                 or type(module) is not kind
@@ -116,10 +124,19 @@ class Reading:
 
     def linear(self, owner: Any, name: str) -> Linear:
         """Weight and bias of a child."""
-        child = self.part(owner, name, {nn.Linear: None})
-        weight, bias = self.parameter(child, "weight"), child._parameters["bias"]
-        self._entries.append((child._parameters, "bias", bias))
-        return weight, bias
+        return self.affine(self.part(owner, name, LINEARS), "weight", "bias")
+
+    def affine(self, module: nn.Module, weight: str, bias: str) -> Linear:
+        """Weight and bias of a module, by the names of its parameters."""
+        self._entries.append((module._parameters, bias, module._parameters.get(bias)))
+        return self.parameter(module, weight), module._parameters[bias]
+
+    def steps(self, sequence: Any) -> list[str]:
+        """The names of a Sequential's parts, without those that return what they are given."""
+        self._lengths.append((sequence._modules, len(sequence._modules)))
+        inert = {name for name, part in sequence._modules.items() if type(part) in INERT_IN_EVAL}
+        self.inert(sequence, *inert)
+        return [name for name in sequence._modules if name not in inert]
 
     def gamma(self, owner: Any, scale: str | None, drop: str | None) -> Tensor | None:
         """The factor of a LayerScale, or None where there is none; and a drop path that drops nothing."""
@@ -127,14 +144,15 @@ class Reading:
             self.inert(owner, drop)
         if scale is None:
             return None
-        if scale in owner._parameters:  # of blocks that keep no module for it
-            self._entries.append((owner._parameters, scale, owner._parameters[scale]))
-            return None if owner._parameters[scale] is None else self.parameter(owner, scale)
+        for own in (owner._parameters, owner.__dict__):  # of blocks that keep no module for it
+            if scale in own:
+                self._entries.append((own, scale, own[scale]))
+                return None if own[scale] is None else self.parameter(owner, scale)
         child = self.part(owner, scale, SCALES)
         factor = SCALES[type(child)]
         return None if factor is None else self.parameter(child, factor)
 
-    def is_tanh(self, owner: Any, name: str) -> bool:
+    def gelu(self, owner: Any, name: str) -> str:
         """Which GELU a child is."""
         child = self.part(owner, name, GELUS)
         return GELUS[type(child)](child)
@@ -203,12 +221,24 @@ def is_inert(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether someone watches or replaces calls of the module, so that it has to be called."""
     return bool(
-        module._forward_hooks
+        (module._forward_hooks and are_awake(module._forward_hooks))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__  # replaced for this instance, as accelerate does
     )
+
+
+def are_awake(hooks: Mapping[int, Any]) -> bool:
+    """Whether any of a module's forward hooks may do something in this pass."""
+    # With gradients all of them count: a checkpoint must take the same way again when nobody records any more.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    for hook in hooks.values():
+        records = RECORDERS.get((getattr(hook, "__module__", ""), getattr(hook, "__qualname__", "")))
+        if records is None or records(hook):
+            return True
+    return False
 
 
 def why_watched(x: Tensor) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tome import ops
@@ -38,10 +39,20 @@ class Attention:
     names: frozenset[str]  # of the classes
     parts: frozenset[str]  # the names of their children
     is_placed = False  # whether it reads positions, which then follow the tokens
+    is_rotary = False  # whether it turns q and k by them
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
-        """Normed tokens [B, N, C] -> q, k, v as attention reads them; ``call`` calls a part."""
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
+        """Normed tokens [B, N, C] -> q, k, v, of which k is what tokens are matched by; ``call`` calls a part."""
         raise NotImplementedError
+
+    def placed(self, attn: Any, qkv: Qkv, place: Place) -> Qkv:
+        """Q, k, v as attention reads them: turned by their places, if they are to be."""
+        return qkv
+
+    @torch.no_grad()
+    def unwatched_keys(self, attn: Any, y: Tensor) -> Tensor:
+        """The keys, made past the hooks of what makes them, for a module that is called as well."""
+        return self.project(attn, y, lambda part, value: part.forward(value))[1]
 
     def attend(self, attn: Any, qkv: Qkv, size: Tensor | None, place: Place) -> Tensor:
         """What the heads see [B, H, N, D], each key weighed by its size [B, N]."""

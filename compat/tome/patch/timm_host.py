@@ -6,11 +6,12 @@ quietly wrong.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any, cast
 
-from timm.layers import DropPath, LayerNorm
-from timm.layers.activations import GELU, GELUTanh
+from timm.layers import DropPath, GluMlp, LayerNorm, SwiGLU
+from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import LayerScale
 from torch import nn
@@ -18,23 +19,44 @@ from torch import nn
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
-from tome.patch.model import PatchedModel, hold, pass_on
+from tome.patch.model import Intermediates, hold, pass_on
+from tome.patch.refusals import reason
 from tome.patch.row import ModelSettings
 from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, check_parts, swap
-from tome.tokens import restored
+from tome.tokens import GatedParts
 
 # Each has tables by "file.Class": BLOCKS, and MODELS, where a name says in which attribute the model itself stands.
-FAMILIES = ("timm_vit",)
+FAMILIES = ("timm_vit", "timm_eva", "timm_naflex", "timm_gemma", "timm_bias", "timm_parallel", "timm_cait")
 
 plain.NORMS[LayerNorm] = plain.INERT_IN_EVAL[DropPath] = None
 plain.SCALES[LayerScale] = "gamma"
-plain.GELUS[GELU], plain.GELUS[GELUTanh] = (lambda gelu: False), (lambda gelu: True)
+plain.GELUS |= {GELU: lambda _: "erf", GELUTanh: lambda _: "tanh", QuickGELU: lambda _: "quick"}
+
+
+def _gated(reading: plain.Reading, mlp: Any) -> GatedParts:
+    is_packed = type(mlp) is GluMlp
+    reading.part(mlp, "act", plain.SILUS)
+    reading.inert(mlp, "drop1", "drop2")
+    has_norm = type(mlp.norm) in plain.NORMS
+    if not has_norm:
+        reading.inert(mlp, "norm")
+    return GatedParts(
+        tuple(reading.linear(mlp, name) for name in (("fc1",) if is_packed else ("fc1_g", "fc1_x"))),
+        is_packed and mlp.gate_last,
+        reading.norm(mlp, "norm") if has_norm else None,
+        reading.linear(mlp, "fc2"),
+    )
+
+
+plain.GATED |= {GluMlp: _gated, SwiGLU: _gated}
 
 pass_on(FeatureGetterNet, "model")
 
 
-class TimmModel(PatchedModel):
+class TimmModel(Intermediates):
     """A patched model of timm that runs ``blocks`` over its tokens."""
+
+    _tome_variants: Mapping[type[MergingBlock], type[MergingBlock]] = {}  # what its blocks become instead of BLOCKS's
 
     def _tome_blocks(self) -> dict[str, MergingBlock]:
         return {f"blocks.{i}": block for i, block in enumerate(cast(Any, self).blocks)}
@@ -49,16 +71,6 @@ class TimmModel(PatchedModel):
         patches = getattr(getattr(self, "patch_embed", None), "num_patches", None)
         return None if patches is None else patches + self._tome_prefix()[0]
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """As in timm: what it records of the blocks between is restored to the full grid."""
-        return restored(super().forward_intermediates(*args, **kwargs))  # type: ignore[misc]
-
-    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """As in timm; the schedule is spread over the blocks that are left."""
-        taken = super().prune_intermediate_layers(*args, **kwargs)  # type: ignore[misc]
-        self.r = self.r[: len(self._tome_blocks())] if isinstance(self.r, list) else self.r
-        return taken
-
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As in timm, which may make a new convolution."""
         super().set_input_size(*args, **kwargs)  # type: ignore[misc]
@@ -70,10 +82,11 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     inner: Any = model.model if isinstance(model, FeatureGetterNet) else model
     host = _lookup("MODELS", inner)
     if host is None:
-        raise UnsupportedModelError(
-            f"{type(model).__module__}.{type(model).__name__} is not supported (known: {', '.join(known_models())} of "
-            "timm and their subclasses). Patch before torch.compile, DataParallel and other wrappers"
+        why = reason(type(inner)) or (
+            f"known are {', '.join(known_models())} of timm and their subclasses. Patch before torch.compile, "
+            "DataParallel and other wrappers"
         )
+        raise UnsupportedModelError(f"{type(model).__module__}.{type(model).__name__} is not supported: {why}")
     check_own("", inner)
     outer, path = inner, ""
     if isinstance(host, str):
@@ -82,8 +95,9 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
         check_own(path, inner)
     for i, block in enumerate(inner.blocks):
         _check_block(f"blocks.{i}", block)
-    for block in inner.blocks:
-        swap(block, cast(type[MergingBlock], _lookup("BLOCKS", base_of(block))))
+    for i, block in enumerate(inner.blocks):
+        mixin = _mixin(f"blocks.{i}", block)
+        swap(block, host._tome_variants.get(mixin, mixin))
     _swap_parts(inner)
     swap(inner, host)
     inner._tome = settings
@@ -92,17 +106,26 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     return model
 
 
+def knows(model: nn.Module) -> bool:
+    """Whether the model is one that can be patched, if its blocks are known too."""
+    return _lookup("MODELS", model.model if isinstance(model, FeatureGetterNet) else model) is not None
+
+
 def known_models() -> list[str]:
     """The names of the classes of timm that can be patched, subclasses left out."""
     return [name.rpartition(".")[2] for family in FAMILIES for name in import_module(f"tome.patch.{family}").MODELS]
 
 
 def _lookup(table: str, thing: object) -> Any:
-    """What a family says of a class (of a block: of exactly this one), or of an instance's class and those above it."""
+    return next(_found(table, thing), None)
+
+
+def _found(table: str, thing: object) -> Iterator[Any]:
+    """What families say of a class (of a block: of exactly this one), or of an instance's class and those above it."""
     kinds = (thing,) if isinstance(thing, type) else type(thing).__mro__
     names = [f"{kind.__module__}.{kind.__qualname__}".removeprefix("timm.models.") for kind in kinds]
     tables = [getattr(import_module(f"tome.patch.{family}"), table) for family in FAMILIES]
-    return next((table[name] for name in names for table in tables if name in table), None)
+    return (table[name] for name in names for table in tables if name in table)
 
 
 def _swap_parts(model: Any) -> None:
@@ -111,12 +134,20 @@ def _swap_parts(model: Any) -> None:
 
 def _check_block(name: str, block: Any) -> None:
     check_block(name, block)
-    mixin = _lookup("BLOCKS", base_of(block))
-    if mixin is None:
-        raise UnsupportedModelError(f"{name}: {type(block).__name__} is not supported")
+    mixin = _mixin(name, block)
     row = mixin._tome_row
     check_parts(name, block, row.children)
-    attn = getattr(block, row.attn)
-    if type(attn).__name__ not in row.attention.names:
-        raise UnsupportedModelError(f"{name}.{row.attn}: {type(attn).__name__} is not supported")
-    check_parts(f"{name}.{row.attn}", attn, row.attention.parts)
+    for path, attn in mixin.attentions(block).items():
+        check_parts(f"{name}.{path}", attn, row.attention.parts)
+
+
+def _mixin(name: str, block: Any) -> type[MergingBlock]:
+    """How a block is patched: of the ways for its class the one that knows its attention."""
+    unknown = f"{name}: {type(block).__name__}"
+    for mixin in _found("BLOCKS", base_of(block)):
+        others = {path: type(attn).__name__ for path, attn in mixin.attentions(block).items()}
+        others = {path: kind for path, kind in others.items() if kind not in mixin._tome_row.attention.names}
+        if not others:
+            return cast(type[MergingBlock], mixin)
+        unknown = "; ".join(f"{name}.{path}: {kind}" for path, kind in others.items())
+    raise UnsupportedModelError(f"{unknown} is not supported")

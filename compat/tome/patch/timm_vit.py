@@ -20,15 +20,22 @@ class TimmAttention(Attention):
     names = frozenset({"Attention"})
     parts = frozenset({"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
 
-    def project(self, attn: Any, y: Tensor, call: Call, place: Place) -> Qkv:
-        batch, n, _ = y.shape
-        qkv = call(attn.qkv, y).reshape(batch, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+    def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
+        return self.heads(attn, call(attn.qkv, y), call)
+
+    def heads(self, attn: Any, qkv: Tensor, call: Call) -> Qkv:
+        """Q, k, v in one [B, N, 3 C], each split into heads, and normed."""
+        batch, n, _ = qkv.shape
+        q, k, v = qkv.reshape(batch, n, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         # Under autocast the norms return float32; attention would round it to the dtype of v.
         return call(attn.q_norm, q).to(v.dtype), call(attn.k_norm, k).to(v.dtype), v
 
+    def joined(self, attn: Any, seen: Tensor) -> Tensor:
+        """What the heads have seen [B, H, N, D], side by side: [B, N, C]."""
+        return seen.transpose(1, 2).flatten(2)
+
     def output(self, attn: Any, seen: Tensor, y: Tensor) -> Tensor:
-        x = seen.transpose(1, 2).flatten(2)
+        x = self.joined(attn, seen)
         norm, gate = getattr(attn, "norm", None), getattr(attn, "gate", None)
         x = x if norm is None else through(norm, x)
         if gate is not None:
@@ -72,7 +79,7 @@ class TimmBlock(MergingBlock):
         if type(mlp) is not Mlp:
             raise NotPlain(f"mlp is a {type(mlp).__name__}")
         reading.inert(mlp, "drop1", "norm", "drop2")
-        return MlpParts(reading.linear(mlp, "fc1"), reading.is_tanh(mlp, "act"), reading.linear(mlp, "fc2"))
+        return MlpParts(reading.linear(mlp, "fc1"), reading.gelu(mlp, "act"), reading.linear(mlp, "fc2"))
 
 
 class TimmResPostBlock(TimmBlock):

@@ -46,6 +46,11 @@ struct Attended {
   std::optional<Tensor> slot;
 };
 
+Tensor activated(const Tensor& x, int64_t gelu) {
+  TOME_CHECK(gelu >= 0 && gelu <= 2, "gelu must be 0, 1 or 2, got ", gelu);
+  return gelu == 2 ? quick_gelu(x) : tome::gelu(x, gelu == 1);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
@@ -78,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
 }
 
 std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tensor& fc1_weight,
-                                    const std::optional<Tensor>& fc1_bias, bool is_tanh,
+                                    const std::optional<Tensor>& fc1_bias, int64_t gelu,
                                     const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
                                     const std::optional<Tensor>& gamma,
                                     const std::optional<Tensor>& norm_weight,
@@ -88,7 +93,7 @@ std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tens
   check_tensor(y, "y", 3);
   const DeviceScope scope(x);
   const auto branch = [&] {  // whose wide input is free before the norm needs memory
-    return linear(gelu(linear(y, fc1_weight, fc1_bias), is_tanh), fc2_weight, fc2_bias);
+    return linear(activated(linear(y, fc1_weight, fc1_bias), gelu), fc2_weight, fc2_bias);
   };
   const Normed out = merged_norm(x, branch(), std::nullopt, x.size(1), std::nullopt, norm_weight, norm_bias,
                                  eps, gamma, norm_dtype, false);

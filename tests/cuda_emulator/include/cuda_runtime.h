@@ -314,6 +314,8 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
@@ -352,6 +354,12 @@ template <class T>
 T atomicMax(T* ptr, T value) {
   const T old = *ptr;
   *ptr = std::max(old, value);
+  return old;
+}
+template <class T>
+T atomicMin(T* ptr, T value) {
+  const T old = *ptr;
+  *ptr = std::min(old, value);
   return old;
 }
 

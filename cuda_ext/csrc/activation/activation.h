@@ -1,0 +1,31 @@
+// The activations of MLPs that PyTorch computes in several passes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../merge/merge.h"
+
+namespace tome::activation {
+
+using merge_ops::View;
+
+struct ActivationParams {
+  View x;         // [batch, rows, channels]
+  View gate;      // likewise; data_ptr null: x is its own gate, by quick GELU
+  void* out_ptr;  // [batch, rows, channels], contiguous
+  int64_t batch;
+  int rows, channels;
+};
+
+constexpr int kThreads = 256;
+constexpr int kPacks = 4;  // of a thread under way
+
+inline int64_t blocks_per_image(const ActivationParams& p, int count) {
+  const int64_t packs = static_cast<int64_t>(p.rows) * (p.channels / count);
+  return (packs + kThreads * kPacks - 1) / (kThreads * kPacks);
+}
+
+// aligned: 16 bytes of x and gate can be accessed at a time.
+void launch_activation(const ActivationParams& params, Dtype dtype, bool aligned, cudaStream_t stream);
+
+}  // namespace tome::activation

@@ -1,0 +1,90 @@
+"""Where tokens stand: the rotary embedding of queries and keys, and the places of merged tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tome_reference import checks
+
+
+def rotate(
+    q: Tensor, k: Tensor, table: Tensor, home: Tensor | None = None, prefix: int = 0, is_half: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The rotary embedding: x * cos + turned(x) * sin, by the place in which each token stands.
+
+    Args:
+        q: [B, H, N, D], floating point, any strides; D is even.
+        k: [B, H', N, D], the dtype of q.
+        table: [P, 2 * D], sines and then cosines of the P places behind the prefix; or [H, P, 2 * D] for each head;
+            or [B or 1, H or 1, P, 2 * D] for each image. Floating point. Where H' is not H it is for all heads alike.
+        home: int64 or int32 [B, N], the original token in whose place each stands, prefix included, as :func:`homes`
+            gives it; read behind the prefix only. None: each in its own, and P is N - prefix.
+        prefix: how many leading tokens stay as they are.
+        is_half: whether a channel's partner is D / 2 channels on, turned(x) = (-x2, x1), and not its neighbour,
+            turned(x) = (-x1, x0, -x3, x2, ...).
+
+    Returns:
+        q and k turned, in their dtype: computed in the dtype that it and the table's promote to, and rounded to it
+        behind. Gradients flow to q, k and the table.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device.
+        IndexError, RuntimeError: a place that the table does not have; the kernels give NaN.
+
+    """
+    checks.rotate(q, k, table, home, prefix, is_half)
+    if home is not None:
+        table = _rows(table, home[:, prefix:].long() - prefix)
+    sin, cos = table.chunk(2, dim=-1)
+    return _rotated(q, sin, cos, prefix, is_half), _rotated(k, sin, cos, prefix, is_half)
+
+
+def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    """The original token in whose place each stands after one more merge: that of the group's first member.
+
+    Padding stands nowhere: among others its place is not the first.
+
+    Args:
+        slot: int32 [B, N], onto [0, tokens).
+        tokens: M, the number of tokens that remain.
+        home: int64 [B, N], the same before the merge; None: each of the N in its own place.
+        valid: bool [B, N], false for padding; None: there is none.
+
+    Returns:
+        int64 [B, M].
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device.
+
+    """
+    checks.homes(slot, tokens, home, valid)
+    batch, n = slot.shape
+    order = torch.arange(n, device=slot.device).expand(batch, n)
+    if valid is not None:
+        order = torch.where(valid, order, order + n)
+    first = order.new_full((batch, tokens), 2 * n - 1).scatter_reduce(1, slot.long(), order, "amin")
+    first = torch.where(first < n, first, first - n)
+    return first if home is None else home.gather(1, first)
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """The rows of a table that belong to places [B, M]: [B, H or 1, M, 2 * D]."""
+    places = table.shape[-2]
+    index = torch.where(index < 0, places, index)  # out of range, and not counted from the end
+    table = table[(None,) * (4 - table.dim())]
+    if table.shape[0] == 1:
+        return table[0][:, index].transpose(0, 1)
+    batch = torch.arange(index.shape[0], device=index.device)[:, None]
+    return table.transpose(1, 2)[batch, index].transpose(1, 2)
+
+
+def _rotated(x: Tensor, sin: Tensor, cos: Tensor, prefix: int, is_half: bool) -> Tensor:
+    tokens = x[:, :, prefix:]
+    if is_half:
+        first, second = tokens.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        turned = torch.stack([-tokens[..., 1::2], tokens[..., ::2]], dim=-1).reshape(tokens.shape)
+    tokens = (tokens * cos + turned * sin).to(x.dtype)
+    return tokens if prefix == 0 else torch.cat([x[:, :, :prefix], tokens], dim=2)
