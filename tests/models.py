@@ -38,6 +38,7 @@ HOSTS = {
 def make(name: str, **kwargs) -> nn.Module:
     """A small model of HOSTS in eval mode, float32, with weights that make its tokens differ."""
     host, extra, prefix = HOSTS[name]
+    torch.manual_seed(0)  # whatever ran before
     if host == "vit_relpos_none":
         from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 

@@ -105,6 +105,8 @@ def _small(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     """Two layers, as narrow and for as few patches as the model's class lets them be."""
     patch = kwargs.get("patch_size") or 16
     narrow, head = {"embed_dim": 64, "num_heads": 2}, {"num_classes": 10}
+    if isinstance(kwargs.get("num_kv_heads"), tuple | list):  # one for each layer
+        narrow["num_kv_heads"] = (1, 2)  # type: ignore[assignment]
     for size, wide, more in itertools.product((6 * patch, 96, 192, 224), (narrow, {}), (head, {})):
         torch.manual_seed(0)
         try:
@@ -219,6 +221,9 @@ def _place(merged: Merged, block: nn.Module, args: Any, kwargs: dict[str, Any]) 
     for name, moved in (("rope", merged.rows), ("shared_rel_pos_bias", merged.pairs), ("shared_rel_pos", merged.pairs)):
         if kwargs.get(name) is not None:
             kwargs = {**kwargs, name: moved(kwargs[name])}
+    if len(args) == 3:  # Gemma 4's cosines and sines, [B, N, D]
+        x, *tables = args
+        args = (x, *(table[torch.arange(len(table))[:, None], merged.places(table.shape[1])] for table in tables))
     return args, kwargs
 
 

@@ -85,7 +85,9 @@ def compare(
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
 
-    plan = schedule.plan(r, len(model.blocks), cost.tokens(model), model.num_prefix_tokens)
+    plan = schedule.plan(
+        r, len(model.blocks), cost.tokens(model), tome.patch.auto(copy.deepcopy(model))._tome_prefix()[0]
+    )
     assert model._tome_info["size"].shape[1] == plan.tokens[-1]
 
     # In half precision rounding makes either backend choose a few other pairs than float64 does, and an image with

@@ -59,7 +59,11 @@ def make(host, **changed):
     kwargs = SMALL | HOSTS[host] | changed
     with may_fail_in_older_timm(TypeError, ValueError):
         NaFlexVitCfg(**{key: value for key, value in kwargs.items() if key != "num_classes"})
-        return shaken(NaFlexVit(**kwargs))
+        model = shaken(NaFlexVit(**kwargs))
+        if host == "mixed":  # whose table timm 1.0.29 cannot pad
+            with torch.no_grad():
+                model(patches())
+        return model
 
 
 def patches(grids=GRIDS, length=None, filling=0.0, even=False):
@@ -255,8 +259,9 @@ def test_intermediates_are_on_the_grid(host):
     final, taken = twin.forward_intermediates(images(), indices=[0, 1])
     assert type(final) is torch.Tensor
     assert [tuple(each.shape) for each in taken] == [(2, 32, 6, 6)] * 2
-    twin.prune_intermediate_layers([0, 1])
-    assert twin.r == R[:2]
+    if hasattr(tome.unpatch(copy.deepcopy(twin)), "prune_intermediate_layers"):  # not in timm 1.0.29
+        twin.prune_intermediate_layers([0, 1])
+        assert twin.r == R[:2]
 
 
 @pytest.mark.parametrize("host", ["avg", "axial"])

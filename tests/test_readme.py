@@ -29,7 +29,7 @@ def test_the_tables_are_those_of_the_stored_figures():
 def test_every_table_stands_in_a_document(tables):
     named = [re.findall(r"<!-- (\S+): benchmarks/tables", file.read_text()) for file in tables.DOCUMENTS]
     readme, measured = named
-    assert {"cpu", "headline", "batches", "models"} <= set(readme)
+    assert {"cpu", "headline", "batches", "models", "hosts"} <= set(readme)
     assert sorted(measured) == sorted(tables.TABLES)
 
 
@@ -51,6 +51,7 @@ def results(tables, monkeypatch, tmp_path):
     """A function that stores the figures again, changed."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     stored = {file.stem: json.loads(file.read_text()) for file in (TABLES.parent / "results").glob("*.json")}
+    stored = {name: data for name, data in stored.items() if not name.startswith("diffusion")}
 
     def store(change):
         for name, data in copy.deepcopy(stored).items():
@@ -63,7 +64,7 @@ def results(tables, monkeypatch, tmp_path):
 def test_slower_rows_other_machines_and_other_schedules(tables, results):
     def change(name, data):
         data["conditions"]["gpu" if "gpu" in data["conditions"] else "cpu"] = f"machine of {name}"
-        for each in data["results"]:
+        for each in data.get("results", []):
             if "speedup" in each:
                 each["speedup"] /= 2
         if "batch" in name:
@@ -88,7 +89,7 @@ def test_a_run_without_some_results(tables, results):
             new = {**data["results"][1], "op": "restore", "median_us": 50.0}
             kept = [each for each in data["results"] if each["op"] != "sdpa with a mask"]
             data["results"] = [each for each in kept if each["backend"] != "reference/cuda"] + [new]
-        elif name != "cpu-vit_small":
+        elif name != "cpu-vit_small" and "results" in data:
             data["results"] = [each for each in data["results"] if each["r"] != "(8, -1.0)"]
 
     results(change)

@@ -302,6 +302,7 @@ def test_models_without_a_sequence_of_tokens_are_refused_with_the_reason(name, r
 
 
 @NO_EXTENSION
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # a hint on speed, of torch 2.11
 @every_host
 def test_on_a_gpu_both_backends_give_the_same_logits(host):
     laws.agrees_on_a_gpu(made(host, **WIDE))

@@ -212,6 +212,8 @@ def test_training_and_checkpoints(host):
 
 @pytest.mark.parametrize("host", ["vit", "dinov3", "siglip2", "videomae"])
 def test_compiles_in_one_graph(host):
+    if host == "siglip2" and torch.__version__ < "2.12":
+        pytest.skip(f"torch {torch.__version__} cannot compile SigLIP 2's embedding in one graph")
     model = tome.patch.transformers(make(host, **FEW))
     model.r = 4
     torch.compiler.reset()
