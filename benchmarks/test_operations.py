@@ -40,7 +40,7 @@ GPU = [
 MORE_ATTENTION = [Shape(256, 149, 12, 64, 16), Shape(256, 101, 12, 64, 16), Shape(32, 1369, 16, 64, 40)]
 ACTIVATIONS = ("quick_gelu", "swiglu")
 PLACES = ("rotate", "rotate neighbours", "homes")
-MATCHING = ("match", "kth_match", "random_match", "match+merge", "merge", "unmerge")
+MATCHING = ("match", "kth_match", "random_match", "set_match", "match+merge", "merge", "unmerge")
 NORMS = ("add_norm", "merge_add_norm", "merge_add_norm autocast")
 SDPA = ("sdpa without sizes", "sdpa with a mask")  # PyTorch's attention, to compare with
 
@@ -65,6 +65,8 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     wide = x.float()
     size = torch.randint(1, 5, (b, n), device=device).float()
     slot, tokens = ops.match(k, shape.r, 0), n - shape.r  # no prefix: the last shape merges half of all tokens
+    is_target = torch.arange(n, device=device) % 4 == 0
+    sets = [chosen.nonzero()[:, 0].repeat(b, 1) for chosen in (~is_target, is_target)]
     weight = torch.ones(channels, device=device, dtype=dtype)
     weights = torch.ones(channels, device=device)
     merged = x[:, :tokens].contiguous()
@@ -76,6 +78,7 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
         "match": (lambda: ops.match(k, shape.r, 0), [k]),
         "kth_match": (lambda: ops.kth_match(k, 2, 0), [k]),
         "random_match": (lambda: ops.random_match(k, shape.r, 0), [k]),
+        "set_match": (lambda: ops.set_match(k, *sets, shape.r), [k, *sets]),
         "match+merge": (lambda: ops.merge(x, ops.match(k, shape.r, 0), tokens, size), [k, x, size]),
         "merge": (lambda: ops.merge(x, slot, tokens, size), [x, slot, size]),
         "unmerge": (lambda: ops.unmerge(merged, slot), [merged, slot]),
