@@ -103,11 +103,12 @@ def _bare(kind: type[nn.Module]) -> nn.Module:
 
 def _small(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, Tensor]:
     """Two layers, as narrow and for as few patches as the model's class lets them be."""
-    patch = kwargs.get("patch_size") or 16
+    patch, depth = kwargs.get("patch_size") or 16, kwargs.get("depth", 12)
     narrow, head = {"embed_dim": 64, "num_heads": 2}, {"num_classes": 10}
-    if isinstance(kwargs.get("num_kv_heads"), tuple | list):  # one for each layer
-        narrow["num_kv_heads"] = (1, 2)  # type: ignore[assignment]
-    for size, wide, more in itertools.product((6 * patch, 96, 192, 224), (narrow, {}), (head, {})):
+    for key, value in kwargs.items():  # what differs between layers
+        if isinstance(value, (tuple, list)) and len(value) == depth:
+            narrow[key] = (2, 1) if key == "num_kv_heads" else value[:2]
+    for size, wide, more in itertools.product((6 * patch, 84, 96, 192, 224), (narrow, {}), (head, {})):
         torch.manual_seed(0)
         try:
             sized = {"depth": 2, "img_size": size, **wide, **more}
@@ -182,9 +183,8 @@ class Merged(NamedTuple):
             return torch.arange(n)[None]
         homes = torch.arange(n).expand(self.before[0].shape[0], n)
         for step in self.before:
-            rows = step.tolist()
-            first = [[min(i for i, s in enumerate(row) if s == m) for m in range(max(row) + 1)] for row in rows]
-            homes = homes.gather(1, torch.tensor(first))
+            last = [[max(i for i, s in enumerate(row) if s == m) for m in range(max(row) + 1)] for row in step.tolist()]
+            homes = homes.gather(1, torch.tensor(last))
         return homes.gather(1, tome_reference.follow(self.before).long())
 
     def pairs(self, bias: Tensor) -> Tensor:
@@ -197,6 +197,13 @@ class Merged(NamedTuple):
         table = table if table.dim() == 3 else table[None]
         places = self.places(self.prefix + table.shape[1])[:, self.prefix :] - self.prefix
         return torch.stack([table[:, place] for place in places])
+
+    def members(self, table: Any) -> Any:
+        """The rows of what has one for each token of an image [B, N, D]; anything else as it is."""
+        if not isinstance(table, Tensor) or table.dim() != 3:
+            return table
+        places = self.places(table.shape[1]).expand(len(table), -1)
+        return torch.stack([row[place] for row, place in zip(table, places, strict=True)])
 
 
 def watch(block: nn.Module, row: Any, merged: Merged) -> None:
@@ -218,12 +225,10 @@ def _paired(merged: Merged, whole: Callable[[], Tensor]) -> Tensor:
 
 
 def _place(merged: Merged, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    args = (args[0], *map(merged.members, args[1:]))
     for name, moved in (("rope", merged.rows), ("shared_rel_pos_bias", merged.pairs), ("shared_rel_pos", merged.pairs)):
         if kwargs.get(name) is not None:
             kwargs = {**kwargs, name: moved(kwargs[name])}
-    if len(args) == 3:  # Gemma 4's cosines and sines, [B, N, D]
-        x, *tables = args
-        args = (x, *(table[torch.arange(len(table))[:, None], merged.places(table.shape[1])] for table in tables))
     return args, kwargs
 
 
