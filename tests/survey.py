@@ -183,8 +183,9 @@ class Merged(NamedTuple):
             return torch.arange(n)[None]
         homes = torch.arange(n).expand(self.before[0].shape[0], n)
         for step in self.before:
-            last = [[max(i for i, s in enumerate(row) if s == m) for m in range(max(row) + 1)] for row in step.tolist()]
-            homes = homes.gather(1, torch.tensor(last))
+            rows = step.tolist()
+            first = [[min(i for i, s in enumerate(row) if s == m) for m in range(max(row) + 1)] for row in rows]
+            homes = homes.gather(1, torch.tensor(first))
         return homes.gather(1, tome_reference.follow(self.before).long())
 
     def pairs(self, bias: Tensor) -> Tensor:
