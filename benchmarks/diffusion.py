@@ -1,10 +1,14 @@
 """What merging gains in a step of diffusers' UNets, and how much of the step the self-attention that it shortens takes.
 
-    python benchmarks/diffusion.py [--only NAME] [--batch-size 8] [--ratio 0.5] [--compile] [--json FILE]
+    python benchmarks/diffusion.py [--only NAME] [--batch-size 8] [--ratio 0.5] [--cuda-graph | --compile] [--json FILE]
 
 The UNets have the shapes of Stable Diffusion 1.5 and XL and random weights, so nothing is downloaded. Variants are
 timed in turns, one call each, and medians compared; the baseline is the unpatched UNet with PyTorch's own attention.
-Attention is timed without torch.compile, matching and merging included.
+What attention takes, matching and merging included, is the time of a variant less that of a UNet whose attentions of
+that level give back what they get.
+
+A step of eager modules may wait for the host: then what a GPU saves is not seen, nor is what attention takes.
+``--cuda-graph`` leaves the host out.
 """
 
 from __future__ import annotations
@@ -13,15 +17,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 import tome
 from tome.patch.diffusers_unet import MergingAttention
@@ -59,7 +62,6 @@ SHAPES = {
     "sdxl-2048": (XL, 2048),
     "tiny-128": (TINY, 128),  # to try the script without a GPU
 }
-WATCHED = 3  # calls whose attention is timed
 DEFAULT = ("sd15-512", "sd15-1024", "sdxl-1024")
 
 
@@ -70,7 +72,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--max-downsample", type=int, help="of the patched runs; default: the finest level alone")
     parser.add_argument("--runs", type=int, default=15, help="calls of each variant that are timed")
-    parser.add_argument("--compile", action="store_true", help="compile unpatched and patched UNet alike")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--compile", action="store_true", help="compile unpatched and patched UNet alike")
+    how.add_argument("--cuda-graph", action="store_true", help="capture unpatched and patched UNet alike")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -89,7 +93,7 @@ def main() -> None:
     if options.json is not None:
         head = {
             "device": where(options.device), "torch": torch.__version__, "diffusers": diffusers.__version__,
-            "batch_size": options.batch_size, "compiled": options.compile,
+            "batch_size": options.batch_size, "compiled": options.compile, "cuda_graph": options.cuda_graph,
         }  # fmt: skip
         options.json.write_text(json.dumps(head | {"rows": results}, indent=1) + "\n")
 
@@ -103,59 +107,82 @@ def measured(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     config, pixels = SHAPES[name]
     unet = make(config, options.device)
     given = inputs(unet, config, pixels // 8, options)
-    more = {"max_downsample": options.max_downsample}
+    tome.patch.diffusers(unet, options.ratio, options.max_downsample)
+    shortened = [m for m in unet.modules() if isinstance(m, MergingAttention) and m._tome_level]
+
+    def patch(**how: bool) -> Callable[[], object]:
+        return lambda: tome.patch.diffusers(unpatched(unet, shortened), options.ratio, options.max_downsample, **how)
+
+    def without() -> None:
+        unpatched(unet, shortened)
+        for module in shortened:
+            module.forward = same
+
     variants: dict[str, Callable[[], object]] = {
-        "unpatched": lambda: tome.unpatch(unet),
-        f"ratio {options.ratio}": lambda: tome.patch.diffusers(unet, options.ratio, **more),
-        f"ratio {options.ratio}, share_map": lambda: tome.patch.diffusers(unet, options.ratio, share_map=True, **more),
+        "unpatched": lambda: unpatched(unet, shortened),
+        f"ratio {options.ratio}": patch(),
+        f"ratio {options.ratio}, share_map": patch(share_map=True),
+        "without attention": without,
     }
-    # The self-attentions that a patch would shorten, by their names.
-    tome.patch.diffusers(unet, options.ratio, **more)
-    merging = [m for m in unet.modules() if isinstance(m, MergingAttention) and m._tome_level]
-    tome.unpatch(unet)
-
-    def call() -> Any:
-        return unet(**given).sample
-
-    times: dict[str, list[float]] = {}
-    attention: dict[str, list[float]] = {}
-    for variant, apply in variants.items():
-        apply()
-        for _ in range(2):
-            call()
-        with watched(merging, options.device) as attention[variant]:
-            for _ in range(WATCHED):
-                call()
-        times[variant] = []
-    if options.compile:
+    times = {variant: [] for variant in variants}
+    if options.compile or options.cuda_graph:
+        calls = {}
         for variant, apply in variants.items():
-            times[variant] = compiled(unet, apply, given, options)
-            torch._dynamo.reset()
+            apply()
+            calls[variant] = (compiled if options.compile else captured)(unet, given)
+            if options.compile:  # what was compiled holds for this variant alone
+                times[variant] = [timed(calls[variant], options.device) for _ in range(options.runs)]
+                torch._dynamo.reset()
+        if options.cuda_graph:
+            for _ in range(options.runs):
+                for variant, call in calls.items():
+                    times[variant].append(timed(call, options.device))
     else:
-        for _ in range(options.runs):
+        for run in range(-2, options.runs):
             for variant, apply in variants.items():
                 apply()
-                times[variant].append(timed(call, options.device))
+                spent = timed(lambda: unet(**given), options.device)
+                if run >= 0:
+                    times[variant].append(spent)
     medians = {variant: statistics.median(each) for variant, each in times.items()}
-    eager = {variant: 1e3 * sum(each) / WATCHED for variant, each in attention.items()}
-    base = medians["unpatched"]
+    base, rest = medians["unpatched"], medians.pop("without attention")
     return [
         {
-            "shape": name, "variant": variant, "ms": 1e3 * ms, "gain": base / ms, "attention_ms": eager[variant],
-            "share": eager[variant] / (1e3 * ms), "runs": [1e3 * run for run in times[variant]],
+            "shape": name, "variant": variant, "ms": 1e3 * ms, "gain": base / ms, "attention_ms": 1e3 * (ms - rest),
+            "share": (ms - rest) / ms, "runs": [1e3 * run for run in times[variant]],
         }
         for variant, ms in medians.items()
     ]  # fmt: skip
 
 
-def compiled(
-    unet: nn.Module, apply: Callable[[], object], given: dict[str, Any], options: argparse.Namespace
-) -> list[float]:
-    apply()
+def unpatched(unet: nn.Module, shortened: list[nn.Module]) -> nn.Module:
+    for module in shortened:
+        vars(module).pop("forward", None)
+    return tome.unpatch(unet)
+
+
+def same(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+    return hidden_states
+
+
+def compiled(unet: nn.Module, given: dict[str, Any]) -> Callable[[], object]:
     function = torch.compile(unet)
     for _ in range(3):
         function(**given)
-    return [timed(lambda: function(**given), options.device) for _ in range(options.runs)]
+    return lambda: function(**given)
+
+
+def captured(unet: nn.Module, given: dict[str, Any]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            unet(**given)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        unet(**given)
+    return graph.replay
 
 
 def make(config: dict[str, Any], device: str) -> UNet2DConditionModel:
@@ -201,33 +228,6 @@ def timed(call: Callable[[], object], device: str) -> float:
     ends[1].record()
     torch.cuda.synchronize()
     return ends[0].elapsed_time(ends[1]) / 1e3
-
-
-@contextmanager
-def watched(modules: list[nn.Module], device: str) -> Iterator[list[float]]:
-    """Seconds that each call of these modules takes, matching and merging included; there when the context ends."""
-    spent: list[float] = []
-    marks: list[Any] = []
-
-    def mark(*_: object) -> None:
-        if device == "cuda":
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-
-    handles = [m.register_forward_pre_hook(mark) for m in modules] + [m.register_forward_hook(mark) for m in modules]
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
-    pairs = zip(marks[::2], marks[1::2], strict=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        spent += [start.elapsed_time(end) / 1e3 for start, end in pairs]
-    else:
-        spent += [end - start for start, end in pairs]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from gpu import assert_replays
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
@@ -741,6 +742,20 @@ def test_arguments_out_of_range(arguments, message):
 def test_a_level_of_one_cell_merges_nothing():
     model, given = make("sd1"), inputs("sd1", 1, 1)
     assert torch.equal(run(tome.patch.diffusers(copy.deepcopy(model)), given), run(model, given))
+
+
+@NO_EXTENSION
+@pytest.mark.parametrize("share_map", [False, True])
+def test_in_a_cuda_graph(share_map):
+    """Which no step may leave: nothing waits for a value."""
+    unet = tome.patch.diffusers(make("sd1"), share_map=share_map).cuda()
+    given, others = (
+        {name: value.cuda() for name, value in inputs("sd1", 32, 32, twins=True, timestep=timestep).items()}
+        for timestep in (10, 700)
+    )
+    others["sample"] = others["sample"].flip(2)
+    with torch.no_grad():
+        assert_replays(lambda: unet(**given).sample, list(given.values()), list(others.values()))
 
 
 @NO_EXTENSION

@@ -5,18 +5,18 @@ Each returns the model, whose ``r`` then takes a schedule (:mod:`tome.schedule`)
 
 from __future__ import annotations
 
-from fractions import Fraction
 from importlib import import_module
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from torch import nn
 
 from tome.matching import Rule, chosen
+from tome.patch import grid
 from tome.patch.model import merged
 from tome.patch.own import QkvAttention
 from tome.patch.own import apply_patch as _patch_own
 from tome.patch.row import ModelSettings, Row
-from tome.patch.swap import UnsupportedModelError, unpatch
+from tome.patch.swap import M, UnsupportedModelError, unpatch
 from tome.tokens import Tokens
 
 __all__ = [
@@ -195,9 +195,6 @@ def custom(
     return _patch_own(model, settings, blocks, row, prefix)
 
 
-M = TypeVar("M")
-
-
 def diffusers(
     model: M,
     ratio: float = 0.5,
@@ -245,21 +242,9 @@ def diffusers(
         ValueError: an argument out of its range, or one with which nothing would merge.
 
     """
-    for name, wanted, value in (
-        ("merge_attn", True, merge_attn),
-        ("merge_crossattn", False, merge_crossattn),
-        ("merge_mlp", False, merge_mlp),
-    ):
-        if value is not wanted:
-            raise ValueError(f"{name} must be {wanted}, got {value!r}: tokens merge around self-attention alone")
-    for name, least in (("sx", sx), ("sy", sy), ("max_downsample", 1 if max_downsample is None else max_downsample)):
-        if not isinstance(least, int) or least < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {least!r}")
-    if not 0 <= ratio <= 1 - 1 / (sx * sy):
-        raise ValueError(f"ratio must be in [0, {1 - 1 / (sx * sy):g}] for cells of {sx} x {sy}, got {ratio!r}")
+    merges = {"merge_attn": merge_attn, "merge_crossattn": merge_crossattn, "merge_mlp": merge_mlp}
+    grid.check(ratio, max_downsample, sx, sy, merges)
     host = import_module("tome.patch.diffusers_unet")
-    share = Fraction(ratio).limit_denominator(1000)
-    backend = _backend(use_cuda_ext)
-    settings = host.Settings(share.as_integer_ratio(), sx, sy, use_rand, seed, share_map, share_guidance, backend)
-    host.apply_patch(model, settings, max_downsample)
+    own = sx, sy, use_rand, seed, share_map, share_guidance, _backend(use_cuda_ext)
+    host.apply_patch(model, host.Settings(grid.share(ratio), *own), max_downsample)
     return model

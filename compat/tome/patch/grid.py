@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,21 @@ def _mixed(x: Tensor) -> Tensor:
         x = x ^ (x >> shift)
         x = (x * factor) & WORD
     return x ^ (x >> 16)
+
+
+def check(ratio: float, max_downsample: int | None, sx: int, sy: int, merges: dict[str, bool]) -> None:
+    """Refuse arguments of :func:`tome.patch.diffusers` that are out of range."""
+    for name, value in merges.items():
+        wanted = name == "merge_attn"
+        if value is not wanted:
+            raise ValueError(f"{name} must be {wanted}, got {value!r}: tokens merge around self-attention alone")
+    for name, least in (("sx", sx), ("sy", sy), ("max_downsample", 1 if max_downsample is None else max_downsample)):
+        if not isinstance(least, int) or least < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {least!r}")
+    if not 0 <= ratio <= 1 - 1 / (sx * sy):
+        raise ValueError(f"ratio must be in [0, {1 - 1 / (sx * sy):g}] for cells of {sx} x {sy}, got {ratio!r}")
+
+
+def share(ratio: float) -> tuple[int, int]:
+    """Numerator and denominator, of which a product with a count of tokens is an integer, and no symbol."""
+    return Fraction(ratio).limit_denominator(1000).as_integer_ratio()
