@@ -24,6 +24,14 @@ def of(entries, name):
     return next(entry for entry in entries if entry.name == name)
 
 
+def stored(entries):
+    """The lines of docs/hosts.md on this timm; older ones cannot make all that they name, or not in float64."""
+    lines, version = survey.read(survey.PAGE.read_text()), entries[0].library
+    if {line.library for line in lines if line.library.startswith("timm ")} != {version}:
+        pytest.skip(f"docs/hosts.md is not about {version}")
+    return [line for line in lines if line.library == version]
+
+
 def is_small(entry):
     return getattr(entry.make, "func", None) is survey._small
 
@@ -38,6 +46,7 @@ def test_every_name_is_asked(entries):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of timm
 def test_one_of_each_kind_is_supported(entries):
+    assert stored(entries)
     kinds = {(entry.family, entry.variant): entry for entry in reversed(entries) if is_small(entry)}
     assert len(kinds) >= 8
     refused = {entry.name: reason for entry in kinds.values() if (reason := survey.outcome(entry)) is not None}
@@ -80,7 +89,7 @@ def half(x, branch, *others):
     [
         ("beit_base_patch16_224", "tome.patch.timm_bias.paired", ignored_places),
         ("vit_relpos_base_patch16_224", "tome.patch.timm_bias.size_bias", lambda size: size[:, None, None] * 0),
-        ("vit_base_patch16_xp_224", "tome.tokens.Tokens.weights", lambda self, by_size: None),
+        ("vit_pwee_patch16_reg1_gap_256", "tome.tokens.Tokens.weights", lambda self, by_size: None),
         ("vit_base_patch16_18x2_224", "tome.patch.timm_parallel.add", half),
         ("cait_xxs24_224", "tome.patch.timm_cait.size_bias", lambda size: size[:, None, None]),
         ("vit_tiny_patch16_224", "tome.schedule.merged", lambda entry, free: 3),
@@ -110,10 +119,7 @@ def test_the_table_is_read_as_it_is_written(entries):
 
 
 def test_the_stored_table_holds_what_the_library_has(entries):
-    stored, version = survey.read(survey.PAGE.read_text()), entries[0].library
-    if {line.library for line in stored if line.library.startswith("timm ")} != {version}:
-        pytest.skip(f"docs/hosts.md is not about {version}")
-    ours = [line for line in stored if line.library == version]
+    ours = stored(entries)
     assert sum(line.names for line in ours) == len(entries)
     assert sum(line.weights for line in ours) == sum(entry.weights for entry in entries)
     for line in ours:

@@ -12,6 +12,7 @@ from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import Beside, Call, Place, Qkv, Row
+from tome.patch.swap import UnsupportedModelError
 from tome.patch.timm_host import TimmModel
 from tome.patch.timm_vit import TimmAttention, TimmBlock
 from tome.recording import record
@@ -96,14 +97,14 @@ class ParallelBlock(MergingLater):
     @classmethod
     def attentions(cls, block: Any) -> dict[str, Any]:
         """None: the block itself has the parts of one."""
+        if getattr(block, "qkv_bias", None) is not None:  # timm 1.0.20 adds it where the MLP's bias should be
+            raise UnsupportedModelError(f"{type(block).__name__}: its biases are in the wrong order; use a newer timm")
         return {}
 
     def _merged(self, tokens: Tokens, beside: Beside) -> Tokens:
         kind, block = cast(TimmAttention, self._tome_row.attention), cast(Any, self)
         if has_hooks(block.attn_drop) and not block.fused_attn:
             raise self.refused("attn_drop has hooks or a forward of its own, and merged tokens do not pass through it")
-        if getattr(block, "qkv_bias", None) is not None:  # timm 1.0.20, which puts it where the MLP's should be
-            raise self.refused("its biases of q, k, v and of the MLP are no part of its layers: use a newer timm")
         tokens = tokens.added()
         made = block.in_proj(block.in_norm(tokens.unadded))
         hidden, qkv = made.split([block.in_split[0], sum(block.in_split[1:])], dim=2)
