@@ -86,13 +86,12 @@ def machine(data: Data) -> str:
     return f"{where}, Python {said['python']}, torch {said['torch']}, timm {said['timm']}"
 
 
-def measured(what: str, runs: dict[str, Data]) -> list[str]:
+def measured(what: str, runs: dict[str, Data], script: str = "headline") -> list[str]:
     """What a table was measured on, and by which command; of several runs, the first command and what runs them all."""
     machines = "; ".join(dict.fromkeys(map(machine, runs.values())))
     command = f"`{' '.join(COMMANDS[next(iter(runs))].split())}`"
     if len(runs) > 1:
-        whole_script = "hosts" if next(iter(runs)).startswith("hosts-") else "headline"
-        command += f" and {len(runs) - 1} more like it, all by `python benchmarks/{whole_script}.py`"
+        command += f" and {len(runs) - 1} more like it, all by `python benchmarks/{script}.py`"
     return ["", f"{what}; {machines}; {command}."]
 
 
@@ -176,7 +175,7 @@ def hosts() -> list[str]:
             cells += [whole(rates[saved]), *ratios]
         unpatched = f"{whole(rates['eager'])}, {whole(compiled) if compiled else 'not measured'}"
         lines.append(row(name, data["batch"], unpatched, *cells, f"{small['eager']:.1f}, {small['1.5x']:.1f}"))
-    return [*lines, *measured("float16, random weights, patched models eager", runs)]
+    return [*lines, *measured("float16, random weights, patched models eager", runs, "hosts")]
 
 
 def sweep() -> list[str]:

@@ -31,6 +31,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param[1])
 
 
+@pytest.fixture
+def reference_without_gradients() -> Iterator[None]:
+    """The reference backend, and no gradients but where a test turns them on."""
+    with use_backend("reference"), torch.no_grad():
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Choose the backend of the ``device`` fixture, and for nothing but the test: the fixture outlives it."""

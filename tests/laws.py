@@ -89,17 +89,23 @@ def survives_copies(model: nn.Module) -> None:
     assert list(model.state_dict()) == names
 
 
-def trains(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients are finite, the same with checkpoints; they are returned."""
-    tome.patch.timm(model).train().r = 4
+def gradients(model: nn.Module, *inputs: Any) -> list[dict[str, Tensor]]:
+    """The gradients by the names of the parameters that have one, without checkpoints and with them."""
     found = []
     for checkpointed in (False, True):
         model.set_grad_checkpointing(checkpointed)
         model.zero_grad()
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # for what drops, or moves its coordinates as Sapiens2 does
         with torch.enable_grad():
-            model(images()).square().sum().backward()
+            model(*inputs).square().sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+def trains(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients are finite, the same with checkpoints; they are returned."""
+    tome.patch.timm(model).train().r = 4
+    found = gradients(model, images())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
     assert all(grad.isfinite().all() for grad in found[0].values())
     assert len(found[0]) == sum(p.requires_grad for p in model.parameters())

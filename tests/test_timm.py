@@ -16,10 +16,7 @@ every_host = pytest.mark.parametrize("host", HOSTS)
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    with tome.use_backend("reference"), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("reference_without_gradients")
 
 
 @every_host

@@ -39,10 +39,7 @@ HOSTS = {
 every_host = pytest.mark.parametrize("host", HOSTS)
 
 
-@pytest.fixture(autouse=True)
-def reference_backend():
-    with tome.use_backend("reference"), torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("reference_without_gradients")
 
 
 def made(host, **kwargs):

@@ -35,7 +35,7 @@ def rotate(
     """
     checks.rotate(q, k, table, home, prefix, is_half)
     if home is not None:
-        table = _rows(table, home[:, prefix:].long() - prefix)
+        table = rows(table, home[:, prefix:].long() - prefix)
     sin, cos = table.chunk(2, dim=-1)
     return _rotated(q, sin, cos, prefix, is_half), _rotated(k, sin, cos, prefix, is_half)
 
@@ -68,8 +68,8 @@ def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor |
     return first if home is None else home.gather(1, first)
 
 
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    """The rows of a table that belong to places [B, M]: [B, H or 1, M, 2 * D]."""
+def rows(table: Tensor, index: Tensor) -> Tensor:
+    """The rows of a table [P, E], [H, P, E] or [B or 1, H or 1, P, E] at places int64 [B, M]: [B, H or 1, M, E]."""
     places = table.shape[-2]
     index = torch.where(index < 0, places, index)  # out of range, and not counted from the end
     table = table[(None,) * (4 - table.dim())]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tome import backend, ops
 from tome.patch import grid
-from tome.patch.swap import Patched, UnsupportedModelError, base_of, check_block, check_own, parts_of, swap
+from tome.patch.swap import Patched, UnsupportedModelError, base_of, check_block, check_own, name_of, parts_of, swap
 from tome.recording import PART, record
 
 KEY = "tome"  # in cross_attention_kwargs
@@ -215,7 +215,7 @@ def _denoiser(model: Any) -> tuple[str, nn.Module]:
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("diffusers.models.")
+    return name_of(kind, "diffusers.models.")
 
 
 def _levels(denoiser: Any) -> Iterator[tuple[str, int]]:

@@ -52,6 +52,11 @@ class PatchedModel(Patched):
             block._tome = BlockSettings(name, entries[i].as_integer_ratio(), prefix, i == len(blocks) - 1, settings)
 
     @property
+    def _tome_merges(self) -> bool:
+        """Whether any block may merge tokens."""
+        return any(block._tome.entry for block in self._tome_blocks().values())
+
+    @property
     def _tome_info(self) -> Mapping[str, Any]:
         """What scripts for the original package read; size and source are those of the last pass."""
         blocks = list(self._tome_blocks().values())
@@ -117,6 +122,14 @@ class Holder(Patched):
         return cast(nn.Module, self).get_submodule(self._tome_path)
 
     r, _tome_info = PassedOn("_tome_inner", "r"), PassedOn("_tome_inner", "_tome_info")
+
+
+def begin(model: nn.Module, kind: type[PatchedModel], settings: ModelSettings) -> None:
+    """Make a model whose blocks are patched one that has ``r``, which is 0."""
+    swap(model, kind)
+    patched = cast(PatchedModel, model)
+    patched._tome = settings
+    patched.r = 0
 
 
 def hold(model: nn.Module, path: str) -> None:

@@ -13,10 +13,10 @@ from tome.patch import plain, timm_host
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
 from tome.patch.mha import MhaBlock, MultiheadAttention, check
-from tome.patch.model import Intermediates, hold
+from tome.patch.model import Intermediates, begin, hold
 from tome.patch.plain import has_hooks, through
 from tome.patch.row import Attention, Call, ModelSettings, Place, Qkv, Row
-from tome.patch.swap import UnsupportedModelError, base_of, check_own, swap
+from tome.patch.swap import UnsupportedModelError, base_of, check_own, name_of, swap
 from tome_reference.halves import split
 
 HOME = "open_clip.transformer"
@@ -115,21 +115,19 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
         )
     check_own("visual", tower)
     blocks = _blocks(tower)
-    check(blocks, lambda block: BLOCKS.get(_name(base_of(block))))
+    check(blocks, lambda block: BLOCKS.get(name_of(base_of(block))))
     for name, block in blocks.items():
         if getattr(cast(Any, block).attn, "logit_scale", None) is not None:
             raise UnsupportedModelError(f"{name}.attn: attention by cosines is not supported, nor can open_clip run it")
     for part in tower.modules():
-        if _name(type(part)) in NORMS:
+        if name_of(type(part)) in NORMS:
             plain.NORMS[type(part)] = True
-        elif _name(type(part)) == f"{HOME}.QuickGELU":
+        elif name_of(type(part)) == f"{HOME}.QuickGELU":
             plain.GELUS[type(part)] = lambda _: "quick"
     for block in blocks.values():
-        swap(block, BLOCKS[_name(base_of(block))])
+        swap(block, BLOCKS[name_of(base_of(block))])
     swap_ends([tower.conv1], tower.ln_post)
-    swap(tower, VisionTransformer)
-    tower._tome = settings
-    tower.r = 0
+    begin(tower, VisionTransformer, settings)
     hold(model, "visual" if tower is not model else "")
     return model
 
@@ -139,8 +137,4 @@ def _blocks(tower: Any) -> dict[str, nn.Module]:
 
 
 def _names(module: object) -> set[str]:
-    return {_name(kind) for kind in type(module).__mro__}
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return {name_of(kind) for kind in type(module).__mro__}

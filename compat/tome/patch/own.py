@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tome.patch.block import MergingBlock
 from tome.patch.mha import MhaBlock
-from tome.patch.model import PatchedModel
+from tome.patch.model import PatchedModel, begin
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import Attention, Call, ModelSettings, Place, Qkv, Row
 from tome.patch.swap import UnsupportedModelError, check_block, check_own, check_parts, swap
@@ -132,10 +132,9 @@ def apply_patch(model: nn.Module, settings: ModelSettings, path: str, row: Row, 
     for block in inside:
         swap(block, OwnBlock)
         block._tome_row = row
-    swap(model, OwnModel)
-    patched: Any = model
-    patched._tome, patched._tome_path, patched._tome_protected = settings, path, prefix
-    patched.r = 0
+    told: Any = model
+    told._tome_path, told._tome_protected = path, prefix
+    begin(model, OwnModel, settings)
     return model
 
 

@@ -96,6 +96,11 @@ def check_block(name: str, block: nn.Module) -> None:
         )
 
 
+def name_of(kind: type, home: str = "") -> str:
+    """A class by its module and name, without what it begins with where that is ``home``."""
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix(home)
+
+
 def check_parts(name: str, module: nn.Module, known: Collection[str]) -> None:
     """Refuse a module with children of other names."""
     unknown = sorted({child for child, _ in module.named_children()} - set(known))

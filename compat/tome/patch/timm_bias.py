@@ -97,16 +97,7 @@ class BeitAttention(PairAttention):
     own = "relative_position_bias_table"
 
     def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
-        if attn.q_bias is None:
-            qkv = call(attn.qkv, y)
-        else:
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            if attn.qkv_bias_separate:
-                qkv = call(attn.qkv, y)
-                qkv += bias
-            else:
-                qkv = F.linear(y, attn.qkv.weight, bias)
-        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.biased(attn, y, call).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def bias(self, attn: Any, shared: Tensor | None) -> Tensor | None:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tome import ops
 from tome.patch.block import MergingBlock
-from tome.patch.plain import AttentionParts, NotPlain, Reading
+from tome.patch.plain import AttentionParts, Reading
 from tome.patch.rotary import rows
 from tome.patch.row import NOTHING, Beside, Call, Place, Qkv, Row
 from tome.patch.timm_host import TimmModel
@@ -47,15 +45,7 @@ class RotaryAttention(TimmAttention):
             kv_heads = getattr(attn, "num_kv_heads", attn.num_heads)
             parts = ((attn.q_proj, attn.num_heads), (attn.k_proj, kv_heads), (attn.v_proj, kv_heads))
             return cast(Qkv, tuple(call(part, y).unflatten(2, (h, -1)).transpose(1, 2) for part, h in parts))
-        if getattr(attn, "q_bias", None) is None:
-            qkv = call(attn.qkv, y)
-        else:
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-            if attn.qkv_bias_separate:
-                qkv = call(attn.qkv, y)
-                qkv += bias
-            else:
-                qkv = F.linear(y, attn.qkv.weight, bias)
+        qkv = self.biased(attn, y, call)
         return cast(Qkv, qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
 
     def whole(self, attn: Any, y: Tensor, bias: Tensor | None, place: Place) -> Tensor:
@@ -67,10 +57,7 @@ class RotaryAttention(TimmAttention):
         return all(reader is None or type(reader) is nn.Linear for reader in readers)
 
     def read(self, reading: Reading, attn: Any) -> AttentionParts:
-        if attn._modules.get("gate") is not None:
-            raise NotPlain("attention has a gate")
-        reading.inert(attn, "norm", "proj_drop", "attn_drop")
-        return AttentionParts(None, reading.linear(attn, "proj"))
+        return AttentionParts(None, self.read_end(reading, attn))
 
 
 class RotaryBlock(TimmBlock):

@@ -19,10 +19,10 @@ from torch import nn
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
-from tome.patch.model import Intermediates, hold, pass_on
+from tome.patch.model import Intermediates, begin, hold, pass_on
 from tome.patch.refusals import reason
 from tome.patch.row import ModelSettings
-from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, check_parts, swap
+from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, check_parts, name_of, swap
 from tome.tokens import GatedParts
 
 # Each has tables by "file.Class": BLOCKS, and MODELS, where a name says in which attribute the model itself stands.
@@ -93,15 +93,11 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
         inner, path = getattr(inner, host), host
         host = _lookup("MODELS", inner)
         check_own(path, inner)
-    for i, block in enumerate(inner.blocks):
-        _check_block(f"blocks.{i}", block)
-    for i, block in enumerate(inner.blocks):
-        mixin = _mixin(f"blocks.{i}", block)
+    mixins = [_checked(f"blocks.{i}", block) for i, block in enumerate(inner.blocks)]
+    for block, mixin in zip(inner.blocks, mixins, strict=True):
         swap(block, host._tome_variants.get(mixin, mixin))
     _swap_parts(inner)
-    swap(inner, host)
-    inner._tome = settings
-    inner.r = 0
+    begin(inner, host, settings)
     hold(outer, path)
     return model
 
@@ -123,7 +119,7 @@ def _lookup(table: str, thing: object) -> Any:
 def _found(table: str, thing: object) -> Iterator[Any]:
     """What families say of a class (of a block: of exactly this one), or of an instance's class and those above it."""
     kinds = (thing,) if isinstance(thing, type) else type(thing).__mro__
-    names = [f"{kind.__module__}.{kind.__qualname__}".removeprefix("timm.models.") for kind in kinds]
+    names = [name_of(kind, "timm.models.") for kind in kinds]
     tables = [getattr(import_module(f"tome.patch.{family}"), table) for family in FAMILIES]
     return (table[name] for name in names for table in tables if name in table)
 
@@ -132,13 +128,15 @@ def _swap_parts(model: Any) -> None:
     swap_ends([getattr(getattr(model, "patch_embed", None), "proj", None)], getattr(model, "norm", None))
 
 
-def _check_block(name: str, block: Any) -> None:
+def _checked(name: str, block: Any) -> type[MergingBlock]:
+    """How a block is patched, if all its parts are understood."""
     check_block(name, block)
     mixin = _mixin(name, block)
     row = mixin._tome_row
     check_parts(name, block, row.children)
     for path, attn in mixin.attentions(block).items():
         check_parts(f"{name}.{path}", attn, row.attention.parts)
+    return mixin
 
 
 def _mixin(name: str, block: Any) -> type[MergingBlock]:

@@ -53,7 +53,7 @@ class NaFlexModel(AnySizeModel):
 
     def _forward_embeds(self, x: Any, patch_coord: Any, patch_valid: Any, attn_mask: Any) -> Any:
         """As in timm, which makes the mask of ``patch_valid`` where it is given none."""
-        if attn_mask is not None and any(block._tome.entry for block in self._tome_blocks().values()):
+        if attn_mask is not None and self._tome_merges:
             raise UnsupportedModelError(
                 f"{type(self).__name__} takes no attn_mask where tokens merge: mark padding with patch_valid"
             )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ from tome.patch.block import MergingBlock
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
 from tome.patch.row import Attention, Call, Place, Qkv, Row
 from tome.patch.timm_host import TimmModel
-from tome.tokens import MlpParts
+from tome.tokens import Linear, MlpParts
 
 
 class TimmAttention(Attention):
@@ -22,6 +24,17 @@ class TimmAttention(Attention):
 
     def project(self, attn: Any, y: Tensor, call: Call) -> Qkv:
         return self.heads(attn, call(attn.qkv, y), call)
+
+    def biased(self, attn: Any, y: Tensor, call: Call) -> Tensor:
+        """Q, k, v in one [B, N, 3 C], of a module that keeps the biases of q and v beside the weight."""
+        if getattr(attn, "q_bias", None) is None:
+            return call(attn.qkv, y)
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        if not attn.qkv_bias_separate:
+            return F.linear(y, attn.qkv.weight, bias)
+        qkv = call(attn.qkv, y)
+        qkv += bias
+        return qkv
 
     def heads(self, attn: Any, qkv: Tensor, call: Call) -> Qkv:
         """Q, k, v in one [B, N, 3 C], each split into heads, and normed."""
@@ -55,16 +68,21 @@ class TimmAttention(Attention):
     def reads_linearly(self, attn: Any) -> bool:
         return type(attn.qkv) is nn.Linear
 
-    def read(self, reading: Reading, attn: Any) -> AttentionParts:
+    def read_end(self, reading: Reading, attn: Any) -> Linear:
+        """The projection; raises NotPlain where more stands between it and the heads."""
         if attn._modules.get("gate") is not None:
             raise NotPlain("attention has a gate")
         reading.inert(attn, "norm", "proj_drop", "attn_drop")
+        return reading.linear(attn, "proj")
+
+    def read(self, reading: Reading, attn: Any) -> AttentionParts:
+        proj = self.read_end(reading, attn)
         try:
             reading.inert(attn, "q_norm", "k_norm")
             qkv = reading.linear(attn, "qkv")
         except NotPlain:
             qkv = None
-        return AttentionParts(qkv, reading.linear(attn, "proj"))
+        return AttentionParts(qkv, proj)
 
 
 class TimmBlock(MergingBlock):

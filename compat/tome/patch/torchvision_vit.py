@@ -9,9 +9,9 @@ from torch import nn
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
 from tome.patch.mha import MhaBlock, MultiheadAttention, check
-from tome.patch.model import PatchedModel
+from tome.patch.model import PatchedModel, begin
 from tome.patch.row import ModelSettings, Row
-from tome.patch.swap import UnsupportedModelError, base_of, check_own, swap
+from tome.patch.swap import UnsupportedModelError, base_of, check_own, name_of, swap
 
 HOME = "torchvision.models.vision_transformer"
 MODELS = {f"{HOME}.VisionTransformer"}
@@ -43,7 +43,7 @@ def layers(model: Any) -> dict[str, nn.Module]:
 
 def knows(model: nn.Module) -> bool:
     """Whether the model, or what its class is made from, is one of MODELS."""
-    return any(f"{kind.__module__}.{kind.__qualname__}" in MODELS for kind in type(model).__mro__)
+    return any(name_of(kind) in MODELS for kind in type(model).__mro__)
 
 
 def known_models() -> list[str]:
@@ -69,12 +69,10 @@ def install(
 
     def mixin_of(block: nn.Module) -> type[MergingBlock] | None:
         base = base_of(block)
-        return mixin if known & {base.__qualname__, f"{base.__module__}.{base.__qualname__}"} else None
+        return mixin if known & {base.__qualname__, name_of(base)} else None
 
     check(layers(model), mixin_of)
     for layer in layers(model).values():
         swap(layer, mixin)
     swap_ends([getattr(model, "conv_proj", None)], getattr(model.encoder, "ln", None))
-    swap(model, kind)
-    model._tome = settings
-    model.r = 0
+    begin(model, kind, settings)

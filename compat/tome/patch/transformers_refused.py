@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from tome.patch.swap import name_of
+
 WINDOWS = "attends within windows of a grid, from which no token can be missing"
 STAGES = "stands in stages, between which neighbouring tokens are pooled"
 PACKED = "takes the tokens of several images as one sequence, and groups of neighbours are joined behind it"
@@ -42,7 +44,7 @@ def why_refused(model: nn.Module) -> str | None:
     """The first layer of the model that merging cannot work with, and the reason; None where none is known."""
     for path, module in model.named_modules():
         kind = type(module)
-        reason = REFUSED.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models."))
+        reason = REFUSED.get(name_of(kind, "transformers.models."))
         if reason is not None:
             return f"{path}: {kind.__name__} {reason}"
     return None

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.ends import swap_ends
-from tome.patch.model import PatchedModel, hold
+from tome.patch.model import PatchedModel, begin, hold
 from tome.patch.row import ModelSettings
-from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, swap
+from tome.patch.swap import UnsupportedModelError, base_of, check_block, check_own, name_of, swap
 from tome.patch.transformers_layers import (
     GATED_MLPS,
     CLIPBlock,
@@ -86,7 +86,7 @@ DROP_PATHS = {f"{_DINOV2}DropPath", f"{_REGISTERS}DropPath", "dinov3_vit.modelin
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models.")
+    return name_of(kind, "transformers.models.")
 
 
 def _tower(module: object) -> Tower | None:
@@ -127,7 +127,7 @@ class TransformersTower(PatchedModel):
         masks += [other for other in args[1:] if isinstance(other, Tensor)]
         if not masks:
             kwargs["tome_unmasked"] = True
-        elif any(mask.dim() > 2 for mask in masks if isinstance(mask, Tensor)) and any(self._tome_info["r"]):
+        elif any(mask.dim() > 2 for mask in masks if isinstance(mask, Tensor)) and self._tome_merges:
             raise UnsupportedModelError(
                 f"{type(self).__name__} merges under a mask of padding [B, N] only: another tells queries apart"
             )
@@ -191,9 +191,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
                 swap(layer.get_submodule(path_inside), inside.mixin)
         swap(layer, kind)
     swap_ends(inner.modules(), getattr(inner, tower.norm, None))
-    swap(inner, TransformersTower)
-    inner._tome = settings
-    inner.r = 0
+    begin(inner, TransformersTower, settings)
     hold(model, path)
     return model
 
