@@ -38,8 +38,8 @@ GPU = [
     Shape(8, 4096, 10, 64, 2048),
 ]
 MORE_ATTENTION = [Shape(256, 149, 12, 64, 16), Shape(256, 101, 12, 64, 16), Shape(32, 1369, 16, 64, 40)]
-ACTIVATIONS = ("quick_gelu", "swiglu")
-PLACES = ("rotate", "rotate neighbours", "homes")
+ACTIVATIONS = ("quick_gelu", "swiglu", "swiglu_norm")
+PLACES = ("rotate", "rotate neighbours", "homes", "pair_bias")
 MATCHING = ("match", "kth_match", "random_match", "set_match", "match+merge", "merge", "unmerge")
 NORMS = ("add_norm", "merge_add_norm", "merge_add_norm autocast")
 SDPA = ("sdpa without sizes", "sdpa with a mask")  # PyTorch's attention, to compare with
@@ -71,6 +71,7 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     weights = torch.ones(channels, device=device)
     merged = x[:, :tokens].contiguous()
     table, home = torch.randn(n, 2 * shape.d, device=device), torch.arange(n, device=device).repeat(b, 1)
+    pairs, m = torch.randn(shape.heads, n, n, device=device).to(dtype), min(n, 600)  # no mask is larger than that
     hidden = torch.randn(b, n, 4 * channels, device=device).to(dtype)
     gate, value = hidden.chunk(2, dim=2)
     mask = size.log().to(dtype)[:, None, None, :]
@@ -88,6 +89,11 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
         "homes": (lambda: ops.homes(slot, tokens, home), [slot, home]),
         "quick_gelu": (lambda: ops.quick_gelu(hidden), [hidden]),
         "swiglu": (lambda: ops.swiglu(gate, value), [gate, value]),
+        "swiglu_norm": (
+            lambda: ops.swiglu_norm(gate, value, 2 * channels, None, None, 1e-6),
+            [gate, value],
+        ),
+        "pair_bias": (lambda: ops.pair_bias(pairs, home[:, :m], size[:, :m]), [pairs, home[:, :m], size[:, :m]]),
         "sdpa without sizes": (lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v]),
         "sdpa with a mask": (lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), [q, k, v, mask]),
         "add_norm": (

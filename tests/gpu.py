@@ -69,13 +69,13 @@ def assert_writes_nothing_else(call: Call, *sizes: int) -> None:
     assert all(size % 512 == 0 for size in sizes)
     call()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     poison, gaps = [], []
-    for size in sizes:
-        blocks = [torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda") for _ in range(9)]
-        gaps.append(blocks.pop(4).data_ptr())  # given back: the block that fits the output best
-        poison += blocks
-    outputs = tensors(call())
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool()):  # in which nothing else has left a gap
+        for size in sizes:
+            blocks = [torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda") for _ in range(9)]
+            gaps.append(blocks.pop(4).data_ptr())  # given back: the block that fits the output best
+            poison += blocks
+        outputs = tensors(call())
     torch.cuda.synchronize()
     assert {output.data_ptr() for output in outputs} == set(gaps)
     assert all(bool((block == 0xA5).all()) for block in poison)

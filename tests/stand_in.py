@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tome_reference
@@ -104,6 +105,11 @@ def _rotate(
     return tuple(x.transpose(1, 2).clone(memory_format=torch.contiguous_format) for x in found)
 
 
+def _pair_bias(bias: Tensor, home: Tensor, key_bias: Tensor | None) -> Tensor:
+    mask = tome_reference.pair_bias(bias, home, key_bias)
+    return F.pad(mask, (0, -home.shape[1] % 8))
+
+
 def _merge_add_norm(x: Tensor, branch: Tensor | None, slot: Tensor | None, tokens: int, *others: Any) -> Any:
     size, weight, bias, eps, gamma, norm_dtype, training = others
     out, y, total = tome_reference.merge_add_norm(x, branch, slot, tokens, size, weight, bias, eps, gamma, norm_dtype)
@@ -180,8 +186,10 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "restore": tome_reference.restore,
     "rotate": _rotate,
     "homes": tome_reference.homes,
+    "pair_bias": _pair_bias,
     "quick_gelu": lambda x: tome_reference.quick_gelu(x).contiguous(),
     "swiglu": lambda gate, x: tome_reference.swiglu(gate, x).contiguous(),
+    "swiglu_norm": lambda *args: tome_reference.swiglu_norm(*args).contiguous(),
     "attention": lambda q, k, v, size, scale: (
         tome_reference.attention(q, k, v, size, scale).transpose(1, 2).contiguous()
     ),

@@ -145,5 +145,5 @@ def test_on_a_gpu(dtype):
     assert_same_bits(lambda: [tome_cuda.quick_gelu(x), tome_cuda.swiglu(gate, x)])
     others: list[Tensor] = [torch.randn_like(gate), torch.randn_like(x)]
     assert_replays(lambda: [tome_cuda.quick_gelu(x), tome_cuda.swiglu(gate, x)], (gate, x), others)
-    torch.library.opcheck(torch.ops.tome_cuda.quick_gelu.default, (x,))
-    torch.library.opcheck(torch.ops.tome_cuda.swiglu.default, (gate, x))
+    torch.library.opcheck(tome_cuda.operators().quick_gelu.default, (x,))
+    torch.library.opcheck(tome_cuda.operators().swiglu.default, (gate, x))

@@ -149,7 +149,16 @@ def test_patches_are_those_of_unfold(dtype, height, width, layout):
     x = x[..., 1:] if layout == "sliced" else x
     x = x.contiguous(memory_format=torch.channels_last) if layout == "channels last" else x
     expected = F.unfold(x.double(), (height, width), stride=(height, width)).transpose(1, 2).to(dtype)
-    assert torch.equal(ends.patches(x, height, width), expected)
+    assert torch.equal(ends.patches(x, (height, width)), expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "frames first"])
+def test_patches_of_a_video(layout):
+    x = torch.randn(2, 4, 3, 6, 16) if layout == "contiguous" else torch.randn(2, 3, 4, 6, 16).transpose(1, 2)
+    conv = nn.Conv3d(4, 5, (1, 3, 8), (1, 3, 8))
+    expected = conv(x).flatten(2).transpose(1, 2)
+    found = F.linear(ends.patches(x, (1, 3, 8)), conv.weight.flatten(1), conv.bias)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.fixture
@@ -199,6 +208,11 @@ def test_only_convolutions_over_whole_patches_are_products():
     for conv, expected in (
         (nn.Conv2d(3, 8, 16, 16), True),
         (nn.Conv2d(3, 8, (4, 8), (4, 8)), True),
+        (nn.Conv2d(3, 8, 16, 16, padding="valid"), True),
+        (nn.Conv2d(3, 8, 1, padding="same"), False),
+        (nn.Conv3d(3, 8, (2, 16, 16), (2, 16, 16)), True),
+        (nn.Conv3d(3, 8, (2, 16, 16), (1, 16, 16)), False),
+        (nn.Conv1d(3, 8, 4, 4), False),
         (nn.Conv2d(3, 8, 16, 8), False),
         (nn.Conv2d(3, 8, 16, 16, padding=1), False),
         (nn.Conv2d(4, 8, 16, 16, groups=2), False),

@@ -34,10 +34,12 @@ def arguments(name: str, x: Tensor) -> tuple[Any, ...]:
         "merge": (x, SLOT, 4),
         "merge_add_norm": (x, x, None, 4, None, None, None, 1e-5),
         "mlp_half": (x, x, linear, "erf", linear, None, norm, None),
+        "pair_bias": (x, SLOT.long()),
         "quick_gelu": (x,),
         "restore": (x, None, [SLOT]),
         "rotate": (x[None], x[None], x),
         "swiglu": (x, x),
+        "swiglu_norm": (x, x, 2, None, None, 1e-5),
         "unmerge": (x, SLOT),
     }.get(name, (x, 1))
 

@@ -23,6 +23,7 @@ MATCH = [
     ((X, 1, -1), ValueError, r"prefix must be in \[0, 8\], got -1"),
 ]
 ALL = torch.arange(8).repeat(2, 1)
+PAIRS = torch.randn(3, 8, 8)
 SETS = ALL[:, :3], ALL[:, 3:]
 SET_MATCH = [
     ((X.int(), *SETS, 1), TypeError, "keys must be float16"),
@@ -111,6 +112,24 @@ SWIGLU = [
     ((X, X.half()), TypeError, "gate and x must share dtype and device, got torch.float32 on"),
     ((X, X[:, :7]), ValueError, r"x must have the shape of gate \(2, 8, 4\), got \(2, 7, 4\)"),
 ]
+SWIGLU_NORM = [
+    *(((*args, 4, None, None, 1e-5), *expected) for args, *expected in SWIGLU),
+    ((X, X, 5, None, None, 1e-5), ValueError, r"width must be in \[1, 4\], got 5"),
+    ((X, X, 0, None, None, 1e-5), ValueError, r"width must be in \[1, 4\], got 0"),
+    ((X, X, 3, W, None, 1e-5), ValueError, r"weight must be \[3\], got shape \(4,\)"),
+    ((X, X, 4, W, W.int(), 1e-5), TypeError, "bias must be float16"),
+    ((X, X, 4, W, W, 0.0), ValueError, "eps must be positive, got 0.0"),
+]
+PAIR_BIAS = [
+    ((Q[0], ALL), ValueError, r"bias must be \[H, N, N\], got shape \(2, 8, 4\)"),
+    ((X[0], ALL), ValueError, r"bias must be \[H, N, N\], got shape \(8, 4\)"),
+    ((PAIRS.int(), ALL), TypeError, "bias must be float16"),
+    ((PAIRS, ALL.int()), TypeError, "home must be int64, got torch.int32"),
+    ((PAIRS, ALL[0]), ValueError, r"home must be int64 \[B, M\], got shape \(8,\)"),
+    ((PAIRS, None), TypeError, "home must be a tensor .*, got NoneType"),
+    ((PAIRS, ALL, SIZE[:, 1:]), ValueError, r"key_bias must be \[2, 8\], got shape \(2, 7\)"),
+    ((PAIRS, ALL, ALL), TypeError, "key_bias must be float16 or .*, got torch.int64"),
+]
 PROJ, NORM, LINEAR = (torch.randn(4, 8), None), (W, W, 1e-5), (torch.randn(24, 4), torch.randn(24))
 PACKED = torch.randn(2, 8, 24)
 NORMED = {"gamma": None, "norm": NORM, "norm_dtype": None}
@@ -171,6 +190,8 @@ CASES = [
     *(("rotate", *case) for case in ROTATE),
     *(("homes", *case) for case in HOMES),
     *(("swiglu", *case) for case in SWIGLU),
+    *(("swiglu_norm", *case) for case in SWIGLU_NORM),
+    *(("pair_bias", *case) for case in PAIR_BIAS),
     ("quick_gelu", (X.long(),), TypeError, "x must be float16"),
     ("quick_gelu", (W[0],), ValueError, r"x must be \[..., C\], got shape \(\)"),
     *(("attend_half", tuple((ATTEND | change).values()), *expected) for change, *expected in ATTEND_HALF),

@@ -117,6 +117,7 @@ def test_norms(
         assert emulator.planned("restore", grid, waiting, steps, gamma, gpu=gpu) == launches
     assert emulator.planned("quick_gelu", x, gpu=gpu) == launches
     assert emulator.planned("swiglu", x, x, gpu=gpu) == launches
+    assert emulator.planned("swiglu_norm", x, x, max(1, channels - 1), None, None, 1e-5, gpu=gpu) == launches
     if merging:
         assert emulator.planned("follow", [slot], gpu=gpu) == launches
 
@@ -139,6 +140,9 @@ def test_places(
     assert emulator.planned("rotate", q, k, table, home, 0, is_half, is_back, gpu=gpu) == min(batch, 1)
     slot = memory(q.shape[0], n, dtype=torch.int32)
     home = home if long else None
+    bias = memory(heads, min(n, 512), min(n, 512), dtype=dtype, aligned=aligned)
+    where, size = memory(q.shape[0], min(n, 512), dtype=torch.int64), memory(q.shape[0], min(n, 512))
+    assert emulator.planned("pair_bias", bias, where, size if placed else None, gpu=gpu) == min(batch, 1)
     assert emulator.planned("homes", slot, max(1, n - d), home, None, gpu=gpu) == min(batch, 1)
 
 

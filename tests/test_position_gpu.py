@@ -86,7 +86,7 @@ def test_autocast_leaves_dtypes_alone() -> None:
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE)
 def test_opcheck(dtype: torch.dtype) -> None:
     q, k, table, home, prefix, is_half = turn(dtype=dtype).build("cuda")
-    ops = torch.ops.tome_cuda
+    ops = tome_cuda.operators()
     leaves = (q.clone().requires_grad_(), k.clone().requires_grad_())
     torch.library.opcheck(ops.rotate.default, (*leaves, table, home, prefix, is_half, False))
     torch.library.opcheck(ops.rotate.default, (q, k, table, home.int(), prefix, is_half, True))

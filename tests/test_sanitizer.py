@@ -105,6 +105,8 @@ def test_places(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
         assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(turned, (q, k), turned))
     _, slot, _ = Map(2, n, max(1, n // 2), 1, torch.float32, "contiguous", False, n).build("cuda")
     assert int(tome_cuda.homes(slot, max(1, n // 2), home).min()) >= 3
+    bias = strided(torch.randn(3, n + 3, n + 3, device="cuda", generator=generator(n)).to(dtype), "stepped")
+    assert bool(tome_cuda.pair_bias(bias, home, home.float()).isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,7 +114,8 @@ def test_places(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
 def test_activations(batch: int, n: int, channels: int, dtype: torch.dtype) -> None:
     packed = torch.randn(batch, n, 2 * channels, device="cuda", generator=generator(n)).to(dtype)
     gate, x = packed.chunk(2, dim=2)
-    for found in (tome_cuda.quick_gelu(packed), tome_cuda.quick_gelu(x), tome_cuda.swiglu(gate, x)):
+    normed = tome_cuda.swiglu_norm(gate, x, max(1, channels - 3), None, None, 1e-5)
+    for found in (tome_cuda.quick_gelu(packed), tome_cuda.quick_gelu(x), tome_cuda.swiglu(gate, x), normed):
         assert bool(found.isfinite().all())
 
 

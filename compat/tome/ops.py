@@ -29,12 +29,14 @@ __all__ = [
     "merge_add_norm",
     "mlp_half",
     "one_call",
+    "pair_bias",
     "quick_gelu",
     "random_match",
     "restore",
     "rotate",
     "set_match",
     "swiglu",
+    "swiglu_norm",
     "take",
     "unmerge",
 ]
@@ -114,8 +116,10 @@ follow = _operation(tome_reference.follow)
 restore = _operation(tome_reference.restore)
 rotate = _operation(tome_reference.rotate)
 homes = _operation(tome_reference.homes)
+pair_bias = _operation(tome_reference.pair_bias)
 quick_gelu = _operation(tome_reference.quick_gelu)
 swiglu = _operation(tome_reference.swiglu)
+swiglu_norm = _operation(tome_reference.swiglu_norm)
 attention = _operation(tome_reference.attention)
 merge_add_norm = _operation(tome_reference.merge_add_norm, checks_first=False)
 attend_half = _operation(tome_reference.attend_half, checks_first=False)

@@ -25,8 +25,11 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
       "rotate(Tensor q, Tensor k, Tensor table, Tensor? home, SymInt prefix, bool is_half, bool is_back) -> "
       "(Tensor, Tensor)");
   m.def("homes(Tensor slot, SymInt tokens, Tensor? home, Tensor? valid) -> Tensor");
+  m.def("pair_bias(Tensor bias, Tensor home, Tensor? key_bias) -> Tensor");
   m.def("quick_gelu(Tensor x) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor x) -> Tensor");
+  m.def(
+      "swiglu_norm(Tensor gate, Tensor x, SymInt width, Tensor? weight, Tensor? bias, float eps) -> Tensor");
   m.def(
       "merge_add_norm(Tensor x, Tensor? branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, "
@@ -61,8 +64,10 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("restore", TORCH_BOX(&tome::restore));
   m.impl("rotate", TORCH_BOX(&tome::rotate));
   m.impl("homes", TORCH_BOX(&tome::homes));
+  m.impl("pair_bias", TORCH_BOX(&tome::pair_bias));
   m.impl("quick_gelu", TORCH_BOX(&tome::quick_gelu));
   m.impl("swiglu", TORCH_BOX(&tome::swiglu));
+  m.impl("swiglu_norm", TORCH_BOX(&tome::swiglu_norm));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
   m.impl("attend_half", TORCH_BOX(&tome::attend_half));

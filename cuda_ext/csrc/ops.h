@@ -21,7 +21,8 @@ inline bool runs_hopper(int device) {
 
 Tensor bipartite_match(const Tensor& keys, int64_t r, int64_t prefix);
 Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix);
-Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r, int64_t prefix);
+Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r,
+                    int64_t prefix);
 
 std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& slot, int64_t tokens,
                                  const std::optional<Tensor>& size);
@@ -41,9 +42,16 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor
 Tensor homes(const Tensor& slot, int64_t tokens, const std::optional<Tensor>& home,
              const std::optional<Tensor>& valid);
 
+// The bias [H, N, N] of pairs for tokens that stand in the places home [B, M], and one of each key:
+// [B, H, M, M], each row filled up to a multiple of eight.
+Tensor pair_bias(const Tensor& bias, const Tensor& home, const std::optional<Tensor>& key_bias);
+
 // Of tokens [B, N, C].
 Tensor quick_gelu(const Tensor& x);
 Tensor swiglu(const Tensor& gate, const Tensor& x);
+// The norm of its first `width` channels, and zeros behind them.
+Tensor swiglu_norm(const Tensor& gate, const Tensor& x, int64_t width, const std::optional<Tensor>& weight,
+                   const std::optional<Tensor>& bias, double eps);
 
 // x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of
 // every row. Without a branch only the norm of x, and merged is empty.

@@ -69,11 +69,20 @@ def _homes(slot: Tensor, tokens: int, home: Tensor | None, valid: Tensor | None)
     return slot.new_empty((slot.shape[0], tokens), dtype=torch.int64)
 
 
+def _pair_bias(bias: Tensor, home: Tensor, key_bias: Tensor | None) -> Tensor:
+    batch, tokens = home.shape
+    return bias.new_empty((batch, bias.shape[0], tokens, (tokens + 7) // 8 * 8))
+
+
 def _quick_gelu(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -212,8 +221,10 @@ FAKES = {
     "restore": Fake(_restore, lambda args: args[2][0].numel() * args[0].shape[2] if args[2] else args[0].numel()),
     "rotate": Fake(_rotate, lambda args: max(args[0].numel(), args[1].numel())),
     "homes": Fake(_homes, _first),
+    "pair_bias": Fake(_pair_bias, lambda args: args[1].shape[1] * args[1].numel() * args[0].shape[0]),
     "quick_gelu": Fake(_quick_gelu, _first),
     "swiglu": Fake(_swiglu, _first),
+    "swiglu_norm": Fake(_swiglu_norm, _first),
     "attention": Fake(_attention, _first),
     "merge_add_norm": Fake(_merge_add_norm, _first),
     "merge_add_norm_backward": Fake(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tome_reference
 from tome_cuda import predicates
 from tome_cuda.predicates import Linear, Norm
 from tome_cuda.registration import _unmerge_context, _unmerge_grad, launch
@@ -117,6 +118,13 @@ def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor |
     return launch("homes", slot, tokens, home, valid)  # type: ignore[no-any-return]
 
 
+def pair_bias(bias: Tensor, home: Tensor, key_bias: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(bias, key_bias)):
+        return tome_reference.pair_bias(bias, home, key_bias)
+    key_bias = None if key_bias is None else key_bias.float()
+    return launch("pair_bias", bias, home, key_bias)[..., : home.shape[1]]  # type: ignore[no-any-return]
+
+
 def quick_gelu(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(x)):
         return x * torch.sigmoid(1.702 * x)
@@ -127,6 +135,13 @@ def swiglu(gate: Tensor, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(gate, x)):
         return F.silu(gate) * x
     return launch("swiglu", _rows(gate), _rows(x)).view(x.shape)  # type: ignore[no-any-return]
+
+
+def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(gate, x, weight, bias)):
+        return tome_reference.swiglu_norm(gate, x, width, weight, bias, eps)
+    out = launch("swiglu_norm", _rows(gate), _rows(x), width, weight, bias, eps)
+    return out.view(x.shape)  # type: ignore[no-any-return]
 
 
 def attention(

@@ -59,6 +59,16 @@ def _rotate(q: Tensor, k: Tensor, table: Tensor, *_: object, **__: object) -> st
     return reason
 
 
+def _pair_bias(bias: Tensor, home: Tensor, key_bias: Tensor | None = None) -> str | None:
+    return _lacks(bias) or _lacks_double(key_bias)
+
+
+def _swiglu_norm(
+    gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> str | None:
+    return _lacks(gate) or _lacks(x) or _lacks_double(weight, bias)
+
+
 def _swiglu(gate: Tensor, x: Tensor) -> str | None:
     return _lacks(gate) or _lacks(x)
 
@@ -141,8 +151,10 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
     "restore": _restore,
     "rotate": _rotate,
     "homes": _tokens,
+    "pair_bias": _pair_bias,
     "quick_gelu": _tokens,
     "swiglu": _swiglu,
+    "swiglu_norm": _swiglu_norm,
     "attention": _attention,
     "merge_add_norm": _merge_add_norm,
     "attend_half": _attend_half,

@@ -5,13 +5,13 @@ makes it, merging averages along it, unmerging gathers through it. What another 
 it agrees with this package.
 """
 
-from tome_reference.activation import quick_gelu, swiglu
+from tome_reference.activation import quick_gelu, swiglu, swiglu_norm
 from tome_reference.attention import attention
 from tome_reference.halves import attend_half, mlp_half
 from tome_reference.matching import kth_match, match, max_r, random_match, set_match
 from tome_reference.merging import follow, merge, restore, unmerge
 from tome_reference.norm import merge_add_norm
-from tome_reference.position import homes, rotate
+from tome_reference.position import homes, pair_bias, rotate
 
 __all__ = [
     "attend_half",
@@ -24,11 +24,13 @@ __all__ = [
     "merge",
     "merge_add_norm",
     "mlp_half",
+    "pair_bias",
     "quick_gelu",
     "random_match",
     "restore",
     "rotate",
     "set_match",
     "swiglu",
+    "swiglu_norm",
     "unmerge",
 ]

@@ -44,6 +44,32 @@ def swiglu(gate: Tensor, x: Tensor) -> Tensor:
     return F.silu(gate) * x
 
 
+def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The LayerNorm of :func:`swiglu`'s first channels, as EVA-02 has it; behind them zeros.
+
+    Args:
+        gate: [..., C], floating point, any strides.
+        x: the shape and dtype of gate.
+        width: how many channels there are to the norm; the others are there to fill rows.
+        weight: [width], or None for 1.
+        bias: [width], or None for 0.
+        eps: added to the variance.
+
+    Returns:
+        The shape and dtype of gate. Gradients flow to gate, x, weight and bias.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape, device, width or eps.
+
+    """
+    checks.swiglu_norm(gate, x, width, weight, bias, eps)
+    hidden = (F.silu(gate) * x)[..., :width]
+    # PyTorch takes parameters of the dtype of the tokens, or under autocast any.
+    weight, bias = (None if p is None else p.to(hidden.dtype) for p in (weight, bias))
+    normed = F.layer_norm(hidden, (width,), weight, bias, eps).to(hidden.dtype)
+    return F.pad(normed, (0, gate.shape[-1] - width))
+
+
 def gelu(x: Tensor, kind: str) -> Tensor:
     """One of the GELUs: "erf", "tanh" or "quick"."""
     return quick_gelu(x) if kind == "quick" else F.gelu(x, approximate="tanh" if kind == "tanh" else "none")

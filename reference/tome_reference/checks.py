@@ -126,6 +126,16 @@ def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor |
         _per_token("valid", valid, batch, n, (torch.bool,), slot.device)
 
 
+def pair_bias(bias: Tensor, home: Tensor, key_bias: Tensor | None = None) -> None:
+    _floating("bias", bias, (3,), "[H, N, N]")
+    if bias.shape[1] != bias.shape[2]:
+        raise ValueError(f"bias must be [H, N, N], got shape {tuple(bias.shape)}")
+    batch, tokens = _tensor("home", home, (2,), "int64 [B, M]").shape
+    _per_token("home", home, batch, tokens, (torch.int64,), bias.device)
+    if key_bias is not None:
+        _per_token("key_bias", key_bias, batch, tokens, FLOATING, bias.device)
+
+
 def quick_gelu(x: Tensor) -> None:
     _channels("x", x)
 
@@ -139,6 +149,20 @@ def swiglu(gate: Tensor, x: Tensor) -> None:
         )
     if gate.shape != x.shape:
         raise ValueError(f"x must have the shape of gate {tuple(gate.shape)}, got {tuple(x.shape)}")
+
+
+def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    swiglu(gate, x)
+    _integer("width", width, 1, gate.shape[-1])
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        _floating(name, value, (1,), f"[{width}]")
+        if value.shape[0] != width:
+            raise ValueError(f"{name} must be [{width}], got shape {tuple(value.shape)}")
+        _on(name, value, gate.device)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
 
 
 def attention(

@@ -1,8 +1,9 @@
-"""Where tokens stand: the rotary embedding of queries and keys, and the places of merged tokens."""
+"""Where tokens stand: the rotary embedding of queries and keys, biases of pairs, and the places of merged tokens."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tome_reference import checks
@@ -66,6 +67,33 @@ def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor |
     first = order.new_full((batch, tokens), 2 * n - 1).scatter_reduce(1, slot.long(), order, "amin")
     first = torch.where(first < n, first, first - n)
     return first if home is None else home.gather(1, first)
+
+
+def pair_bias(bias: Tensor, home: Tensor, key_bias: Tensor | None = None) -> Tensor:
+    """The mask of merged tokens where each pair of original tokens has a bias: that of the places of the two.
+
+    Args:
+        bias: [H, N, N], floating point, any strides, for the original tokens.
+        home: int64 [B, M], the original token in whose place each stands, as :func:`homes` gives it.
+        key_bias: [B, M], floating point, added to the column of each key: log sizes. None: nothing is.
+
+    Returns:
+        [B, H, M, M] in the dtype of bias: the sum, rounded once. Rows start at multiples of eight elements, as
+        kernels of attention want to read them. Gradients flow to bias.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device.
+        IndexError, RuntimeError: a place that the bias does not have; the kernels give NaN.
+
+    """
+    checks.pair_bias(bias, home, key_bias)
+    tokens = home.shape[1]
+    home = torch.where(home < 0, bias.shape[1], home)  # out of range, and not counted from the end
+    columns = F.pad(home, (0, -tokens % 8))
+    mask = bias[:, home[:, :, None], columns[:, None, :]]  # [H, B, M, M and a few]: copied once
+    if key_bias is not None:
+        mask = mask.add_(F.pad(key_bias, (0, -tokens % 8))[:, None])  # in place, which takes no wider copy
+    return mask[..., :tokens].transpose(0, 1)
 
 
 def rows(table: Tensor, index: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +17,41 @@ from tome.recording import PART, record
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
-class PatchConv2d(Patched, nn.Conv2d):
-    """Conv2d over patches. On a GPU cuDNN's takes several times as long as gathering the patches and one product.
+class PatchConv(Patched):
+    """Mixed into a convolution over patches. On a GPU cuDNN's takes many times as long as gathering them and a product.
 
     The products are those of the convolution, added in another order; on the reference backend it is the convolution.
+    What it gives is laid out as tokens, whose channels lie side by side.
     """
-
-    _tome_base = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
         record(PART, None, "patch_embed")
-        height, width = self.kernel_size
-        whole = x.dim() == 4 and x.shape[2] % height == 0 and x.shape[3] % width == 0
+        conv, batched = cast(Any, self), x.dim() == 2 + len(cast(Any, self).kernel_size)
+        grid = [length // size for length, size in zip(x.shape[2:], conv.kernel_size, strict=False)]
+        whole = batched and [count * size for count, size in zip(grid, conv.kernel_size, strict=True)] == [*x.shape[2:]]
         if not pays(x) or not whole or (x.requires_grad and torch.is_grad_enabled()):
             record("convolution", "torch")
-            return super().forward(x)
+            return cast(Tensor, super().forward(x))
         record("matrix product", "torch")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = F.linear(patches(x, height, width), self.weight.flatten(1), self.bias)
-        grid: Tensor = y.transpose(1, 2).unflatten(2, (x.shape[2] // height, x.shape[3] // width))
-        return grid
+        y = F.linear(patches(x, conv.kernel_size), conv.weight.flatten(1), conv.bias)
+        return cast(Tensor, y.transpose(1, 2).unflatten(2, grid))
+
+
+class PatchConv2d(PatchConv, nn.Conv2d):
+    """Of images."""
+
+    _tome_base = nn.Conv2d
+
+
+class PatchConv3d(PatchConv, nn.Conv3d):
+    """Of videos."""
+
+    _tome_base = nn.Conv3d
+
+
+PATCH_CONVS: dict[type, type[nn.Module]] = {nn.Conv2d: PatchConv2d, nn.Conv3d: PatchConv3d}
 
 
 class LastNorm(Patched):
@@ -68,29 +83,32 @@ def swap_ends(embedding: Iterable[nn.Module | None], norm: nn.Module | None) -> 
     """Swap what can be computed faster: of the embedding's parts the convolutions over patches, and the last norm."""
     for part in embedding:
         if part is not None and is_patch_conv(part):
-            part.__class__ = PatchConv2d
+            part.__class__ = PATCH_CONVS[type(part)]
     if norm is not None and type(norm) in plain.NORMS:
         swap(norm, LastNorm)
 
 
 def is_patch_conv(module: object) -> bool:
-    """Whether the module is a Conv2d over windows that neither overlap nor leave gaps."""
+    """Whether the module is a convolution over windows that neither overlap nor leave gaps."""
     return (
-        type(module) is nn.Conv2d
+        isinstance(module, (nn.Conv2d, nn.Conv3d))
+        and type(module) in PATCH_CONVS
         and module.stride == module.kernel_size
-        and module.padding == (0, 0)
-        and module.dilation == (1, 1)
+        and (module.padding == "valid" or not any(module.padding))
+        and set(module.dilation) == {1}
         and module.groups == 1
     )
 
 
-def patches(x: Tensor, height: int, width: int) -> Tensor:
-    """Images [B, C, H, W] -> [B, H / height * W / width, C * height * width], in the order of Conv2d's weights.
+def patches(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Images [B, C, H, W] or videos [B, C, T, H, W] -> [B, patches, C * of a patch], in the order of weights.
 
     The pixels of a patch's row move as 8-byte words where they can: two to four times as fast as one by one.
     """
-    row_bytes = width * x.element_size()
+    row_bytes = sizes[-1] * x.element_size()
     word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
-    rows = x.contiguous().view(word)
-    grid: Tensor = rows.unflatten(3, (-1, row_bytes // word.itemsize)).unflatten(2, (-1, height))
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2).view(x.dtype)
+    split, dims = x.contiguous().view(word), len(sizes)
+    for dim, size in reversed([*enumerate((*sizes[:-1], row_bytes // word.itemsize), start=2)]):
+        split = split.unflatten(dim, (-1, size))
+    order = (0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))
+    return split.permute(order).flatten(dims + 1).flatten(1, dims).view(x.dtype)

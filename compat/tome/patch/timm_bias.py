@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer_relpos import LayerScale
 from torch import Tensor
 
+from tome import ops
 from tome.patch import plain
 from tome.patch.block import MergingBlock
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks
@@ -39,15 +40,7 @@ def paired(bias: Tensor, place: Place, log_size: Tensor | None, dtype: torch.dty
     bias = bias if bias.dim() == 4 else bias[None]
     if place.home is None:
         return (bias if log_size is None else bias + log_size).to(dtype)
-    tokens = place.home.shape[1]
-    # Kernels of attention read rows of a mask that start at multiples of eight, and copy any other mask.
-    columns, extra = place.home, -tokens % 8
-    columns = F.pad(columns, (0, extra))
-    # [H, B, M, M]: copied once, in the dtype in which it is read.
-    mask = bias[0].to(dtype)[:, place.home[:, :, None], columns[:, None, :]]
-    if log_size is not None:
-        mask.add_(F.pad(log_size[:, 0], (0, extra)))  # in place, which rounds once and takes no wider copy
-    return mask[..., :tokens].transpose(0, 1)
+    return ops.pair_bias(bias[0].to(dtype), place.home, None if log_size is None else log_size[:, 0, 0])
 
 
 class PairAttention(TimmAttention):

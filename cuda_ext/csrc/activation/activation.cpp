@@ -1,7 +1,7 @@
-// Host side of quick_gelu and swiglu: checks, outputs, launches.
+// Host side of quick_gelu, swiglu and swiglu_norm: checks, outputs, launches.
 #include "activation.h"
 
-#include "../merge/host.h"
+#include "../norm/host.h"
 #include "../ops.h"
 
 namespace tome {
@@ -9,9 +9,8 @@ namespace {
 
 using activation::ActivationParams;
 
-Tensor activate(const Tensor& x, const std::optional<Tensor>& gate) {
+ActivationParams params_of(const Tensor& x, const std::optional<Tensor>& gate) {
   check_tensor(x, "x", 3);
-  const Dtype dtype = floating_dtype(x, "x");
   ActivationParams p{};
   p.x = view(x);
   if (gate.has_value()) {
@@ -23,6 +22,12 @@ Tensor activate(const Tensor& x, const std::optional<Tensor>& gate) {
   p.batch = x.size(0);
   p.rows = to_int(x.size(1), "the number of tokens");
   p.channels = to_int(x.size(2), "the number of channels");
+  return p;
+}
+
+Tensor activate(const Tensor& x, const std::optional<Tensor>& gate) {
+  ActivationParams p = params_of(x, gate);
+  const Dtype dtype = floating_dtype(x, "x");
   const DeviceScope scope(x);
   Tensor out = new_empty(x, {p.batch, x.size(1), x.size(2)}, x.scalar_type());
   p.out_ptr = out.mutable_data_ptr();
@@ -41,5 +46,30 @@ Tensor activate(const Tensor& x, const std::optional<Tensor>& gate) {
 Tensor quick_gelu(const Tensor& x) { return activate(x, std::nullopt); }
 
 Tensor swiglu(const Tensor& gate, const Tensor& x) { return activate(x, gate); }
+
+Tensor swiglu_norm(const Tensor& gate, const Tensor& x, int64_t width, const std::optional<Tensor>& weight,
+                   const std::optional<Tensor>& bias, double eps) {
+  activation::NormedParams p{params_of(x, gate)};
+  const Dtype dtype = floating_dtype(x, "x");
+  TOME_CHECK(width >= 1 && width <= p.rows_of.channels, "width must be in [1, ", p.rows_of.channels,
+             "], got ", width);
+  TOME_CHECK(eps > 0.0, "eps must be positive, got ", eps);
+  p.width = static_cast<int>(width);
+  p.share = 1.0f / static_cast<float>(width);
+  p.eps = static_cast<float>(eps);
+  p.weight = vector(weight, "weight", x, width);
+  p.bias = vector(bias, "bias", x, width);
+  const DeviceScope scope(x);
+  Tensor out = new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  p.rows_of.out_ptr = out.mutable_data_ptr();
+  if (out.numel() == 0) return out;
+  check_grid(p.rows_of.batch * p.rows_of.rows);
+  const bool aligned = is_aligned_view(p.rows_of.x, dtype, p.rows_of.channels) &&
+                       is_aligned_view(p.rows_of.gate, dtype, p.rows_of.channels) &&
+                       is_aligned_vector(p.weight) && is_aligned_vector(p.bias);
+  activation::launch_normed(p, dtype, aligned, current_stream(x));
+  check_launch();
+  return out;
+}
 
 }  // namespace tome

@@ -3,17 +3,10 @@
 #include "../launch.cuh"
 #include "../vector.cuh"
 #include "activation.h"
+#include "sigmoid.cuh"
 
 namespace tome::activation {
 namespace {
-
-// For 16-bit results a quotient and a power to a few units of float32 are more than enough, and several times
-// as fast, without which arithmetic and not memory would set the pace.
-template <class T>
-__device__ __forceinline__ float sigmoid(float x) {
-  if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-x));
-  return 1.0f / (1.0f + expf(-x));
-}
 
 template <class T, int kCount, bool kGated>
 __global__ __launch_bounds__(kThreads) void activation_kernel(const ActivationParams p) {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../merge/merge.h"
+#include "../norm/norm.h"
 
 namespace tome::activation {
 
@@ -27,5 +27,19 @@ inline int64_t blocks_per_image(const ActivationParams& p, int count) {
 
 // aligned: 16 bytes of x and gate can be accessed at a time.
 void launch_activation(const ActivationParams& params, Dtype dtype, bool aligned, cudaStream_t stream);
+
+// SwiGLU and the LayerNorm of its first `width` channels; behind them zeros.
+struct NormedParams {
+  ActivationParams rows_of;
+  norm::Vector weight, bias;  // [width]
+  int width;
+  float share;  // 1 / width
+  float eps;
+};
+
+constexpr int kRowThreads = 128;  // of a row
+constexpr int kMostPacks = 4;     // of a thread, that it keeps; longer rows are read once more
+
+void launch_normed(const NormedParams& params, Dtype dtype, bool aligned, cudaStream_t stream);
 
 }  // namespace tome::activation

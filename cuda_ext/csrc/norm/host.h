@@ -8,8 +8,9 @@
 
 namespace tome {
 
-// A [C] tensor for x [B, N, C].
-norm::Vector vector(const std::optional<Tensor>& tensor, const char* name, const Tensor& x);
+// A [C] tensor for x [B, N, C], or one of as many channels as are told.
+norm::Vector vector(const std::optional<Tensor>& tensor, const char* name, const Tensor& x,
+                    int64_t channels = -1);
 
 // Whether 16 bytes of x, and as many channels of the others, can be read at a time: packs of as many channels
 // take 8, 16 or 32 bytes of them.

@@ -13,11 +13,12 @@ using norm::ColumnParams;
 using norm::NormParams;
 using norm::Vector;
 
-Vector vector(const std::optional<Tensor>& tensor, const char* name, const Tensor& x) {
+Vector vector(const std::optional<Tensor>& tensor, const char* name, const Tensor& x, int64_t channels) {
   if (!tensor.has_value()) return {};
+  if (channels < 0) channels = x.size(2);
   check_tensor(*tensor, name, 1);
   check_like(*tensor, name, x, tensor->scalar_type());
-  TOME_CHECK(tensor->size(0) == x.size(2), name, " must be [", x.size(2), "]");
+  TOME_CHECK(tensor->size(0) == channels, name, " must be [", channels, "]");
   return {tensor->const_data_ptr(), tensor->stride(0), floating_dtype(*tensor, name)};
 }
 

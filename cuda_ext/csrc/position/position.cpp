@@ -1,4 +1,4 @@
-// Host side of rotate and homes: checks, outputs, how much can be accessed at a time.
+// Host side of rotate, homes and pair_bias: checks, outputs, how much can be accessed at a time.
 #include "position.h"
 
 #include "../merge/host.h"
@@ -119,6 +119,35 @@ Tensor homes(const Tensor& slot, int64_t tokens, const std::optional<Tensor>& ho
   if (out.numel() == 0) return out;
   check_grid(p.batch * ((tokens + position::kHomesOutputs - 1) / position::kHomesOutputs));
   position::launch_homes(p, current_stream(slot));
+  check_launch();
+  return out;
+}
+
+Tensor pair_bias(const Tensor& bias, const Tensor& home, const std::optional<Tensor>& key_bias) {
+  check_tensor(bias, "bias", 3);
+  const Dtype dtype = floating_dtype(bias, "bias");
+  check_tensor(home, "home", 2);
+  TOME_CHECK(bias.size(1) == bias.size(2), "bias must be [H, N, N]");
+  position::PairParams p{};
+  p.bias_ptr = bias.const_data_ptr();
+  p.head_stride = bias.stride(0);
+  p.row_stride = bias.stride(1);
+  p.column_stride = bias.stride(2);
+  p.batch = home.size(0);
+  p.heads = to_int(bias.size(0), "the number of heads");
+  p.places = to_int(bias.size(1), "the number of places");
+  p.tokens = to_int(home.size(1), "the number of tokens");
+  p.padded = (p.tokens + position::kPairMultiple - 1) / position::kPairMultiple * position::kPairMultiple;
+  p.home = table<int64_t>(home, "home", bias, ScalarType::Long, p.batch, p.tokens);
+  if (key_bias.has_value()) {
+    p.key_bias = table<float>(*key_bias, "key_bias", bias, ScalarType::Float, p.batch, p.tokens);
+  }
+  const DeviceScope scope(bias);
+  Tensor out = new_empty(bias, {p.batch, p.heads, p.tokens, p.padded}, bias.scalar_type());
+  p.out_ptr = out.mutable_data_ptr();
+  if (out.numel() == 0) return out;
+  check_grid(position::pair_blocks(p) * p.batch);
+  position::launch_pairs(p, dtype, current_stream(bias));
   check_launch();
   return out;
 }

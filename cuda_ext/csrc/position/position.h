@@ -53,6 +53,27 @@ struct HomesParams {
   int length, tokens;
 };
 
+struct PairParams {
+  const void* bias_ptr;  // [heads, places, places], strides in elements
+  int64_t head_stride, row_stride, column_stride;
+  Table<int64_t> home;    // [batch, tokens]
+  Table<float> key_bias;  // [batch, tokens], or none
+  void* out_ptr;          // [batch, heads, tokens, padded], contiguous; zeros behind the tokens
+  int64_t batch;
+  int heads, places, tokens, padded;
+};
+
+constexpr int kPairThreads = 256;
+constexpr int kPairRows = 64;     // of a block
+constexpr int kPairColumns = 4;   // of a lane
+constexpr int kPairMultiple = 8;  // to which rows are filled up: kernels of attention copy other masks
+
+inline int64_t pair_blocks(const PairParams& p) {  // of an image
+  return (static_cast<int64_t>(p.heads) * p.tokens + kPairRows - 1) / kPairRows;
+}
+
+void launch_pairs(const PairParams& params, Dtype dtype, cudaStream_t stream);
+
 constexpr int kHomesOutputs = 2048;  // of a block
 
 void launch_homes(const HomesParams& params, cudaStream_t stream);
