@@ -68,7 +68,7 @@ constexpr int kPairRows = 64;     // of a block
 constexpr int kPairColumns = 4;   // of a lane
 constexpr int kPairMultiple = 8;  // to which rows are filled up: kernels of attention copy other masks
 
-inline int64_t pair_blocks(const PairParams& p) {  // of an image
+__host__ __device__ inline int64_t pair_blocks(const PairParams& p) {  // of an image
   return (static_cast<int64_t>(p.heads) * p.tokens + kPairRows - 1) / kPairRows;
 }
 
