@@ -69,12 +69,10 @@ def assert_writes_nothing_else(call: Call, *sizes: int) -> None:
     assert all(size % 512 == 0 for size in sizes)
     call()
     torch.cuda.synchronize()
-    poison, gaps = [], []
     with torch.cuda.use_mem_pool(torch.cuda.MemPool()):  # in which nothing else has left a gap
-        for size in sizes:
-            blocks = [torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda") for _ in range(9)]
-            gaps.append(blocks.pop(4).data_ptr())  # given back: the block that fits the output best
-            poison += blocks
+        rows = [[torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda") for _ in range(9)] for size in sizes]
+        gaps = [row.pop(4).data_ptr() for row in rows]  # given back when all are there: what fits the outputs best
+        poison = [block for row in rows for block in row]
         outputs = tensors(call())
     torch.cuda.synchronize()
     assert {output.data_ptr() for output in outputs} == set(gaps)
