@@ -11,7 +11,7 @@ from models import HOSTS, images, make
 from torch import nn
 
 import tome
-from tome import recording, report
+from tome import backend, recording, report
 from tome.patch import ends
 
 NOTHING = 0.001  # a share of the free tokens that comes to none: all of the merging path, without a merge
@@ -139,6 +139,46 @@ def test_a_report_tells_what_was_left_out_and_joins_equal_blocks():
     with tome.use_backend("reference"):
         found = report.parts(model, images())[2].calls
         assert {call.reason for call in found if call.backend} == {"the reference was chosen"}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Let patched blocks think that there are kernels, which are the reference's."""
+    monkeypatch.setattr(backend, "takes_kernels", lambda x: backend.get_backend() != "reference")
+
+
+@pytest.mark.usefixtures("kernels")
+@every_host
+def test_blocks_that_merge_nothing_take_the_kernels_too(host):
+    model, twin = (each.bfloat16() for each in twins(host, 0))
+    x = images().bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(twin(x), expected, rtol=5e-2, atol=5e-2)
+        found = calls(twin, x)
+        assert all("attention" in [call.op for call in found[f"blocks.{i}"]] for i in range(4))
+        with tome.use_backend("reference"):
+            assert torch.equal(twin(x), expected)
+            assert calls(twin, x)["blocks.2"] == ()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_where_more_is_wanted_a_block_that_merges_nothing_is_the_hosts_own():
+    model, twin = (each.bfloat16() for each in twins("plain", 0))
+    x = images().bfloat16()
+    assert torch.equal(twin(x), model(x))  # gradients
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(twin.float()(x.float()), model.float()(x.float()))
+        model, twin = model.bfloat16(), twin.bfloat16()
+        embedded = model._pos_embed(model.patch_embed(x))
+        mask = torch.zeros(1, 1, 37, 37, dtype=torch.bfloat16)
+        assert torch.equal(twin.blocks[0](embedded, attn_mask=mask), model.blocks[0](embedded, attn_mask=mask))
+        seen = []
+        for block in twin.blocks:
+            block.register_forward_hook(lambda block, args, out: seen.append((args[0], out)))
+        assert torch.equal(twin(x), expected)
+        assert all(type(value) is torch.Tensor for pair in seen for value in pair)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -20,7 +20,7 @@ from tome import cost, recording, report, schedule
 pytestmark = [NO_EXTENSION, pytest.mark.usefixtures("no_grad")]
 
 # The schedules 8, (8, -1), 16 and (16, -1) of 12 layers and 197 tokens, for 4 layers and 37.
-SCHEDULES = [4, (4, -1.0), 8, (8, -1.0)]
+SCHEDULES = [0, 4, (4, -1.0), 8, (8, -1.0)]
 HOSTS = ["plain", "dinov2 registers", "siglip map", "mae avg", "deit distilled", "res-post-norm", "q/k norm"]
 REAL = {"img_size": 224, "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}  # vit_small_patch16_224
 DTYPES = pytest.mark.parametrize(

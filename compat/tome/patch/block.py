@@ -57,22 +57,36 @@ class MergingBlock(Halves):
         """The tokens that are left, or as many as came in behind the last block."""
         s = self._tome
         record(PART, None, s.name)
-        if not isinstance(x, Tokens) and s.entry == 0:
-            out = super().forward(x, *args, **kwargs)  # of the host's block
-            if s.is_last:
-                self._tell(Tokens(self._turned(out)))
-            return out
-        self._check_call()
-        beside = self.beside(*args, **kwargs)
-        tokens = x if isinstance(x, Tokens) else padded(self._turned(x), beside.valid)
         chosen = self._backend()
         with nullcontext() if chosen is None else backend.use_backend(chosen):
+            if not isinstance(x, Tokens) and s.entry == 0 and not self._gains(x, *args, **kwargs):
+                out = super().forward(x, *args, **kwargs)  # of the host's block
+                if s.is_last:
+                    self._tell(Tokens(self._turned(out)))
+                return out
+            self._check_call()
+            beside = self.beside(*args, **kwargs)
+            tokens = x if isinstance(x, Tokens) else padded(self._turned(x), beside.valid)
             tokens = self._merged(tokens, beside)
             if s.is_last:
                 self._tell(tokens)
                 return self._turned(tokens.restored())
             # Hooks may take the block's parameters away, with which an addition waits.
             return tokens.added() if has_hooks(self) else tokens
+
+    def _gains(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Whether a block that merges nothing is faster by the kernels, and nobody wants more of it than they give."""
+        if torch.is_grad_enabled() or has_hooks(self) or not backend.takes_kernels(x):
+            return False
+        if (plain.autocast_dtype("cuda") or x.dtype) not in (torch.float16, torch.bfloat16):
+            return False  # attention would be PyTorch's
+        if not torch.compiler.is_compiling() and plain.why_watched(x) is not None:
+            return False
+        try:
+            self.beside(*args, **kwargs)
+        except UnsupportedModelError:  # a mask, which is no matter as long as nothing merges
+            return False
+        return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
     def _turned(self, x: Tensor) -> Tensor:
         return x if self._tome_batch_first else x.transpose(0, 1)
