@@ -57,6 +57,12 @@ def whole(number: float) -> str:
     return f"{number:,.0f}".replace(",", " ")
 
 
+def merging(result: Data | None) -> str:
+    """What merging gives by itself: against r = 0 of the same path; empty where that was not measured."""
+    ratio = None if result is None else result.get("merging")
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
 def rate(result: Data | None) -> str:
     return "" if result is None else whole(result["images_per_second"])
 
@@ -114,11 +120,17 @@ def headline() -> list[str]:
     """vit_base, batch 256: float16, autocast and compiled, each against its own unpatched model."""
     runs = {name: load(name) for name in ("h200-base", "h200-base-autocast", "h200-base-compiled")}
     half, autocast, compiled = runs.values()
-    lines = table("r", "tokens left", "saved arithmetic allows", "float16", "images/s", "autocast", "both compiled")
+    lines = table(
+        *("r", "tokens left", "saved arithmetic allows", "float16", "images/s", "by merging alone", "autocast"),
+        "both compiled",
+    )
     for each in half["results"]:
         others = find(autocast, r=each["r"]), find(compiled, r=each["r"], mode="compiled")
         lines.append(
-            row(schedule(each), each["tokens"][-1], allowed(each), speed(each), rate(each), *map(speed, others))
+            row(
+                *(schedule(each), each["tokens"][-1], allowed(each), speed(each), rate(each), merging(each)),
+                *map(speed, others),
+            )
         )
     seconds = [each["first_call_s"] for each in compiled["results"] if each["mode"] == "compiled"]
     lines += measured(f"{BASE}, batch {half['conditions']['batch size']}", runs)

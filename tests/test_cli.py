@@ -192,12 +192,12 @@ def test_bench(tmp_path, capsys, monkeypatch):
         capsys, "bench", TINY, *options, "--device", "cpu", "--json", figures, "--plot", plot, "--compile"
     )
     assert code == 0, err
-    assert [getattr(model, "r", "none") for model in compiled] == ["none", 4, (6, -1.0), 0.1]
+    assert [getattr(model, "r", "none") for model in compiled] == ["none", 0, 4, (6, -1.0), 0.1]
     data = json.loads(figures.read_text())
     assert data["conditions"]["model"] == TINY
     assert data["conditions"]["torch"] == torch.__version__
     assert [(row["r"], row["mode"]) for row in data["results"]] == [
-        (r, mode) for r in ("none", "4", "(6, -1.0)", "0.1") for mode in ("eager", "compiled")
+        (r, mode) for r in ("none", "0", "4", "(6, -1.0)", "0.1") for mode in ("eager", "compiled")
     ]
     for row in data["results"]:
         assert row["images_per_second"] == pytest.approx(2000 / row["median_ms"])
@@ -205,10 +205,13 @@ def test_bench(tmp_path, capsys, monkeypatch):
         assert row["peak_mib"] > 0
     base = data["results"][0]
     assert (base["speedup"], base["allowed"]) == (1.0, 1.0)
-    assert data["results"][2]["speedup"] == pytest.approx(base["median_ms"] / data["results"][2]["median_ms"])
-    assert data["results"][2]["allowed"] == pytest.approx(base["gflops"] / data["results"][2]["gflops"])
-    assert data["results"][2]["allowed"] > 1
-    for text in ("speed-up", "allowed", "spread", "MiB", "(6, -1.0) compiled", torch.__version__):
+    unmerged, merged = data["results"][2], data["results"][4]
+    assert merged["speedup"] == pytest.approx(base["median_ms"] / merged["median_ms"])
+    assert merged["merging"] == pytest.approx(unmerged["median_ms"] / merged["median_ms"])
+    assert (base["merging"], unmerged["merging"], unmerged["allowed"]) == (None, 1.0, 1.0)
+    assert merged["allowed"] == pytest.approx(base["gflops"] / merged["gflops"])
+    assert merged["allowed"] > 1
+    for text in ("speed-up", "by merging", "allowed", "spread", "MiB", "(6, -1.0) compiled", torch.__version__):
         assert text in out
     with Image.open(plot) as picture:
         assert picture.size > (300, 300)
