@@ -217,7 +217,8 @@ def _print(results: list[Result], conditions: dict[str, str]) -> None:
     console.print(table)
     console.print(
         "ms: median of a batch. spread: quartile distance / median. MiB: most memory that a pass adds. speed-up: "
-        "measured. by merging: against r = 0 of the same path; the rest is the kernels'. allowed: FLOPs unpatched / FLOPs merged. share: speed-up / allowed.",
+        "measured. by merging: against r = 0 of the same path; the rest is the kernels'. allowed: FLOPs unpatched / "
+        "FLOPs merged. share: speed-up / allowed.",
         soft_wrap=True,
     )
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
