@@ -52,16 +52,19 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
           query < p.queries ? __ldg(plan.delta_ptr + static_cast<int64_t>(head()) * p.queries + query) : 0.0f;
     }
   };
+  const auto outs = [&](int round) { return stages + kStages * Plan::kStageBytes + round % 2 * Plan::kRows; };
   int filled = 0;
   const auto fill = [&](int round) {
     if (round < rounds) {
       char* stage = stages + filled * Plan::kStageBytes;
       constexpr int kCopies = kStageRows / kCopyRows;
-      for (int i = warp(); i < Plan::kTensors * kCopies; i += warps) {
+      for (int i = warp(); i < (kIsWhole ? 3 : 2) * kCopies; i += warps) {
         const Heads& from = i < kCopies ? p.q : i < 2 * kCopies ? plan.grad : plan.out;
         const int row = round * kStageRows + i % kCopies * kCopyRows;
+        char* to = i < 2 * kCopies ? stage + i * kCopyRows * kRowBytes
+                                   : outs(round) + (i - 2 * kCopies) * kCopyRows * kRowBytes;
         copy_rows<T, kHeadDim, kCopyRows>(rows_address<T>(from, b(), h(), row), from.row_stride,
-                                          p.queries - row, p.is_aligned, stage + i * kCopyRows * kRowBytes);
+                                          p.queries - row, p.is_aligned, to);
       }
       if (threadIdx.x < kStageRows) {
         auto* to = reinterpret_cast<float*>(stage + Plan::kNumbers) + threadIdx.x;
@@ -74,13 +77,13 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
     cute::cp_async_fence();
   };
   // Of a stage that everybody sees.
-  const auto find_deltas = [&](char* stage) {
+  const auto find_deltas = [&](int round, char* stage) {
     for (int first = warp() * 8; first < kStageRows; first += warps * 8) {
       const int row = first + lane() / 4;
-      const auto chunk = [&](int tensor) {
-        return [=](int i) { return shared_chunk<T, kHeadDim>(stage + tensor * Plan::kRows, row, i); };
+      const auto chunk_of = [row](const char* rows_ptr) {
+        return [=](int i) { return shared_chunk<T, kHeadDim>(rows_ptr, row, i); };
       };
-      const float sum = dot_rows<T, kHeadDim>(chunk(1), chunk(2));
+      const float sum = dot_rows<T, kHeadDim>(chunk_of(stage + Plan::kRows), chunk_of(outs(round)));
       if (lane() % 4 == 0) reinterpret_cast<float*>(stage + Plan::kNumbers)[kStageRows + row] = sum;
     }
   };
@@ -100,7 +103,7 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
   cute::cp_async_wait<1>();
   __syncthreads();
   state.start(keys, values);
-  if (kIsWhole) find_deltas(stages);
+  if (kIsWhole) find_deltas(0, stages);
 
   const float c = p.scale * kLog2E;
   int used = 0;
@@ -113,7 +116,7 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
     fill(round + 2);
     char* stage = stages + used * Plan::kStageBytes;
     used = used + 1 == kStages ? 0 : used + 1;
-    if (kIsWhole && round + 1 < rounds) find_deltas(stages + used * Plan::kStageBytes);
+    if (kIsWhole && round + 1 < rounds) find_deltas(round + 1, stages + used * Plan::kStageBytes);
 #pragma unroll 1
     for (int part = 0; part < kStageRows / kTileRows; ++part) {
       const int tile = round * (kStageRows / kTileRows) + part;

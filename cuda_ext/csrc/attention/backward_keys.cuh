@@ -20,9 +20,8 @@ struct KeysPlan {
   static constexpr bool kKeepsKeys = kHeadDim == 32 || kHeadDim == 96;
   static constexpr bool kKeepsValues = kKeepsKeys;
   static constexpr int kWarpKeys = KeysShape<kHeadDim>::kKeyTiles * kTileRows;
-  static constexpr int kTensors = kIsWhole ? 3 : 2;
   static constexpr int kRows = kStageRows * Layout::kBytes;
-  static constexpr int kNumbers = kTensors * kRows;  // log-sum-exps, then deltas
+  static constexpr int kNumbers = 2 * kRows;  // log-sum-exps, then deltas
   static constexpr int kStageBytes = kNumbers + 2 * kStageRows * 4;
 
   __host__ __device__ static constexpr int slopes(int warps) {
@@ -36,7 +35,7 @@ struct KeysPlan {
     return at + (kKeepsValues && slope_bytes < values ? values : slope_bytes);
   }
   __host__ __device__ static constexpr int bytes(int warps, int queries) {
-    return stages(warps, queries) + kStages * kStageBytes;
+    return stages(warps, queries) + kStages * kStageBytes + (kIsWhole ? 2 * kRows : 0);
   }
 };
 
