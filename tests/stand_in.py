@@ -174,6 +174,31 @@ def _mlp_half(x: Tensor, y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return tome_reference.mlp_half(x, y, *layers, gamma, (norm_weight, norm_bias, eps), norm_dtype)
 
 
+def _weights(q: Tensor, k: Tensor, size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Of each query the weights of all keys, and the logarithm of what they were divided by."""
+    score = q.float() @ k.float().transpose(-2, -1) * scale
+    if size is not None:
+        score = score + size.log()[:, None, None, :]
+    return score.softmax(-1), score.logsumexp(-1)
+
+
+def _attention_training(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out = tome_reference.attention(q, k, v, size, scale).transpose(1, 2).contiguous()
+    return out, _weights(q, k, size, scale)[1]
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, size: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    weights, grad = _weights(q, k, size, scale)[0], grad.float()
+    slopes = weights * (grad @ v.float().transpose(-2, -1) - (grad * out.float()).sum(-1, keepdim=True)) * scale
+    grads = (slopes @ k.float(), slopes.transpose(-2, -1) @ q.float(), weights.transpose(-2, -1) @ grad)
+    rows = [g.to(q.dtype).transpose(1, 2).flatten(2) for g in grads]
+    if q.shape[2] == k.shape[2]:
+        return rows[0].new_empty(0, *rows[0].shape[1:]), torch.cat(rows, dim=2)
+    return rows[0].contiguous(), torch.cat(rows[1:], dim=2)
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "bipartite_match": tome_reference.match,
     "kth_match": tome_reference.kth_match,
@@ -193,6 +218,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "attention": lambda q, k, v, size, scale: (
         tome_reference.attention(q, k, v, size, scale).transpose(1, 2).contiguous()
     ),
+    "attention_training": _attention_training,
+    "attention_backward": _attention_backward,
     "merge_add_norm": _merge_add_norm,
     "merge_add_norm_backward": _merge_add_norm_backward,
     "column_sums": _column_sums,

@@ -117,6 +117,13 @@ OPERATORS = [
     ("swiglu_norm", (X, X, 8, W, V, 1e-5)),
     ("swiglu_norm", (*X.half().chunk(2, dim=2), 3, None, None, 1e-5)),
     ("attention", (*Q, SIZE, 0.2)),
+    ("attention_training", (*Q, SIZE, 0.2)),
+    ("attention_training", (Q[0, :, :, :5], *Q[1:], None, 0.2)),
+    ("attention_backward", (Q[0], *Q, Q[1], Q[0, ..., 0].float(), SIZE, 0.2)),
+    (
+        "attention_backward",
+        (Q[0, :, :, :5], Q[1, :, :, :5], *Q[1:], Q[2, :, :, :5], Q[0, :, :, :5, 0].float(), SIZE, 0.2),
+    ),
     ("merge_add_norm", (X, X.half(), SLOT, 6, SIZE, W, V, 1e-5, G, torch.float16, True)),
     ("merge_add_norm", (X, X, None, 9, None, W, None, 1e-5, None, F32, True)),
     ("merge_add_norm", (X, None, None, 9, SIZE, W, V, 1e-5, None, torch.bfloat16, False)),
@@ -127,7 +134,9 @@ OPERATORS = [
 ]
 
 
-DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "merge_add_norm")
+DIFFERENTIABLE = (
+    *("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "merge_add_norm", "attention_training"),
+)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +276,11 @@ def test_gradients_of_gradients() -> None:
     torch.testing.assert_close(second(tome_cuda), second(tome_reference))
     out = tome_cuda.merge_add_norm(x, x, None, 5, None, None, None, 1e-5)[1].square().sum()
     (grad,) = torch.autograd.grad(out, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
+    with pytest.raises(NotImplementedError, match="merge_add_norm has no second derivative"):
+        grad.sum().backward()
+    q = Q[0].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(tome_cuda.attention(q, Q[1], Q[2]).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="attention has no second derivative"):
         grad.sum().backward()
 
 

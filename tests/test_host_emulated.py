@@ -51,6 +51,14 @@ def attend(**changed: Any) -> tuple[Any, ...]:
     return tuple((named | changed).values())
 
 
+def attended(**changed: Any) -> tuple[Any, ...]:
+    """The arguments of attention_backward, some of them changed."""
+    named: dict[str, Any] = dict.fromkeys(("grad", "q", "k", "v", "out"), HEADS)
+    named |= {"lse": HEADS[..., 0].float().contiguous(), "size": None, "scale": 0.1}
+    assert named.keys() >= changed.keys()
+    return tuple((named | changed).values())
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
@@ -152,6 +160,13 @@ def attend(**changed: Any) -> tuple[Any, ...]:
         ("attention", (HEADS, HEADS, HEADS, SIZE[:, :8], 0.1), "size must be"),
         ("attention", (HEADS, HEADS, HEADS, SIZE.half(), 0.1), "size has the wrong dtype"),
         ("attention", (HEADS, HEADS, HEADS, None, 0.0), "scale must be positive"),
+        ("attention_training", (HEADS, HEADS, HEADS[:, :, :8], None, 0.1), "as many rows as k"),
+        ("attention_backward", attended(grad=HEADS.float()), "grad has the wrong dtype"),
+        ("attention_backward", attended(grad=HEADS[:, :, :8]), "as many rows as q"),
+        ("attention_backward", attended(out=HEADS.mT.contiguous().mT), "out must have channels without gaps"),
+        ("attention_backward", attended(lse=HEADS[..., 0].float().mT.contiguous().mT), "lse must be"),
+        ("attention_backward", attended(lse=HEADS[..., 0].contiguous()), "lse has the wrong dtype"),
+        ("attention_backward", attended(size=SIZE[:, :8]), "size must be"),
         ("attend_half", attend(heads=2), "q must have 2 heads"),
         ("attend_half", attend(qkv=[HEADS] * 2), "one tensor or three"),
         ("attend_half", attend(qkv_weight=SQUARE), "projected already"),

@@ -158,3 +158,7 @@ def test_attention(
     q, k = q[:, :, :queries], q[:, :, :keys]
     size = memory(q.shape[0], keys) if sized else None
     assert emulator.planned("attention", q, k, k, size, 0.1, gpu=gpu) == min(batch, 1)
+    assert emulator.planned("attention_training", q, k, k, size, 0.1, gpu=gpu) == min(batch, 1)
+    lse = memory(q.shape[0], heads, queries)
+    launches = emulator.planned("attention_backward", q, q, k, k, q, lse, size, 0.1, gpu=gpu)
+    assert launches == 0 if batch == 0 else launches in (1, 2)

@@ -132,3 +132,19 @@ def test_attention(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
     size[:, 0] = 1.0
     assert bool(tome_cuda.attention(q[:, :, : n - n // 3], k, v, size).isfinite().all())
     assert bool(tome_cuda.attention(q, k, v).isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("layout", ["packed", "misaligned"])
+@pytest.mark.parametrize(("n", "d"), [*product(LENGTHS, HEAD_DIMS)])
+def test_attention_in_training(n: int, d: int, layout: str, dtype: torch.dtype) -> None:
+    """As many queries as keys, and fewer; a gradient that lies as the layout has it."""
+    q, k, v, grad = (heads(n, d, dtype, layout, seed) for seed in range(4))
+    size = torch.randint(0, 9, (2, n), device="cuda", generator=generator(n)).float()
+    size[:, 0] = 1.0
+    for queries, sizes in ((n, size), (n - n // 3, None)):
+        leaves = [t.detach().requires_grad_() for t in (q[:, :, :queries], k, v)]
+        with torch.enable_grad():
+            out = tome_cuda.attention(*leaves, sizes)
+            grads = torch.autograd.grad(out, leaves, grad[:, :, :queries])
+        assert all(bool(t.isfinite().all()) for t in (out, *grads))

@@ -21,7 +21,6 @@ import torch
 
 import tome_reference
 from tome.recording import is_recording, record
-from tome_reference.attention import rounding
 
 CHOICES = ("auto", "reference", "cuda")
 INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
@@ -99,12 +98,12 @@ def implementation(op: str, *args: Any, **kwargs: Any) -> ModuleType:
         reason = kernels.why_not(op, *args, **kwargs)
         if reason is None:
             if is_recording():
-                record(op, "cuda", _with_rounding(kernels.remark(op, *args, **kwargs), op, args, kwargs))
+                record(op, "cuda", kernels.remark(op, *args, **kwargs))
             return kernels
     if get_backend() == "cuda":
         raise BackendError(f"the CUDA backend cannot run {op}: {reason}")
     if is_recording():
-        record(op, "reference", _with_rounding(reason, op, args, kwargs))
+        record(op, "reference", reason)
     return tome_reference
 
 
@@ -129,12 +128,6 @@ def extension(tokens: object) -> tuple[ModuleType | None, str | None]:
     import tome_cuda  # here, so that torch.compile can trace it and importing tome loads no kernels
 
     return tome_cuda, None
-
-
-def _with_rounding(reason: str | None, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The reason why torch computes attention, and what that does to sizes."""
-    rounded = rounding(*args, **kwargs) if op == "attention" and reason is not None else None
-    return reason if rounded is None else f"{reason}, {rounded}"
 
 
 def takes_kernels(x: torch.Tensor) -> bool:

@@ -35,6 +35,10 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
   m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? size, float scale) -> Tensor");
+  m.def("attention_training(Tensor q, Tensor k, Tensor v, Tensor? size, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? size, "
+      "float scale) -> (Tensor, Tensor)");
   m.def(
       "attend_half(Tensor x, Tensor[] qkv, int heads, Tensor? size, Tensor? slot, SymInt tokens, SymInt "
       "prefix, "
@@ -70,6 +74,8 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("swiglu_norm", TORCH_BOX(&tome::swiglu_norm));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
+  m.impl("attention_training", TORCH_BOX(&tome::attention_training));
+  m.impl("attention_backward", TORCH_BOX(&tome::attention_backward));
   m.impl("attend_half", TORCH_BOX(&tome::attend_half));
   m.impl("mlp_half", TORCH_BOX(&tome::mlp_half));
   m.impl("merge_add_norm_backward", TORCH_BOX(&tome::merge_add_norm_backward));

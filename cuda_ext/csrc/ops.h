@@ -71,6 +71,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_add_norm(
 // [B, Nq, H, D] for q [B, H, Nq, D].
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
                  double scale);
+// The same, and for the way back float32 [B, H, Nq], the log-sum-exp of every row.
+std::tuple<Tensor, Tensor> attention_training(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const std::optional<Tensor>& size, double scale);
+// Of out [B, H, Nq, D] and its gradient: those of q, [B, Nq, H D], and of k and v, [B, N, 2 H D]; where Nq is
+// N all three, [B, N, 3 H D], and the first is empty.
+std::tuple<Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                              const Tensor& v, const Tensor& out, const Tensor& lse,
+                                              const std::optional<Tensor>& size, double scale);
 // The halves of a block, inference only. x merged, its norm, and what there is of new sizes and a new slot
 // map: empty where nothing merged, the map also where it was given.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(

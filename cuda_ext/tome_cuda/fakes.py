@@ -91,6 +91,20 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: floa
     return q.new_empty((batch, queries, heads, head_dim))
 
 
+def _attention_training(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _attention(q, k, v, size, scale), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, size: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, head_dim = q.shape
+    keys, width = k.shape[2], heads * head_dim
+    is_packed = queries == keys
+    grad_q = q.new_empty((0 if is_packed else batch, queries, width))
+    return grad_q, q.new_empty((batch, keys, (3 if is_packed else 2) * width))
+
+
 def _merge_add_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -226,6 +240,8 @@ FAKES = {
     "swiglu": Fake(_swiglu, _first),
     "swiglu_norm": Fake(_swiglu_norm, _first),
     "attention": Fake(_attention, _first),
+    "attention_training": Fake(_attention_training, _first),
+    "attention_backward": Fake(_attention_backward, lambda args: max(args[1].numel(), 3 * args[2].numel())),
     "merge_add_norm": Fake(_merge_add_norm, _first),
     "merge_add_norm_backward": Fake(
         _merge_add_norm_backward, lambda args: args[2].shape[0] * args[9] * args[2].shape[2]

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import tome_reference
-from tome_cuda import predicates
+from tome_cuda import by_torch, predicates
 from tome_cuda.predicates import Linear, Norm
 from tome_cuda.registration import _unmerge_context, _unmerge_grad, launch
 
@@ -120,7 +119,7 @@ def homes(slot: Tensor, tokens: int, home: Tensor | None = None, valid: Tensor |
 
 def pair_bias(bias: Tensor, home: Tensor, key_bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(bias, key_bias)):
-        return tome_reference.pair_bias(bias, home, key_bias)
+        return by_torch.pair_bias(bias, home, key_bias)
     key_bias = None if key_bias is None else key_bias.float()
     return launch("pair_bias", bias, home, key_bias)[..., : home.shape[1]]  # type: ignore[no-any-return]
 
@@ -139,7 +138,7 @@ def swiglu(gate: Tensor, x: Tensor) -> Tensor:
 
 def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _requires_grad(gate, x, weight, bias)):
-        return tome_reference.swiglu_norm(gate, x, width, weight, bias, eps)
+        return by_torch.swiglu_norm(gate, x, width, weight, bias, eps)
     out = launch("swiglu_norm", _rows(gate), _rows(x), width, weight, bias, eps)
     return out.view(x.shape)  # type: ignore[no-any-return]
 
@@ -155,13 +154,11 @@ def attention(
     if q.numel() == 0:
         return q.clone()  # on a GPU torch's own function fails on an empty batch
     if predicates.without_kernel(q, k, v, size, scale, dropout_p) is not None:
-        # Training, float32, dropout, rare head dimensions: torch computes, so that every model runs under an
-        # explicit "cuda". Its two passes take less time than our forward pass and its backward pass together.
-        bias = None if size is None else size.detach().log()[:, None, None, :].to(q.dtype)
-        return F.scaled_dot_product_attention(
-            _aligned(q), _aligned(k), _aligned(v), attn_mask=bias, dropout_p=dropout_p, scale=scale
-        )
-    out: Tensor = launch("attention", q, k, v, _constant(size), q.shape[-1] ** -0.5 if scale is None else scale)
+        return by_torch.attention(q, k, v, size, scale, dropout_p)
+    training = torch.is_grad_enabled() and _requires_grad(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    made = launch("attention_training" if training else "attention", q, k, v, _constant(size), scale)
+    out: Tensor = made[0] if training else made
     return out.transpose(1, 2)
 
 
@@ -247,10 +244,3 @@ def _constant(size: S) -> S:
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """X, or a copy where it starts off a 16-byte boundary: torch's own function fails on one such token."""
-    if torch.compiler.is_compiling():  # which knows no offsets, and lays out its own tensors
-        return x
-    return x.clone() if x.storage_offset() * x.element_size() % 16 else x

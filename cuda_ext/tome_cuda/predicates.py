@@ -180,8 +180,6 @@ def without_kernel(
 
     ``tome_cuda.attention`` runs either way, so :func:`why_not` doesn't ask: a float32 model has merging to gain.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return NO_GRADIENT
     if dropout_p != 0.0:
         return "the kernels of attention drop no weights"
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
@@ -191,7 +189,7 @@ def without_kernel(
 
 KNOWN = "and the kernels know float32, float16 and bfloat16"
 GAPS = "the kernels of attention read channels without gaps"
-NO_GRADIENT = "the kernels of attention have no gradient, and one is wanted"
+NO_GRADIENT = "one call for half a block has no gradient, and one is wanted"
 NO_KEYS = "there are no keys"
 
 

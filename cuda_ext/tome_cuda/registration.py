@@ -170,10 +170,34 @@ def _merge_add_norm_grad(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None,
     return tuple(grads)
 
 
-def _no_second_gradient(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError(
-        "merge_add_norm has no second derivative on the kernels; tome.use_backend('reference') has one"
-    )
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, size, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output, size)
+
+
+def _attention_grad(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All three at once. Of as many queries as keys they lie as a packed projection of q, k and v does."""
+    q, k, v, out, lse, size = ctx.saved_tensors
+    if grad.stride(3) != 1:  # of a sum, say: one number for all
+        grad = grad.contiguous()
+    heads = (grad.transpose(1, 2), q, k, v, out.transpose(1, 2))
+    grad_q, packed = launch("attention_backward", *heads, lse, size, ctx.scale)
+    batch, count, keys, dim = k.shape
+    is_packed = q.shape[2] == keys
+    grads = packed.view(batch, keys, 3 if is_packed else 2, count, dim).permute(2, 0, 3, 1, 4).unbind()
+    if not is_packed:
+        grads = (grad_q.view(batch, q.shape[2], count, dim).transpose(1, 2), *grads)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+
+
+def _no_second_gradient(name: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            f"{name} has no second derivative on the kernels; tome.use_backend('reference') has one"
+        )
+
+    return refuse
 
 
 GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
@@ -183,6 +207,8 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
     "unmerge_backward": (_unmerge_grad_grad, _unmerge_backward_context),
     "rotate": (_rotate_grad, _rotate_context),
     "merge_add_norm": (_merge_add_norm_grad, _merge_add_norm_context),
-    "merge_add_norm_backward": (_no_second_gradient, None),
-    "column_sums": (_no_second_gradient, None),
+    "merge_add_norm_backward": (_no_second_gradient("merge_add_norm"), None),
+    "column_sums": (_no_second_gradient("merge_add_norm"), None),
+    "attention_training": (_attention_grad, _attention_context),
+    "attention_backward": (_no_second_gradient("attention"), None),
 }

@@ -84,3 +84,4 @@ inline DeviceIndex emulated_device() { return -1; }  // that of the CPU
 #define launch_restore emulated_launch_restore
 #define plan_resident emulated_plan_resident
 #define fits_resident emulated_fits_resident
+#define fits_whole emulated_fits_whole

@@ -6,9 +6,11 @@
 #undef launch_restore
 #undef plan_resident
 #undef fits_resident
+#undef fits_whole
 
 #include <algorithm>
 
+#include "attention/backward.h"
 #include "attention/plan.h"
 #include "merge/merge.h"
 #include "norm/norm.h"
@@ -63,5 +65,9 @@ ResidentParams emulated_plan_resident(const AttentionParams& params, int multipr
 bool emulated_fits_resident(const ResidentParams& plan, int max_shared_bytes, int multiprocessor_bytes) {
   if (emulator::plan().is_streamed) return false;
   return emulator::plan().teams > 0 || fits_resident(plan, max_shared_bytes, multiprocessor_bytes);
+}
+
+bool emulated_fits_whole(const BackwardParams& plan, int max_shared_bytes) {
+  return !emulator::plan().is_streamed && fits_whole(plan, max_shared_bytes);
 }
 }  // namespace tome::attention_ops

@@ -3,29 +3,12 @@
 
 #include <limits>
 
-#include "../ops.h"
+#include "host.h"
 #include "plan.h"
 
 namespace tome {
-namespace {
 
 using attention_ops::AttentionParams;
-using attention_ops::Heads;
-
-Heads heads_of(const Tensor& tensor, const char* name, const Tensor& q) {
-  check_tensor(tensor, name, 4);
-  check_like(tensor, name, q, q.scalar_type());
-  TOME_CHECK(tensor.size(0) == q.size(0) && tensor.size(1) == q.size(1) && tensor.size(3) == q.size(3), name,
-             " must have the batch, heads and head dimension of q");
-  TOME_CHECK(tensor.stride(3) == 1, name, " must have channels without gaps, got stride ", tensor.stride(3));
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-bool is_aligned_view(const Tensor& t) {
-  return is_aligned(t.const_data_ptr(), 2, t.stride(3), t.size(3), {t.stride(0), t.stride(1), t.stride(2)});
-}
-
-}  // namespace
 
 namespace attention_ops {
 
@@ -46,8 +29,8 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
 
 }  // namespace attention_ops
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
-                 double scale) {
+AttentionParams attention_ops::read_params(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const std::optional<Tensor>& size, double scale) {
   check_tensor(q, "q", 4);
   const Dtype dtype = floating_dtype(q, "q");
   TOME_CHECK(dtype != Dtype::kFloat, "q must be float16 or bfloat16");
@@ -75,16 +58,41 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
     p.size_batch_stride = size->stride(0);
     p.size_stride = size->stride(1);
   }
+  return p;
+}
+
+namespace {
+
+// The output, and for training the log-sum-exp of every row.
+Tensor attend(AttentionParams& p, const Tensor& q, Tensor* lse) {
   const DeviceScope scope(q);
   Tensor out = new_empty(q, {p.batch, p.queries, p.heads, p.head_dim}, q.scalar_type());
+  if (lse != nullptr) *lse = new_empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
   if (out.numel() == 0) return out;
   p.out_ptr = out.mutable_data_ptr();
+  if (lse != nullptr) p.lse_ptr = static_cast<float*>(lse->mutable_data_ptr());
   const int64_t most_blocks = p.batch * p.heads * ((p.queries + 63) / 64);
   TOME_CHECK(most_blocks <= std::numeric_limits<int>::max(), "too many rows for one launch: ", most_blocks,
              " blocks");
-  attention_ops::launch_attention(p, dtype, current_stream(q));
+  attention_ops::launch_attention(p, floating_dtype(q, "q"), current_stream(q));
   check_launch();
   return out;
+}
+
+}  // namespace
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& size,
+                 double scale) {
+  AttentionParams p = attention_ops::read_params(q, k, v, size, scale);
+  return attend(p, q, nullptr);
+}
+
+std::tuple<Tensor, Tensor> attention_training(const Tensor& q, const Tensor& k, const Tensor& v,
+                                              const std::optional<Tensor>& size, double scale) {
+  AttentionParams p = attention_ops::read_params(q, k, v, size, scale);
+  Tensor lse;
+  Tensor out = attend(p, q, &lse);
+  return {out, lse};
 }
 
 }  // namespace tome

@@ -18,12 +18,13 @@ struct Heads {
 struct AttentionParams {
   Heads q, k, v;
   void* out_ptr;          // [batch, queries, heads, head_dim], contiguous
+  float* lse_ptr;         // [batch, heads, queries], the log-sum-exp of every row; null: nobody wants it
   const float* size_ptr;  // [batch, keys]; null: plain attention
   int64_t size_batch_stride, size_stride;
   int64_t batch;
   int heads, queries, keys, head_dim;
   float scale;      // above kLeastScale
-  bool is_aligned;  // every row of q, k and v starts on a 16-byte boundary
+  bool is_aligned;  // every row of q, k and v (backward: of all that is read) starts on a 16-byte boundary
 };
 
 // Takes the kernel that fits: every architecture, every length, head dimensions of is_head_dim().

@@ -160,6 +160,7 @@ bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_
     return false;
   }
   p.out_ptr = params.out_ptr;
+  p.lse_ptr = params.lse_ptr;
   p.size_ptr = params.size_ptr;
   p.size_batch_stride = params.size_batch_stride;
   p.size_stride = params.size_stride;

@@ -205,8 +205,12 @@ struct Consumer {
     T* out_ptr = static_cast<T*>(p.out_ptr);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float inverse = 1.0f / quad_sum(rows.sum[row]);
+      const float sum = quad_sum(rows.sum[row]);
+      const float inverse = 1.0f / sum;
       const int query = first_row + row * 8 + lane / 4;
+      if (p.lse_ptr != nullptr && query < p.queries && lane % 4 == 0) {
+        store_lse(p, item.head / p.heads, item.head % p.heads, query, rows.base[row], sum);
+      }
       const int64_t position = static_cast<int64_t>(item.head / p.heads) * p.queries + query;
       T* row_ptr = out_ptr + (position * p.heads + item.head % p.heads) * Plan::kDim;
       uint32_t word[kBlocks];

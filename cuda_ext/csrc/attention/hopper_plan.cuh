@@ -43,6 +43,7 @@ struct RingPlan {
 struct HopperParams {
   CUtensorMap q_map, k_map, v_map;
   void* out_ptr;
+  float* lse_ptr;
   const float* size_ptr;
   int64_t size_batch_stride, size_stride;
   int heads, queries, keys;

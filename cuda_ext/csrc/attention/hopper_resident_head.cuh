@@ -271,7 +271,12 @@ struct ResidentHead {
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      factor[half] = fast_reciprocal(quad_sum(sum[half][0] + sum[half][1]));
+      const float total = quad_sum(sum[half][0] + sum[half][1]);
+      factor[half] = fast_reciprocal(total);
+      const int query = first + warp * kTileRows + half * 8 + lane / 4;
+      if (p.lse_ptr != nullptr && query < p.queries && lane % 4 == 0) {
+        store_lse(p, b, h, query, -offset[half], total);
+      }
     }
     cute::warpgroup_wait<0>();
     fence_registers(out);
@@ -295,7 +300,9 @@ struct ResidentHead {
     const TailMemory memory{shared, shared + Plan::kValues, shared + Plan::kBias, shared + Plan::kQueries,
                             shared + Plan::kTail};
     attend_tail<T, kDim, kKeys>(q, unit, memory, warp, c, head_ptr + first * row_stride, row_stride,
-                                p.queries - first);
+                                p.queries - first, [&](int row, float base, float sum) {
+                                  if (p.lse_ptr != nullptr) store_lse(p, b, h, first + row, base, sum);
+                                });
   }
 };
 

@@ -24,11 +24,11 @@ constexpr int kTailRows = kTileRows;
 constexpr int kTailBytes = 2 * kWarps * kTailRows * 4;
 
 // `q` and `unit` are the left operands of the products with keys and with their bias. Nothing may still read
-// the place of the weights when this is called.
-template <class T, int kDim, int kKeys>
+// the place of the weights when this is called. `keep` is told base and sum of every row, once.
+template <class T, int kDim, int kKeys, class F>
 __device__ __forceinline__ void attend_tail(const uint32_t (&q)[kDim / 16][4], const uint32_t (&unit)[4],
                                             const TailMemory& memory, int warp, float c, T* out_ptr,
-                                            int64_t row_stride, int rows) {
+                                            int64_t row_stride, int rows, F&& keep) {
   using Layout = RowLayout<kDim>;
   constexpr int kGroups = kKeys / kKeyStep;
   constexpr int kMost = (kGroups + kWarps - 1) / kWarps;  // groups of a warp
@@ -117,7 +117,9 @@ __device__ __forceinline__ void attend_tail(const uint32_t (&q)[kDim / 16][4], c
   for (int half = 0; half < 2; ++half) {
     const int row = half * 8 + quad;
     const float4 all = reinterpret_cast<const float4*>(sum_ptr)[row];
-    const float factor = fast_reciprocal((all.x + all.y) + (all.z + all.w));
+    const float total = (all.x + all.y) + (all.z + all.w);
+    const float factor = fast_reciprocal(total);
+    if (warp == 0 && lane % 4 == 0 && row < rows) keep(row, -offset[half], total);
     store_row<T, kColumns>([&](int j, int i) { return out[0][j][2 * half + i] + out[1][j][2 * half + i]; },
                            factor, out_ptr + row * row_stride + warp * kColumns, row < rows);
   }

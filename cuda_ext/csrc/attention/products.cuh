@@ -15,6 +15,8 @@ namespace tome::attention_ops {
 
 constexpr int kTileKeys = 8;  // keys of one product of queries and keys
 constexpr int kChunkChannels = 8;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.69314718f;
 
 template <int kHeadDim>
 struct RowLayout {
@@ -176,6 +178,36 @@ __device__ __forceinline__ void store_bias(const AttentionParams& p, char* share
   auto* to = reinterpret_cast<float*>(shared_ptr + key / kBlockKeys * Block::kBytes + Block::kBias +
                                       key % kBlockKeys / 2 * kAccessBytes);
   to[key % 2] = to[2 + key % 2] = __logf(size) * __frcp_rn(p.scale);
+}
+
+// Four threads write a row of the output: number i = 0, 1 of tile j is value(j, i). Neighbours exchange
+// halves, so that 32 bytes of a row are written together.
+template <class T, int kHeadDim, class F>
+__device__ __forceinline__ void store_row(F&& value, float factor, T* row_ptr, bool is_some) {
+  constexpr int kTiles = kHeadDim / 8;
+  const int column = 2 * (threadIdx.x % 4);
+  const bool is_odd = threadIdx.x % 2 != 0;
+#pragma unroll
+  for (int j = 0; j + 1 < kTiles; j += 2) {
+    const uint32_t left = pack_pair<T>(value(j, 0) * factor, value(j, 1) * factor);
+    const uint32_t right = pack_pair<T>(value(j + 1, 0) * factor, value(j + 1, 1) * factor);
+    const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? left : right, 1);
+    const int channel = is_odd ? 8 * (j + 1) + column - 2 : 8 * j + column;
+    if (is_some) {
+      *reinterpret_cast<uint2*>(row_ptr + channel) =
+          is_odd ? make_uint2(other, right) : make_uint2(left, other);
+    }
+  }
+  if constexpr (kTiles % 2 != 0) {
+    const uint32_t last = pack_pair<T>(value(kTiles - 1, 0) * factor, value(kTiles - 1, 1) * factor);
+    if (is_some) *reinterpret_cast<uint32_t*>(row_ptr + 8 * (kTiles - 1) + column) = last;
+  }
+}
+
+// What training keeps of a row: its weights are 2^(score c - base) / sum.
+template <class Params>
+__device__ __forceinline__ void store_lse(const Params& p, int b, int h, int query, float base, float sum) {
+  p.lse_ptr[(static_cast<int64_t>(b) * p.heads + h) * p.queries + query] = (base + __log2f(sum)) * kLn2;
 }
 
 // Where the rows of one head start.

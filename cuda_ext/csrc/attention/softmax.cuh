@@ -10,37 +10,12 @@
 
 namespace tome::attention_ops {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr float kSlack = 8.0f;
 
 // What the exponent of a weight adds to score * c. Where no key counts there is no inf - inf: weights are
 // zero.
 __device__ __forceinline__ float exponent_offset(float reference, float c) {
   return reference == -INFINITY ? 0.0f : -reference * c;
-}
-
-// Four threads write a row of the output: number i = 0, 1 of tile j is value(j, i). Neighbours exchange
-// halves, so that 32 bytes of a row are written together.
-template <class T, int kHeadDim, class F>
-__device__ __forceinline__ void store_row(F&& value, float factor, T* row_ptr, bool is_some) {
-  constexpr int kTiles = kHeadDim / 8;
-  const int column = 2 * (threadIdx.x % 4);
-  const bool is_odd = threadIdx.x % 2 != 0;
-#pragma unroll
-  for (int j = 0; j + 1 < kTiles; j += 2) {
-    const uint32_t left = pack_pair<T>(value(j, 0) * factor, value(j, 1) * factor);
-    const uint32_t right = pack_pair<T>(value(j + 1, 0) * factor, value(j + 1, 1) * factor);
-    const uint32_t other = __shfl_xor_sync(kFullWarp, is_odd ? left : right, 1);
-    const int channel = is_odd ? 8 * (j + 1) + column - 2 : 8 * j + column;
-    if (is_some) {
-      *reinterpret_cast<uint2*>(row_ptr + channel) =
-          is_odd ? make_uint2(other, right) : make_uint2(left, other);
-    }
-  }
-  if constexpr (kTiles % 2 != 0) {
-    const uint32_t last = pack_pair<T>(value(kTiles - 1, 0) * factor, value(kTiles - 1, 1) * factor);
-    if (is_some) *reinterpret_cast<uint32_t*>(row_ptr + 8 * (kTiles - 1) + column) = last;
-  }
 }
 
 template <class T, int kHeadDim, int kRowTiles>
@@ -170,8 +145,12 @@ struct WarpState {
     for (int m = 0; m < kActive; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float factor = __frcp_rn(quad_sum(sum[m][half]));
+        const float total = quad_sum(sum[m][half]);
+        const float factor = __frcp_rn(total);
         const int row = m * kTileRows + half * 8 + lane / 4;
+        if (p.lse_ptr != nullptr && row < rows && lane % 4 == 0) {
+          store_lse(p, b, h, first + row, reference[m][half] * (p.scale * kLog2E), total);
+        }
         store_row<T, kHeadDim>([&](int j, int i) { return out[m][j][2 * half + i]; }, factor,
                                out_ptr + row * row_stride, row < rows);
       }

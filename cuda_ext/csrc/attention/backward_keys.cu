@@ -1,0 +1,214 @@
+// Gradients of keys and values; of up to some two hundred keys that of the queries as well.
+//
+// A block owns a head, or a share of its keys: 32 or 16 per warp, whose gradients stay in registers while all
+// queries pass by in stages of 32, three under way. Weights are computed transposed, keys in rows, so that in
+// registers they already are the left operands of both products that follow. Where a block has all keys of a
+// head, dS stays in shared memory, and at the end each warp multiplies it with the keys for its own queries:
+// no sums between warps, no atomics, the same bits on every run.
+//
+// Shared memory: KeysPlan.
+#include <algorithm>
+
+#include "../launch.cuh"
+#include "backward_keys.cuh"
+
+namespace tome::attention_ops {
+namespace {
+
+template <class T, int kHeadDim, bool kIsWhole, int kMostWarps, int kBlocks>
+__global__ __launch_bounds__(kMostWarps* kWarpSize,
+                             kBlocks) void attention_backward_keys_kernel(const BackwardParams plan) {
+  using Plan = KeysPlan<kHeadDim, kIsWhole>;
+  constexpr int kRowBytes = RowLayout<kHeadDim>::kBytes;
+  constexpr int kKeyTiles = KeysShape<kHeadDim>::kKeyTiles;
+  constexpr int kWarpKeys = Plan::kWarpKeys;
+  const AttentionParams& p = plan.forward;
+  const int warps = plan.warps;
+  const auto warp = [] { return static_cast<int>(forget(threadIdx.x) / kWarpSize); };
+  const auto lane = [] { return static_cast<int>(forget(threadIdx.x) % kWarpSize); };
+  const auto head = [&] { return forget(blockIdx.x) / static_cast<unsigned>(plan.splits); };
+  const auto b = [&] { return static_cast<int>(head() / static_cast<unsigned>(p.heads)); };
+  const auto h = [&] { return static_cast<int>(head() % static_cast<unsigned>(p.heads)); };
+  const auto first_key = [&] {
+    const unsigned split = forget(blockIdx.x) % static_cast<unsigned>(plan.splits);
+    return (static_cast<int>(split) * warps + warp()) * kWarpKeys;
+  };
+  char* shared = dynamic_shared();
+  char* keys = shared + warp() * kWarpKeys * kRowBytes;
+  char* values = keys + warps * kWarpKeys * kRowBytes;
+  const auto slopes = [&] { return shared + Plan::slopes(warps); };
+  char* stages = shared + Plan::stages(warps, p.queries);
+  const int tiles = (p.queries + kTileRows - 1) / kTileRows;
+  const int rounds = (p.queries + kStageRows - 1) / kStageRows;
+
+  // Read one round before it is written, so that nobody waits for it.
+  float lse = 0.0f, delta = 0.0f;
+  const auto read_numbers = [&](int round) {
+    if (threadIdx.x >= kStageRows || round >= rounds) return;
+    const int query = round * kStageRows + threadIdx.x;
+    lse = read_lse(p, b(), h(), query);
+    if (!kIsWhole) {
+      delta =
+          query < p.queries ? __ldg(plan.delta_ptr + static_cast<int64_t>(head()) * p.queries + query) : 0.0f;
+    }
+  };
+  const auto outs = [&](int round) { return stages + kStages * Plan::kStageBytes + round % 2 * Plan::kRows; };
+  int filled = 0;
+  const auto fill = [&](int round) {
+    if (round < rounds) {
+      char* stage = stages + filled * Plan::kStageBytes;
+      constexpr int kCopies = kStageRows / kCopyRows;
+      for (int i = warp(); i < (kIsWhole ? 3 : 2) * kCopies; i += warps) {
+        const Heads& from = i < kCopies ? p.q : i < 2 * kCopies ? plan.grad : plan.out;
+        const int row = round * kStageRows + i % kCopies * kCopyRows;
+        char* to = i < 2 * kCopies ? stage + i * kCopyRows * kRowBytes
+                                   : outs(round) + (i - 2 * kCopies) * kCopyRows * kRowBytes;
+        copy_rows<T, kHeadDim, kCopyRows>(rows_address<T>(from, b(), h(), row), from.row_stride,
+                                          p.queries - row, p.is_aligned, to);
+      }
+      if (threadIdx.x < kStageRows) {
+        auto* to = reinterpret_cast<float*>(stage + Plan::kNumbers) + threadIdx.x;
+        to[0] = lse;
+        if (!kIsWhole) to[kStageRows] = delta;
+      }
+      read_numbers(round + 1);
+      filled = filled + 1 == kStages ? 0 : filled + 1;
+    }
+    cute::cp_async_fence();
+  };
+  // Of a stage that everybody sees.
+  const auto find_deltas = [&](int round, char* stage) {
+    for (int first = warp() * 8; first < kStageRows; first += warps * 8) {
+      const int row = first + lane() / 4;
+      const auto chunk_of = [row](const char* rows_ptr) {
+        return [=](int i) { return shared_chunk<T, kHeadDim>(rows_ptr, row, i); };
+      };
+      const float sum = dot_rows<T, kHeadDim>(chunk_of(stage + Plan::kRows), chunk_of(outs(round)));
+      if (lane() % 4 == 0) reinterpret_cast<float*>(stage + Plan::kNumbers)[kStageRows + row] = sum;
+    }
+  };
+
+  read_numbers(0);
+  copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.k, b(), h(), first_key()), p.k.row_stride,
+                                    p.keys - first_key(), p.is_aligned, keys);
+  copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.v, b(), h(), first_key()), p.v.row_stride,
+                                    p.keys - first_key(), p.is_aligned, values);
+  fill(0);
+  fill(1);
+  KeyRows<T, kHeadDim> state;
+#pragma unroll
+  for (int i = 0; i < 2 * kKeyTiles; ++i) {
+    state.bias[i / 2][i % 2] = __log2f(key_size(p, b(), first_key() + i * 8 + lane() / 4));
+  }
+  cute::cp_async_wait<1>();
+  __syncthreads();
+  state.start(keys, values);
+  if (kIsWhole) find_deltas(0, stages);
+
+  const float c = p.scale * kLog2E;
+  int used = 0;
+#pragma unroll 1
+  for (int round = 0; round < rounds; ++round) {
+    cute::cp_async_wait<0>();
+    // The next stage is full, this one has its deltas, values are in registers, and the stage that is filled
+    // now is free.
+    __syncthreads();
+    fill(round + 2);
+    char* stage = stages + used * Plan::kStageBytes;
+    used = used + 1 == kStages ? 0 : used + 1;
+    if (kIsWhole && round + 1 < rounds) find_deltas(round + 1, stages + used * Plan::kStageBytes);
+#pragma unroll 1
+    for (int part = 0; part < kStageRows / kTileRows; ++part) {
+      const int tile = round * (kStageRows / kTileRows) + part;
+      if (tile >= tiles) break;
+      const char* queries = stage + part * kTileRows * kRowBytes;
+      state.template step<kIsWhole>(keys, values, queries, queries + Plan::kRows,
+                                    reinterpret_cast<const float*>(stage + Plan::kNumbers) + part * kTileRows,
+                                    c, slopes() + (warp() * kKeyTiles * tiles + tile) * kTileBytes,
+                                    tiles * kTileBytes);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < kKeyTiles; ++m) {
+    const int row = first_key() + m * kTileRows;
+    store_gradient<T, kHeadDim>(state.grad_k[m], p.scale, plan.grad_k, b(), h(), row, p.keys - row);
+    store_gradient<T, kHeadDim>(state.grad_v[m], 1.0f, plan.grad_v, b(), h(), row, p.keys - row);
+  }
+  if constexpr (kIsWhole) {
+    __syncthreads();
+    const int key_tiles = (p.keys + kTileRows - 1) / kTileRows;
+#pragma unroll 1
+    for (int tile = warp() * kKeyTiles; tile < tiles; tile += warps * kKeyTiles) {
+      float grad_q[kKeyTiles][kHeadDim / 8][4] = {};
+#pragma unroll 1
+      for (int step = 0; step < key_tiles; ++step) {
+        uint32_t slope[kKeyTiles][4];
+#pragma unroll
+        for (int m = 0; m < kKeyTiles; ++m) {  // behind the last tile another one's: it is not stored
+          const int from = step * tiles + min(tile + m, tiles - 1);
+          load_transposed(slopes() + from * kTileBytes + lane() * kAccessBytes, slope[m]);
+        }
+        multiply_onto<T, kHeadDim>(grad_q, slope, shared + step * kTileRows * kRowBytes);
+      }
+#pragma unroll
+      for (int m = 0; m < kKeyTiles; ++m) {
+        const int row = (tile + m) * kTileRows;
+        store_gradient<T, kHeadDim>(grad_q[m], p.scale, plan.grad_q, b(), h(), row, p.queries - row);
+      }
+    }
+  }
+}
+
+template <class T, int kHeadDim, bool kIsWhole, int kMostWarps, int kBlocks>
+void launch(const BackwardParams& plan, int max_shared_bytes, cudaStream_t stream) {
+  launch_kernel(attention_backward_keys_kernel<T, kHeadDim, kIsWhole, kMostWarps, kBlocks>,
+                plan.forward.batch * plan.forward.heads * plan.splits, plan.warps * kWarpSize,
+                KeysPlan<kHeadDim, kIsWhole>::bytes(plan.warps, plan.forward.queries), max_shared_bytes,
+                stream, plan);
+}
+
+}  // namespace
+
+BackwardParams plan_backward(const BackwardParams& params, bool is_whole) {
+  BackwardParams plan = params;
+  dispatch_head_dim(params.forward.head_dim, [&](auto head_dim) {
+    using Shape = KeysShape<decltype(head_dim)::value>;
+    constexpr int kWarpKeys = Shape::kKeyTiles * kTileRows;
+    const int all = (params.forward.keys + kWarpKeys - 1) / kWarpKeys;
+    plan.splits = is_whole ? 1 : (all + Shape::kFewWarps - 1) / Shape::kFewWarps;
+    plan.warps = (all + plan.splits - 1) / plan.splits;
+  });
+  return plan;
+}
+
+bool fits_whole(const BackwardParams& plan, int max_shared_bytes) {
+  const AttentionParams& p = plan.forward;
+  constexpr int kMostQueries = 4096;  // whose bytes an int holds
+  bool fits = false;
+  dispatch_head_dim(p.head_dim, [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    fits = plan.warps <= KeysShape<kHeadDim>::kMostWarps && p.queries <= kMostQueries &&
+           KeysPlan<kHeadDim, true>::bytes(plan.warps, p.queries) <= max_shared_bytes;
+  });
+  return fits;
+}
+
+void launch_backward_keys(const BackwardParams& plan, Dtype dtype, bool is_whole, int max_shared_bytes,
+                          cudaStream_t stream) {
+  dispatch_half(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    dispatch_head_dim(plan.forward.head_dim, [&](auto head_dim) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      using Shape = KeysShape<kHeadDim>;
+      if (!is_whole) {
+        launch<T, kHeadDim, false, Shape::kFewWarps, 2>(plan, max_shared_bytes, stream);
+      } else if (plan.warps <= Shape::kFewWarps) {
+        launch<T, kHeadDim, true, Shape::kFewWarps, 2>(plan, max_shared_bytes, stream);
+      } else {
+        launch<T, kHeadDim, true, Shape::kMostWarps, 1>(plan, max_shared_bytes, stream);
+      }
+    });
+  });
+}
+
+}  // namespace tome::attention_ops
