@@ -34,17 +34,17 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
     return (static_cast<int>(split) * warps + warp()) * kWarpKeys;
   };
   char* shared = dynamic_shared();
-  char* keys = shared + warp() * kWarpKeys * kRowBytes;
-  char* values = keys + warps * kWarpKeys * kRowBytes;
+  const auto keys = [&] { return shared + warp() * kWarpKeys * kRowBytes; };
+  const auto values = [&] { return keys() + warps * kWarpKeys * kRowBytes; };
   const auto slopes = [&] { return shared + Plan::slopes(warps); };
-  char* stages = shared + Plan::stages(warps, p.queries);
-  const int tiles = (p.queries + kTileRows - 1) / kTileRows;
-  const int rounds = (p.queries + kStageRows - 1) / kStageRows;
+  const auto stages = [&] { return shared + Plan::stages(warps, p.queries); };
+  const auto tiles = [&] { return (p.queries + kTileRows - 1) / kTileRows; };
+  const auto rounds = [&] { return (p.queries + kStageRows - 1) / kStageRows; };
 
   // Read one round before it is written, so that nobody waits for it.
   float lse = 0.0f, delta = 0.0f;
   const auto read_numbers = [&](int round) {
-    if (threadIdx.x >= kStageRows || round >= rounds) return;
+    if (threadIdx.x >= kStageRows || round >= rounds()) return;
     const int query = round * kStageRows + threadIdx.x;
     lse = read_lse(p, b(), h(), query);
     if (!kIsWhole) {
@@ -52,11 +52,12 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
           query < p.queries ? __ldg(plan.delta_ptr + static_cast<int64_t>(head()) * p.queries + query) : 0.0f;
     }
   };
-  const auto outs = [&](int round) { return stages + kStages * Plan::kStageBytes + round % 2 * Plan::kRows; };
-  int filled = 0;
-  const auto fill = [&](int round) {
-    if (round < rounds) {
-      char* stage = stages + filled * Plan::kStageBytes;
+  const auto outs = [&](int round) {
+    return stages() + kStages * Plan::kStageBytes + round % 2 * Plan::kRows;
+  };
+  const auto fill = [&](int round, int place) {
+    if (round < rounds()) {
+      char* stage = stages() + place * Plan::kStageBytes;
       constexpr int kCopies = kStageRows / kCopyRows;
       for (int i = warp(); i < (kIsWhole ? 3 : 2) * kCopies; i += warps) {
         const Heads& from = i < kCopies ? p.q : i < 2 * kCopies ? plan.grad : plan.out;
@@ -72,7 +73,6 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
         if (!kIsWhole) to[kStageRows] = delta;
       }
       read_numbers(round + 1);
-      filled = filled + 1 == kStages ? 0 : filled + 1;
     }
     cute::cp_async_fence();
   };
@@ -90,11 +90,11 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
 
   read_numbers(0);
   copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.k, b(), h(), first_key()), p.k.row_stride,
-                                    p.keys - first_key(), p.is_aligned, keys);
+                                    p.keys - first_key(), p.is_aligned, keys());
   copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.v, b(), h(), first_key()), p.v.row_stride,
-                                    p.keys - first_key(), p.is_aligned, values);
-  fill(0);
-  fill(1);
+                                    p.keys - first_key(), p.is_aligned, values());
+  fill(0, 0);
+  fill(1, 1);
   KeyRows<T, kHeadDim> state;
 #pragma unroll
   for (int i = 0; i < 2 * kKeyTiles; ++i) {
@@ -102,30 +102,42 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
   }
   cute::cp_async_wait<1>();
   __syncthreads();
-  state.start(keys, values);
-  if (kIsWhole) find_deltas(0, stages);
+  state.start(keys(), values());
+  if (kIsWhole) find_deltas(0, stages());
 
   const float c = p.scale * kLog2E;
+  static_assert(kStages == 3);
   int used = 0;
 #pragma unroll 1
-  for (int round = 0; round < rounds; ++round) {
+  for (int round = 0; round < rounds(); ++round) {
     cute::cp_async_wait<0>();
     // The next stage is full, this one has its deltas, values are in registers, and the stage that is filled
     // now is free.
     __syncthreads();
-    fill(round + 2);
-    char* stage = stages + used * Plan::kStageBytes;
+    fill(round + 2, used == 0 ? kStages - 1 : used - 1);
+    char* stage = stages() + used * Plan::kStageBytes;
     used = used + 1 == kStages ? 0 : used + 1;
-    if (kIsWhole && round + 1 < rounds) find_deltas(round + 1, stages + used * Plan::kStageBytes);
-#pragma unroll 1
-    for (int part = 0; part < kStageRows / kTileRows; ++part) {
+    if (kIsWhole && round + 1 < rounds()) find_deltas(round + 1, stages() + used * Plan::kStageBytes);
+    const auto step = [&](int part, auto parts) {
       const int tile = round * (kStageRows / kTileRows) + part;
-      if (tile >= tiles) break;
       const char* queries = stage + part * kTileRows * kRowBytes;
-      state.template step<kIsWhole>(keys, values, queries, queries + Plan::kRows,
-                                    reinterpret_cast<const float*>(stage + Plan::kNumbers) + part * kTileRows,
-                                    c, slopes() + (warp() * kKeyTiles * tiles + tile) * kTileBytes,
-                                    tiles * kTileBytes);
+      state.template step<kIsWhole, decltype(parts)::value>(
+          keys(), values(), queries, queries + Plan::kRows,
+          reinterpret_cast<const float*>(stage + Plan::kNumbers) + part * kTileRows, c,
+          slopes() + (warp() * kKeyTiles * tiles() + tile) * kTileBytes, tiles() * kTileBytes);
+    };
+    if constexpr (Plan::kParts == 2) {
+      if ((round + 1) * kStageRows - kTileRows < p.queries) {
+        step(0, Count<2>{});
+      } else {
+        step(0, Count<1>{});
+      }
+    } else {
+#pragma unroll 1
+      for (int part = 0; part < kStageRows / kTileRows; ++part) {
+        if (round * kStageRows + part * kTileRows >= p.queries) break;
+        step(part, Count<1>{});
+      }
     }
   }
 #pragma unroll
@@ -138,14 +150,14 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
     __syncthreads();
     const int key_tiles = (p.keys + kTileRows - 1) / kTileRows;
 #pragma unroll 1
-    for (int tile = warp() * kKeyTiles; tile < tiles; tile += warps * kKeyTiles) {
+    for (int tile = warp() * kKeyTiles; tile < tiles(); tile += warps * kKeyTiles) {
       float grad_q[kKeyTiles][kHeadDim / 8][4] = {};
 #pragma unroll 1
       for (int step = 0; step < key_tiles; ++step) {
         uint32_t slope[kKeyTiles][4];
 #pragma unroll
         for (int m = 0; m < kKeyTiles; ++m) {  // behind the last tile another one's: it is not stored
-          const int from = step * tiles + min(tile + m, tiles - 1);
+          const int from = step * tiles() + min(tile + m, tiles() - 1);
           load_transposed(slopes() + from * kTileBytes + lane() * kAccessBytes, slope[m]);
         }
         multiply_onto<T, kHeadDim>(grad_q, slope, shared + step * kTileRows * kRowBytes);

@@ -19,6 +19,8 @@ struct KeysPlan {
   using Layout = RowLayout<kHeadDim>;
   static constexpr bool kKeepsKeys = kHeadDim == 32 || kHeadDim == 96;
   static constexpr bool kKeepsValues = kKeepsKeys;
+  // Tiles of 16 queries that a warp takes at once, so that keys and values are read once for both.
+  static constexpr int kParts = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kWarpKeys = KeysShape<kHeadDim>::kKeyTiles * kTileRows;
   static constexpr int kRows = kStageRows * Layout::kBytes;
   static constexpr int kNumbers = 2 * kRows;  // log-sum-exps, then deltas
@@ -63,57 +65,62 @@ struct KeyRows {
     }
   }
 
-  // 16 queries; dS goes to `slope_ptr`, tiles of keys `slope_step` apart, such that ldmatrix finds the
-  // operand of the product with the keys there.
-  template <bool kIsWhole>
+  // kParts times 16 queries; dS goes to `slope_ptr`, tiles of keys `slope_step` apart, such that ldmatrix
+  // finds the operand of the product with the keys there.
+  template <bool kIsWhole, int kParts>
   __device__ __forceinline__ void step(const char* keys_ptr, const char* values_ptr, const char* queries_ptr,
                                        const char* grads_ptr, const float* numbers_ptr, float c,
                                        char* slope_ptr, int slope_step) {
     const int lane = threadIdx.x % kWarpSize;
-    float weight[kTiles][2][4] = {};
+    float weight[kParts][kTiles][2][4] = {};
     multiply_rows<T, kHeadDim, kKeepsKeys>(weight, keys, keys_ptr, queries_ptr);
-    float slope[kTiles][2][4] = {};
+    float slope[kParts][kTiles][2][4] = {};
     multiply_rows<T, kHeadDim, kKeepsValues>(slope, values, values_ptr, grads_ptr);
-    uint32_t operand[kTiles][4];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 lse = *reinterpret_cast<const float2*>(numbers_ptr + n * 8 + lane % 4 * 2);
+    for (int part = 0; part < kParts; ++part) {
+      uint32_t operand[kTiles][4];
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
+      for (int n = 0; n < 2; ++n) {
+        const float2 lse =
+            *reinterpret_cast<const float2*>(numbers_ptr + part * kTileRows + n * 8 + lane % 4 * 2);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& x = weight[m][n][i];
-          x = fast_exp2(fmaf(x, c, bias[m][i / 2] - (i % 2 == 0 ? lse.x : lse.y)));
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float& x = weight[part][m][n][i];
+            x = fast_exp2(fmaf(x, c, bias[m][i / 2] - (i % 2 == 0 ? lse.x : lse.y)));
+          }
         }
       }
-    }
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) pack_operand<T>(weight[m], operand[m]);
-    multiply_onto<T, kHeadDim>(grad_v, operand, grads_ptr);
+      for (int m = 0; m < kTiles; ++m) pack_operand<T>(weight[part][m], operand[m]);
+      multiply_onto<T, kHeadDim>(grad_v, operand, grads_ptr + part * kTileStep);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float2 delta = *reinterpret_cast<const float2*>(numbers_ptr + kStageRows + n * 8 + lane % 4 * 2);
+      for (int n = 0; n < 2; ++n) {
+        const float2 delta = *reinterpret_cast<const float2*>(numbers_ptr + kStageRows + part * kTileRows +
+                                                              n * 8 + lane % 4 * 2);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
+        for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& x = slope[m][n][i];
-          x = weight[m][n][i] * (x - (i % 2 == 0 ? delta.x : delta.y));
+          for (int i = 0; i < 4; ++i) {
+            float& x = slope[part][m][n][i];
+            x = weight[part][m][n][i] * (x - (i % 2 == 0 ? delta.x : delta.y));
+          }
         }
       }
-    }
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      pack_operand<T>(slope[m], operand[m]);
-      if constexpr (kIsWhole) {
-        auto* to = reinterpret_cast<uint32_t*>(slope_ptr + m * slope_step) + lane;
-        to[0] = operand[m][0];
-        to[kWarpSize] = operand[m][2];
-        to[2 * kWarpSize] = operand[m][1];
-        to[3 * kWarpSize] = operand[m][3];
+      for (int m = 0; m < kTiles; ++m) {
+        pack_operand<T>(slope[part][m], operand[m]);
+        if constexpr (kIsWhole) {
+          auto* to = reinterpret_cast<uint32_t*>(slope_ptr + m * slope_step + part * kTileBytes) + lane;
+          to[0] = operand[m][0];
+          to[kWarpSize] = operand[m][2];
+          to[2 * kWarpSize] = operand[m][1];
+          to[3 * kWarpSize] = operand[m][3];
+        }
       }
+      multiply_onto<T, kHeadDim>(grad_k, operand, queries_ptr + part * kTileStep);
     }
-    multiply_onto<T, kHeadDim>(grad_k, operand, queries_ptr);
   }
 };
 

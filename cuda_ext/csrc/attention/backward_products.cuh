@@ -32,33 +32,46 @@ struct Operand {
   }
 };
 
-// c += a b^T: kTiles times 16 rows `a` with 16 rows `b` in shared memory, over channels. Where a isn't kept
-// in registers it comes from shared memory too.
-template <class T, int kHeadDim, bool kIsKept, int kTiles>
-__device__ __forceinline__ void multiply_rows(float (&c)[kTiles][2][4], Operand<kHeadDim> (&a)[kTiles],
-                                              const char* a_ptr, const char* b_ptr) {
+// c += a b^T: kTiles times 16 rows `a` with kParts times 16 rows `b` in shared memory, over channels. Where a
+// isn't kept in registers it comes from shared memory too.
+template <class T, int kHeadDim, bool kIsKept, int kTiles, int kParts>
+__device__ __forceinline__ void multiply_rows(float (&c)[kParts][kTiles][2][4],
+                                              Operand<kHeadDim> (&a)[kTiles], const char* a_ptr,
+                                              const char* b_ptr) {
   using Layout = RowLayout<kHeadDim>;
   const int lane = threadIdx.x % kWarpSize;
   const int from = Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
   for (int k = 0; k < Operand<kHeadDim>::kSteps; ++k) {
-    uint32_t b[4];
-    load_matrices(b_ptr + Layout::further(from, 2 * k), b);
+    if constexpr (!kIsKept) {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      if constexpr (!kIsKept) a[m].load_step(a_ptr + m * kTileRows * Layout::kBytes, k);
-      multiply<T>(c[m][0], a[m].deep[k], b[0], b[1]);
-      multiply<T>(c[m][1], a[m].deep[k], b[2], b[3]);
+      for (int m = 0; m < kTiles; ++m) a[m].load_step(a_ptr + m * kTileRows * Layout::kBytes, k);
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      uint32_t b[4];
+      load_matrices(b_ptr + Layout::further(from, 2 * k) + part * kTileRows * Layout::kBytes, b);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        multiply<T>(c[part][m][0], a[m].deep[k], b[0], b[1]);
+        multiply<T>(c[part][m][1], a[m].deep[k], b[2], b[3]);
+      }
     }
   }
   if constexpr (Operand<kHeadDim>::kHasFlat) {
-    uint32_t b[2];
-    load_matrices(b_ptr + Layout::offset(lane % 16, Layout::kChunks - 1), b);
+    if constexpr (!kIsKept) {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      if constexpr (!kIsKept) a[m].load_flat(a_ptr + m * kTileRows * Layout::kBytes);
-      multiply_flat<T>(c[m][0], a[m].flat, b[0]);
-      multiply_flat<T>(c[m][1], a[m].flat, b[1]);
+      for (int m = 0; m < kTiles; ++m) a[m].load_flat(a_ptr + m * kTileRows * Layout::kBytes);
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      uint32_t b[2];
+      load_matrices(b_ptr + Layout::offset(part * kTileRows + lane % 16, Layout::kChunks - 1), b);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        multiply_flat<T>(c[part][m][0], a[m].flat, b[0]);
+        multiply_flat<T>(c[part][m][1], a[m].flat, b[1]);
+      }
     }
   }
 }

@@ -102,16 +102,16 @@ __global__ __launch_bounds__(kThreads, 2) void attention_backward_queries_kernel
   const auto step = [&](const char* block, int first_key) {
     const char* keys = block + first_key * Layout::kBytes;
     const auto* bias = reinterpret_cast<const float4*>(block + Block::kBias + first_key * 8) + lane % 4;
-    float weight[kRowTiles][2][4], slope[kRowTiles][2][4] = {};
+    float weight[1][kRowTiles][2][4], slope[1][kRowTiles][2][4] = {};
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const float4 start = bias[n * 4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        weight[m][n][0] = start.x;
-        weight[m][n][1] = start.y;
-        weight[m][n][2] = start.z;
-        weight[m][n][3] = start.w;
+        weight[0][m][n][0] = start.x;
+        weight[0][m][n][1] = start.y;
+        weight[0][m][n][2] = start.z;
+        weight[0][m][n][3] = start.w;
       }
     }
     multiply_rows<T, kHeadDim, true>(weight, query, nullptr, keys);
@@ -121,10 +121,10 @@ __global__ __launch_bounds__(kThreads, 2) void attention_backward_queries_kernel
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        float& x = slope[m][i / 4][i % 4];
-        x = fast_exp2(fmaf(weight[m][i / 4][i % 4], c, -lse[m][i / 2 % 2])) * (x - delta[m][i / 2 % 2]);
+        float& x = slope[0][m][i / 4][i % 4];
+        x = fast_exp2(fmaf(weight[0][m][i / 4][i % 4], c, -lse[m][i / 2 % 2])) * (x - delta[m][i / 2 % 2]);
       }
-      pack_operand<T>(slope[m], operand[m]);
+      pack_operand<T>(slope[0][m], operand[m]);
     }
     multiply_onto<T, kHeadDim>(grad_q, operand, keys);
   };
