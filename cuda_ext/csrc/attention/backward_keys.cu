@@ -15,6 +15,11 @@
 namespace tome::attention_ops {
 namespace {
 
+// The head of a block.
+struct Place {
+  int b, h;
+};
+
 template <class T, int kHeadDim, bool kIsWhole, int kMostWarps, int kBlocks>
 __global__ __launch_bounds__(kMostWarps* kWarpSize,
                              kBlocks) void attention_backward_keys_kernel(const BackwardParams plan) {
@@ -26,53 +31,46 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
   const int warps = plan.warps;
   const auto warp = [] { return static_cast<int>(forget(threadIdx.x) / kWarpSize); };
   const auto lane = [] { return static_cast<int>(forget(threadIdx.x) % kWarpSize); };
-  const auto head = [&] { return forget(blockIdx.x) / static_cast<unsigned>(plan.splits); };
-  const auto b = [&] { return static_cast<int>(head() / static_cast<unsigned>(p.heads)); };
-  const auto h = [&] { return static_cast<int>(head() % static_cast<unsigned>(p.heads)); };
+  // Found by divisions, which take longer than reading it again.
+  const auto place = [] { return *reinterpret_cast<const Place*>(dynamic_shared()); };
   const auto first_key = [&] {
-    const unsigned split = forget(blockIdx.x) % static_cast<unsigned>(plan.splits);
+    const unsigned split = kIsWhole ? 0 : forget(blockIdx.x) % static_cast<unsigned>(plan.splits);
     return (static_cast<int>(split) * warps + warp()) * kWarpKeys;
   };
   char* shared = dynamic_shared();
-  const auto keys = [&] { return shared + warp() * kWarpKeys * kRowBytes; };
+  const auto keys = [&] { return shared + Plan::kKeys + warp() * kWarpKeys * kRowBytes; };
   const auto values = [&] { return keys() + warps * kWarpKeys * kRowBytes; };
   const auto slopes = [&] { return shared + Plan::slopes(warps); };
   const auto stages = [&] { return shared + Plan::stages(warps, p.queries); };
   const auto tiles = [&] { return (p.queries + kTileRows - 1) / kTileRows; };
   const auto rounds = [&] { return (p.queries + kStageRows - 1) / kStageRows; };
-
-  // Read one round before it is written, so that nobody waits for it.
-  float lse = 0.0f, delta = 0.0f;
-  const auto read_numbers = [&](int round) {
-    if (threadIdx.x >= kStageRows || round >= rounds()) return;
-    const int query = round * kStageRows + threadIdx.x;
-    lse = read_lse(p, b(), h(), query);
-    if (!kIsWhole) {
-      delta =
-          query < p.queries ? __ldg(plan.delta_ptr + static_cast<int64_t>(head()) * p.queries + query) : 0.0f;
-    }
-  };
   const auto outs = [&](int round) {
     return stages() + kStages * Plan::kStageBytes + round % 2 * Plan::kRows;
   };
-  const auto fill = [&](int round, int place) {
+  const auto fill = [&](int round, int index, const Place& at) {
     if (round < rounds()) {
-      char* stage = stages() + place * Plan::kStageBytes;
+      char* stage = stages() + index * Plan::kStageBytes;
       constexpr int kCopies = kStageRows / kCopyRows;
       for (int i = warp(); i < (kIsWhole ? 3 : 2) * kCopies; i += warps) {
         const Heads& from = i < kCopies ? p.q : i < 2 * kCopies ? plan.grad : plan.out;
         const int row = round * kStageRows + i % kCopies * kCopyRows;
         char* to = i < 2 * kCopies ? stage + i * kCopyRows * kRowBytes
                                    : outs(round) + (i - 2 * kCopies) * kCopyRows * kRowBytes;
-        copy_rows<T, kHeadDim, kCopyRows>(rows_address<T>(from, b(), h(), row), from.row_stride,
+        copy_rows<T, kHeadDim, kCopyRows>(rows_address<T>(from, at.b, at.h, row), from.row_stride,
                                           p.queries - row, p.is_aligned, to);
       }
       if (threadIdx.x < kStageRows) {
         auto* to = reinterpret_cast<float*>(stage + Plan::kNumbers) + threadIdx.x;
-        to[0] = lse;
-        if (!kIsWhole) to[kStageRows] = delta;
+        const int query = round * kStageRows + threadIdx.x;
+        const int64_t from = (static_cast<int64_t>(at.b) * p.heads + at.h) * p.queries + query;
+        if (query < p.queries) {
+          cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(p.lse_ptr[from], to[0]);
+          if (!kIsWhole) cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(plan.delta_ptr[from], to[kStageRows]);
+        } else {
+          to[0] = INFINITY;  // no weight
+          to[kStageRows] = 0.0f;
+        }
       }
-      read_numbers(round + 1);
     }
     cute::cp_async_fence();
   };
@@ -88,17 +86,20 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
     }
   };
 
-  read_numbers(0);
-  copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.k, b(), h(), first_key()), p.k.row_stride,
+  const unsigned head = blockIdx.x / static_cast<unsigned>(kIsWhole ? 1 : plan.splits);
+  const Place own = {static_cast<int>(head / static_cast<unsigned>(p.heads)),
+                     static_cast<int>(head % static_cast<unsigned>(p.heads))};
+  if (threadIdx.x == 0) *reinterpret_cast<Place*>(shared) = own;
+  copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.k, own.b, own.h, first_key()), p.k.row_stride,
                                     p.keys - first_key(), p.is_aligned, keys());
-  copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.v, b(), h(), first_key()), p.v.row_stride,
+  copy_rows<T, kHeadDim, kWarpKeys>(rows_address<T>(p.v, own.b, own.h, first_key()), p.v.row_stride,
                                     p.keys - first_key(), p.is_aligned, values());
-  fill(0, 0);
-  fill(1, 1);
+  fill(0, 0, own);
+  fill(1, 1, own);
   KeyRows<T, kHeadDim> state;
 #pragma unroll
   for (int i = 0; i < 2 * kKeyTiles; ++i) {
-    state.bias[i / 2][i % 2] = __log2f(key_size(p, b(), first_key() + i * 8 + lane() / 4));
+    state.bias[i / 2][i % 2] = __log2f(key_size(p, own.b, first_key() + i * 8 + lane() / 4));
   }
   cute::cp_async_wait<1>();
   __syncthreads();
@@ -114,7 +115,7 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
     // The next stage is full, this one has its deltas, values are in registers, and the stage that is filled
     // now is free.
     __syncthreads();
-    fill(round + 2, used == 0 ? kStages - 1 : used - 1);
+    fill(round + 2, used == 0 ? kStages - 1 : used - 1, place());
     char* stage = stages() + used * Plan::kStageBytes;
     used = used + 1 == kStages ? 0 : used + 1;
     if (kIsWhole && round + 1 < rounds()) find_deltas(round + 1, stages() + used * Plan::kStageBytes);
@@ -140,32 +141,34 @@ __global__ __launch_bounds__(kMostWarps* kWarpSize,
       }
     }
   }
+  const Place at = place();
 #pragma unroll
   for (int m = 0; m < kKeyTiles; ++m) {
     const int row = first_key() + m * kTileRows;
-    store_gradient<T, kHeadDim>(state.grad_k[m], p.scale, plan.grad_k, b(), h(), row, p.keys - row);
-    store_gradient<T, kHeadDim>(state.grad_v[m], 1.0f, plan.grad_v, b(), h(), row, p.keys - row);
+    store_gradient<T, kHeadDim>(state.grad_k[m], p.scale, plan.grad_k, at.b, at.h, row, p.keys - row);
+    store_gradient<T, kHeadDim>(state.grad_v[m], 1.0f, plan.grad_v, at.b, at.h, row, p.keys - row);
   }
   if constexpr (kIsWhole) {
     __syncthreads();
     const int key_tiles = (p.keys + kTileRows - 1) / kTileRows;
+    const char* own_slopes = slopes() + threadIdx.x % kWarpSize * kAccessBytes;
 #pragma unroll 1
     for (int tile = warp() * kKeyTiles; tile < tiles(); tile += warps * kKeyTiles) {
       float grad_q[kKeyTiles][kHeadDim / 8][4] = {};
-#pragma unroll 1
+#pragma unroll 2
       for (int step = 0; step < key_tiles; ++step) {
         uint32_t slope[kKeyTiles][4];
 #pragma unroll
         for (int m = 0; m < kKeyTiles; ++m) {  // behind the last tile another one's: it is not stored
           const int from = step * tiles() + min(tile + m, tiles() - 1);
-          load_transposed(slopes() + from * kTileBytes + lane() * kAccessBytes, slope[m]);
+          load_transposed(own_slopes + from * kTileBytes, slope[m]);
         }
-        multiply_onto<T, kHeadDim>(grad_q, slope, shared + step * kTileRows * kRowBytes);
+        multiply_onto<T, kHeadDim>(grad_q, slope, shared + Plan::kKeys + step * kTileRows * kRowBytes);
       }
 #pragma unroll
       for (int m = 0; m < kKeyTiles; ++m) {
         const int row = (tile + m) * kTileRows;
-        store_gradient<T, kHeadDim>(grad_q[m], p.scale, plan.grad_q, b(), h(), row, p.queries - row);
+        store_gradient<T, kHeadDim>(grad_q[m], p.scale, plan.grad_q, at.b, at.h, row, p.queries - row);
       }
     }
   }

@@ -12,8 +12,9 @@ constexpr int kStages = 3;
 constexpr int kCopyRows = 8;                          // that one warp copies at a time
 constexpr int kTileBytes = kTileRows * kKeyStep * 2;  // of 16 x 16 numbers in half precision
 
-// Shared memory of a block: keys and values of its warps, dS of all its queries and keys where it computes
-// the gradient of the queries too, stages. Where values are kept in registers dS takes their place.
+// Shared memory of a block: which head it has, keys and values of its warps, dS of all its queries and keys
+// where it computes the gradient of the queries too, stages. Where values are kept in registers dS takes
+// their place.
 template <int kHeadDim, bool kIsWhole>
 struct KeysPlan {
   using Layout = RowLayout<kHeadDim>;
@@ -22,12 +23,14 @@ struct KeysPlan {
   // Tiles of 16 queries that a warp takes at once, so that keys and values are read once for both.
   static constexpr int kParts = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kWarpKeys = KeysShape<kHeadDim>::kKeyTiles * kTileRows;
+  static constexpr int kKeys =
+      128;  // behind the place of the head; chunks are exchanged within so many bytes
   static constexpr int kRows = kStageRows * Layout::kBytes;
   static constexpr int kNumbers = 2 * kRows;  // log-sum-exps, then deltas
   static constexpr int kStageBytes = kNumbers + 2 * kStageRows * 4;
 
   __host__ __device__ static constexpr int slopes(int warps) {
-    return (kKeepsValues ? 1 : 2) * warps * kWarpKeys * Layout::kBytes;
+    return kKeys + (kKeepsValues ? 1 : 2) * warps * kWarpKeys * Layout::kBytes;
   }
   __host__ __device__ static constexpr int stages(int warps, int queries) {
     const int tiles = (queries + kTileRows - 1) / kTileRows;
@@ -88,7 +91,7 @@ struct KeyRows {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             float& x = weight[part][m][n][i];
-            x = fast_exp2(fmaf(x, c, bias[m][i / 2] - (i % 2 == 0 ? lse.x : lse.y)));
+            x = fast_exp2(fmaf(x, c, fmaf(i % 2 == 0 ? lse.x : lse.y, -kLog2E, bias[m][i / 2])));
           }
         }
       }

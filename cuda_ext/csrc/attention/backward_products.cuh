@@ -132,13 +132,6 @@ __device__ __forceinline__ Pack<T, kChunkChannels> shared_chunk(const char* rows
                                                            RowLayout<kHeadDim>::offset(row, chunk));
 }
 
-// What is added to a score, in powers of two, to make the exponent of a weight; no weight behind the last
-// query.
-__device__ __forceinline__ float read_lse(const AttentionParams& p, int b, int h, int query) {
-  if (query >= p.queries) return INFINITY;
-  return __ldg(p.lse_ptr + (static_cast<int64_t>(b) * p.heads + h) * p.queries + query) * kLog2E;
-}
-
 template <class T>
 __device__ __forceinline__ T* gradient_row(const Gradient& gradient, int b, int h, int head_dim, int row) {
   return static_cast<T*>(gradient.data_ptr) + b * gradient.batch_stride + row * gradient.row_stride +

@@ -86,7 +86,8 @@ __global__ __launch_bounds__(kThreads, 2) void attention_backward_queries_kernel
     for (int half = 0; half < 2; ++half) {
       const int row = m * kTileRows + half * 8 + lane / 4;
       const int at = first + row;
-      lse[m][half] = read_lse(p, b, h, at);
+      lse[m][half] =
+          at < p.queries ? __ldg(p.lse_ptr + static_cast<int64_t>(head) * p.queries + at) * kLog2E : INFINITY;
       const T* out_ptr = rows_address<T>(plan.out, b, h, min(at, p.queries - 1));
       delta[m][half] = dot_rows<T, kHeadDim>(
           [&](int i) { return load_pack<T, kChunkChannels>(out_ptr + i * kChunkChannels); },
