@@ -126,28 +126,72 @@ def test_mlp_half_is_its_parts(device, case):
         assert same(ops.mlp_half(*mlp), expected[:2])
 
 
+def is_real(value):
+    """What may have a gradient: sizes and what stochastic depth leaves have none."""
+    return value.is_floating_point() and value.shape not in ((2, 9), (2,))
+
+
+def leaf(value, leaves):
+    if isinstance(value, tuple):
+        return tuple(leaf(each, leaves) for each in value)
+    if isinstance(value, Tensor) and is_real(value):
+        leaves.append(value.detach().clone().requires_grad_())
+        return leaves[-1]
+    return value
+
+
+def gradients(module, args, outputs):
+    """Of all that is floating but sizes, of random combinations of x and y."""
+    leaves, generator = [], torch.Generator().manual_seed(1)
+    found = module(*(leaf(value, leaves) for value in args))[:outputs]
+    seeds = [torch.randn(out.shape, generator=generator).to(out) for out in found]
+    return torch.autograd.grad(found, leaves, seeds, allow_unused=True)
+
+
+def assert_near(ours, theirs, truth):
+    """No further from float64's than three times what the reference is in the same dtype, and some roundings."""
+    for mine, other, exact in zip(ours, theirs, truth, strict=True):
+        assert (mine is None) == (exact is None)
+        if mine is not None:
+            error, limit = (mine.double() - exact).abs().max(), (other.double() - exact).abs().max()
+            assert error <= 3 * limit + 8 * torch.finfo(mine.dtype).eps * exact.abs().max(), (error, limit)
+
+
+def doubled(value):
+    if isinstance(value, tuple):
+        return tuple(map(doubled, value))
+    return value.double() if isinstance(value, Tensor) and is_real(value) else value
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_flow_through_both_halves(device, form):
-    case = Half(2, 9, 2, 8, 3, 1, form, False, True, True, "quick", None, torch.float32, None, True, 0)
-    attend, mlp = case.build(device)
-    leaves = []
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("gelu", "merged", "biased"), [("erf", 3, True), ("tanh", 0, False), ("quick", 3, True)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_gradients_of_both_halves(device, form, mapped, gelu, merged, biased, dropped):
+    dtype = torch.float16 if tome.get_backend() == "cuda" else torch.float32
+    case = Half(2, 9, 2, 32, merged, 1, form, mapped, True, True, gelu, None, dtype, None, biased, 0)
+    drop = torch.tensor([0.0, 1.25], device=device).to(dtype) if dropped else None
+    for name, args, outputs in zip(("attend_half", "mlp_half"), case.build(device), (2, 2), strict=True):
+        args = (*args, drop)
+        if args[4] is None and name == "attend_half" and merged:  # matching must not differ between dtypes
+            keys = tome_reference.halves.split(args[1], 2, args[9])[1]
+            truth = (*args[:4], tome_reference.match(keys, merged, 1), *args[5:])
+        else:
+            truth = args
+        ours, theirs = (gradients(getattr(module, name), args, outputs) for module in (ops, tome_reference))
+        truth = gradients(getattr(tome_reference, name), tuple(map(doubled, truth)), outputs)
+        assert_near(ours, theirs, truth)
+        assert sum(grad is not None for grad in ours) == len(ours) >= 3
 
-    def leaf(value):
-        if isinstance(value, tuple):
-            return tuple(map(leaf, value))
-        if isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape != (2, 9):
-            leaves.append(value.requires_grad_())
-        return value
 
-    if tome.get_backend() == "cuda":  # the kernels' one call is for inference
-        with pytest.raises(
-            tome.BackendError, match="cannot run attend_half: one call for half a block has no gradient"
-        ):
-            ops.attend_half(*map(leaf, attend))
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kernels_halves_have_no_second_gradient(device, form):
+    if tome.get_backend() != "cuda":
         return
-    x, y, size, _ = ops.attend_half(*map(leaf, attend))
-    x, y = ops.mlp_half(x, y, *map(leaf, mlp[2:]))
-    torch.autograd.backward([x, y], [torch.ones_like(x), torch.ones_like(y)])
-    assert len(leaves) >= 10
-    assert all(value.grad is not None for value in leaves)
-    assert not size.requires_grad
+    case = Half(2, 9, 2, 32, 3, 1, form, False, True, True, "erf", None, torch.float16, None, True, 0)
+    for name, args in zip(("attend_half", "mlp_half"), case.build(device), strict=True):
+        leaves = []
+        out = getattr(ops, name)(*(leaf(value, leaves) for value in args))[0].float().square().sum()
+        (grad,) = torch.autograd.grad(out, leaves[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.float().sum().backward()

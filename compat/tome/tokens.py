@@ -49,6 +49,7 @@ class MlpParts(NamedTuple):
     gelu: str  # "erf", "tanh" or "quick"
     fc2: Linear
     gamma: Tensor | None = None
+    drop: Tensor | None = None  # [B], what stochastic depth leaves of each image's branch
 
     @property
     def has_kernel(self) -> bool:
@@ -116,13 +117,14 @@ class Mlp(NamedTuple):
 
     def branch(self) -> Branch:
         """What the MLP adds."""
-        return Branch(self.parts.value(self.y), self.parts.gamma)
+        value, drop = self.parts.value(self.y), self.parts.drop
+        return Branch(value if drop is None else value * drop[:, None, None].to(value.dtype), self.parts.gamma)
 
     def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""
         if norm is None:
             return self.branch().add(x, None)
-        return ops.take(self.call, x, self.y, *self.parts, norm[:3], norm.dtype)
+        return ops.take(self.call, x, self.y, *self.parts[:4], norm[:3], norm.dtype, self.parts.drop)
 
 
 class Counts:

@@ -1,7 +1,7 @@
 """What torch computes where the kernels don't, so that every model runs under an explicit "cuda".
 
-Attention in float32, with dropout, of rare head dimensions and keys with gaps; with gradients or under torch.compile what is for
-inference. ``tome_reference`` has the same functions.
+Attention in float32, with dropout, of rare head dimensions and keys with gaps; with gradients or under torch.compile
+what is for inference. ``tome_reference`` has the same functions.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tome_cuda import by_torch, predicates
+from tome_cuda import by_torch, predicates, training
 from tome_cuda.predicates import Linear, Norm
 from tome_cuda.registration import _unmerge_context, _unmerge_grad, launch
 
@@ -197,11 +197,15 @@ def attend_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     if scale is None:
         scale = (proj[0].shape[1] // heads) ** -0.5
     weight, bias = (None, None) if qkv_linear is None else qkv_linear
     norm_dtype = norm_dtype or x.dtype
+    if drop is not None or (torch.is_grad_enabled() and _requires_grad(x, *qkv, weight, bias, *proj, gamma, *norm[:2])):
+        numbers = training.Numbers(heads, tokens, prefix, is_weighted, scale, norm[2], norm_dtype)
+        return training.attend_half(x, qkv, _constant(size), slot, qkv_linear, proj, gamma, norm, drop, numbers)
     merged, y, total, made = launch(
         "attend_half", x, qkv, heads, size, slot, tokens, prefix, is_weighted, scale, weight, bias, *proj, gamma, *norm,
         norm_dtype,
@@ -222,8 +226,11 @@ def mlp_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     norm_dtype = norm_dtype or x.dtype
+    if drop is not None or (torch.is_grad_enabled() and _requires_grad(x, y, *fc1, *fc2, gamma, *norm[:2])):
+        return training.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, drop, norm_dtype)
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
 
 

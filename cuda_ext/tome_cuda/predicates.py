@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
 
 from tome_cuda import library
 
@@ -99,12 +100,11 @@ def _attend_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> str | None:
     reason = _lacks(x) or _is_watched(x) or _lacks_affine(gamma, norm, norm_dtype)
     if reason is not None:
         return reason
-    if torch.is_grad_enabled() and _requires_grad(x, *qkv, *(qkv_linear or ()), *proj, gamma, *norm[:2]):
-        return NO_GRADIENT
     dtype, head_dim = qkv[0].dtype, qkv[0].shape[-1]
     written = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else dtype
     if qkv_linear is not None:
@@ -130,12 +130,11 @@ def _mlp_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> str | None:
     reason = _lacks(x) or _is_watched(x) or _lacks_affine(gamma, norm, norm_dtype)
     if reason is not None:
         return reason
-    if torch.is_grad_enabled() and _requires_grad(x, y, *fc1, *fc2, gamma, *norm[:2]):
-        return NO_GRADIENT
     written = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else y.dtype
     return None if x.dtype is written or x.dtype is torch.float32 else _lacks_addition(written, x.dtype)
 
@@ -189,7 +188,6 @@ def without_kernel(
 
 KNOWN = "and the kernels know float32, float16 and bfloat16"
 GAPS = "the kernels of attention read channels without gaps"
-NO_GRADIENT = "one call for half a block has no gradient, and one is wanted"
 NO_KEYS = "there are no keys"
 
 
@@ -265,6 +263,8 @@ def _is_watched(x: Tensor) -> str | None:
         return f"the tokens are a {type(x).__name__}, which sees each operation"
     if _len_torch_dispatch_stack() or _len_torch_function_stack():
         return "a mode of torch wants to see each operation"
+    if peek_interpreter_stack() is not None:
+        return "a transform of torch.func sees each operation"
     return None
 
 

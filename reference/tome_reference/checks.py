@@ -229,6 +229,7 @@ def attend_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> None:
     _floating("x", x, (3,), "[B, N, C]")
     batch, n, channels = x.shape
@@ -243,6 +244,7 @@ def attend_half(
     _linear("proj", proj, channels, width, x)
     _per_channel("gamma", gamma, x)
     _norm(x, norm, norm_dtype)
+    _drop(drop, x)
 
 
 def mlp_half(
@@ -254,6 +256,7 @@ def mlp_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> None:
     _floating("x", x, (3,), "[B, N, C]")
     _floating("y", y, (3,), "[B, N, C]")
@@ -265,6 +268,16 @@ def mlp_half(
     _linear("fc2", fc2, x.shape[2], hidden, x)
     _per_channel("gamma", gamma, x)
     _norm(x, norm, norm_dtype)
+    _drop(drop, x)
+
+
+def _drop(drop: Tensor | None, x: Tensor) -> None:
+    """What each image of x has of a branch, [B]."""
+    if drop is not None:
+        _floating("drop", drop, (1,), "[B]")
+        if drop.shape[0] != x.shape[0]:
+            raise ValueError(f"drop must be [{x.shape[0]}], got shape {tuple(drop.shape)}")
+        _on("drop", drop, x.device)
 
 
 def _tensor(name: str, value: object, dims: tuple[int, ...], layout: str) -> Tensor:

@@ -30,6 +30,7 @@ def attend_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """From queries, keys and values to the normalised input of the MLP: match, attend, project, add, merge, norm.
 
@@ -49,23 +50,41 @@ def attend_half(
         gamma: [C], LayerScale's factor, or None for 1.
         norm: the LayerNorm behind the addition, (weight or None, bias or None, eps).
         norm_dtype: the dtype of y; None for that of x.
+        drop: [B], floating point, what each image's branch is multiplied by (stochastic depth); None for 1.
 
     Returns:
         x [B, M, C] and y [B, M, C], its norm in ``norm_dtype``; size float32 [B, M] and the slot map of the merge, or,
-        where nothing is merged, size as it is and None. The kernels' one call is for inference.
+        where nothing is merged, size as it is and None. Gradients flow to x, qkv and all parameters; the kernels have
+        no second ones.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
 
     """
     checks.attend_half(
-        *(x, qkv, heads, size, slot, tokens, prefix, is_weighted, scale, qkv_linear, proj, gamma, norm, norm_dtype)
+        *(
+            x,
+            qkv,
+            heads,
+            size,
+            slot,
+            tokens,
+            prefix,
+            is_weighted,
+            scale,
+            qkv_linear,
+            proj,
+            gamma,
+            norm,
+            norm_dtype,
+            drop,
+        )
     )
     q, k, v = split(qkv, heads, qkv_linear)
     if slot is None and tokens < x.shape[1]:
         slot = match(k, x.shape[1] - tokens, prefix)
     seen = attention(q, k, v, size if is_weighted else None, scale)
-    branch = F.linear(seen.transpose(1, 2).flatten(2), *proj)
+    branch = dropped(F.linear(seen.transpose(1, 2).flatten(2), *proj), drop)
     x, y, size = merge_add_norm(x, branch, slot, tokens, size, *norm, gamma, norm_dtype)
     return x, y, size, slot
 
@@ -79,6 +98,7 @@ def mlp_half(
     gamma: Tensor | None,
     norm: Norm,
     norm_dtype: torch.dtype | None,
+    drop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the normalised input of the MLP to that of the next block's attention: two linear layers, add, norm.
 
@@ -91,18 +111,25 @@ def mlp_half(
         gamma: [C], LayerScale's factor, or None for 1.
         norm: the LayerNorm behind the addition, (weight or None, bias or None, eps).
         norm_dtype: the dtype of the norm; None for that of x.
+        drop: [B], floating point, what each image's branch is multiplied by (stochastic depth); None for 1.
 
     Returns:
-        x [B, N, C] and its norm [B, N, C] in ``norm_dtype``. The kernels' one call is for inference.
+        x [B, N, C] and its norm [B, N, C] in ``norm_dtype``. Gradients flow to x, y and all parameters; the
+        kernels have no second ones.
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape, device or eps.
 
     """
-    checks.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, norm_dtype)
+    checks.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, norm_dtype, drop)
     hidden = activation.gelu(F.linear(y, *fc1), gelu)
-    x, y, _ = merge_add_norm(x, F.linear(hidden, *fc2), None, x.shape[1], None, *norm, gamma, norm_dtype)
+    x, y, _ = merge_add_norm(x, dropped(F.linear(hidden, *fc2), drop), None, x.shape[1], None, *norm, gamma, norm_dtype)
     return x, y
+
+
+def dropped(branch: Tensor, drop: Tensor | None) -> Tensor:
+    """A branch [B, N, C] times what each image has of it."""
+    return branch if drop is None else branch * drop[:, None, None].to(branch.dtype)
 
 
 def split(qkv: Sequence[Tensor], heads: int, linear: Linear | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -114,7 +114,7 @@ class MergingBlock(Halves):
     def _merged(self, tokens: Tokens, beside: Beside) -> Tokens:
         s, row, attn = self._tome, self._tome_row, self._modules[self._tome_row.attn]
         watched = plain.why_watched(tokens.unadded)
-        plan = self.plan() if watched is None else Plan(watched, watched, watched, calls={})
+        plan = self.plan() if watched is None else Plan(watched, watched, watched, (None, None), {})
         autocast = plain.autocast_dtype(tokens.device_type())
         norm1, norm2 = self.norms(attn, autocast, plan)
         tokens, y = tokens.enter(norm1)

@@ -64,7 +64,13 @@ class LastNorm(Patched):
 
     def forward(self, x: Tensor) -> Tensor:
         is_known = len(self.normalized_shape) == 1 and not getattr(self, "_fast_norm", False)
-        if not is_known or plain.why_watched(x) is not None or x.dim() != 3 or not backend.takes_kernels(x):
+        if (
+            not is_known
+            or torch.is_grad_enabled()
+            or plain.why_watched(x) is not None
+            or x.dim() != 3
+            or not backend.takes_kernels(x)
+        ):
             normed: Tensor = super().forward(x)
             return normed
         record(PART, None, "norm")

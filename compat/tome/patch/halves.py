@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tome import ops
 from tome.patch import plain
@@ -51,6 +51,8 @@ class Halves(Patched):
                 parts = "a CUDA graph is captured, in which matching runs beside attention"
             elif tokens.is_padded and not s.model.prop_attn:
                 parts = "padding weighs nothing, though sizes are not to count"
+            elif kind.numbers(attn)[2]:
+                parts = "attention drops weights in training"
         if isinstance(parts, str) or norm is None:
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
             return (None, None), None
@@ -65,7 +67,7 @@ class Halves(Patched):
         )  # fmt: skip
         # q, k and v that were made by parts may lie anyhow: nothing is known of them.
         call = one_call(calls if qkv is None else {}, ops.attend_half, *half)
-        return (qkv, slot), None if call is None else ops.take(call, *half)
+        return (qkv, slot), None if call is None else ops.take(call, *half, kept_of(plan.drops[0], x))
 
     def waiting_mlp(self, plan: Plan, calls: dict[str, Any], x: Tensor, y: Tensor | None, norm: Norm | None) -> Any:
         """The MLP, for its reader to compute in one call, if that can be."""
@@ -75,8 +77,8 @@ class Halves(Patched):
             gated = "mlp is gated" if isinstance(parts, GatedParts) else watched
             record("mlp_half", None, parts if isinstance(parts, str) else gated)
             return None
-        call = one_call(calls, ops.mlp_half, x, y, *parts, norm[:3], norm.dtype)
-        return None if call is None else Mlp(y, parts, call)
+        call = one_call(calls, ops.mlp_half, x, y, *parts[:4], norm[:3], norm.dtype)
+        return None if call is None else Mlp(y, parts._replace(drop=kept_of(plan.drops[1], x)), call)
 
     def norms(self, attn: Any, to: torch.dtype | None, plan: Plan) -> tuple[Norm | None, Norm | None]:
         """The norms that attention and MLP read x through, where they can be computed with the addition before."""
@@ -103,12 +105,12 @@ class Halves(Patched):
 
         def attention() -> AttentionParts:
             parts = row.attention.read(reading, reading.unwatched(self, row.attn))
-            return parts._replace(gamma=reading.gamma(self, row.scale1, row.drop1))
+            return parts._replace(gamma=reading.gamma(self, row.scale1))
 
         def mlp() -> MlpParts | GatedParts:
             module = reading.unwatched(self, row.mlp)
             parts = plain.GATED.get(type(module), self.mlp_parts)(reading, module)
-            return parts._replace(gamma=reading.gamma(self, row.scale2, row.drop2))
+            return parts._replace(gamma=reading.gamma(self, row.scale2))
 
         def norms() -> tuple[Norm, Norm]:
             return reading.norm(self, row.norm1), reading.norm(self, row.norm2)
@@ -118,10 +120,25 @@ class Halves(Patched):
                 found.append(read())
             except NotPlain as error:
                 found.append(str(error))
-        plan = Plan._make([*found, {}])
+        drops: list[nn.Module | None] = [None, None]
+        for i, name in enumerate((row.drop1, row.drop2)):
+            try:
+                drops[i] = reading.drop(self, name)
+            except NotPlain as error:
+                found[i] = str(error)
+        plan = Plan(found[0], found[1], found[2], (drops[0], drops[1]), {})
         if reading.holds(self):
             self._tome_kept = reading, plan
         return plan
+
+
+def kept_of(drop: nn.Module | None, x: Tensor) -> Tensor | None:
+    """What stochastic depth leaves of each image's branch in this pass: [B]."""
+    if drop is None:
+        return None
+    dtype = plain.autocast_dtype(x.device.type) or x.dtype  # of the branch, for which it would draw
+    kept: Tensor = drop(x.new_ones((x.shape[0], 1, 1), dtype=dtype))
+    return kept.flatten()
 
 
 def one_call(known: dict[str, Any], half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[P, T] | None:

@@ -20,7 +20,8 @@ Kinds = dict[type[nn.Module], Any]
 
 NORMS: Kinds = {nn.LayerNorm: False}  # does it return the dtype that it is given, under autocast too?
 LINEARS: Kinds = {nn.Linear: None}
-INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: None}
+STOCHASTIC_DEPTH = "drop_prob"  # as libraries call its rate
+INERT_IN_EVAL: Kinds = {nn.Identity: None, nn.Dropout: "p"}  # in training too where their rate, by its name, is 0
 GELUS: dict[type[nn.Module], Callable[[Any], str]] = {  # which: "erf", "tanh" or "quick"
     nn.GELU: lambda gelu: "tanh" if gelu.approximate == "tanh" else "erf"
 }
@@ -50,6 +51,7 @@ class Plan(NamedTuple):
     attention: AttentionParts | str
     mlp: MlpParts | GatedParts | str
     norms: tuple[Norm, Norm] | str
+    drops: tuple[nn.Module | None, nn.Module | None]  # stochastic depth of the two branches, where it drops any
     calls: dict[Any, dict[str, Callable[..., Any]]]  # the halves that can be one call, by the kind of tokens
 
 
@@ -63,7 +65,7 @@ class Reading:
 
     def __init__(self, root: Any) -> None:
         self._root = root._modules
-        self._modules: list[tuple[nn.Module, dict[str, Any], type]] = []
+        self._modules: list[tuple[nn.Module, dict[str, Any], type, bool]] = []
         self._entries: list[tuple[dict[str, Any], str, object]] = []
         self._lengths: list[tuple[dict[str, Any], int]] = []
 
@@ -74,11 +76,13 @@ class Reading:
         for owner, name, value in self._entries:
             if owner.get(name) is not value:
                 return False
-        for module, own, kind in self._modules:  # as has_hooks, in less of the host's time; nobody wants gradients
+        for module, own, kind, was_training in self._modules:  # as has_hooks, in less of the host's time
             if (
-                own["training"]
+                own["training"] is not was_training
                 or (own["_forward_hooks"] and are_awake(own["_forward_hooks"]))
                 or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
                 or "forward" in own
                 or type(module) is not kind
             ):
@@ -86,7 +90,7 @@ class Reading:
         return True
 
     def unwatched(self, owner: Any, name: str) -> Any:
-        """The child of that name, of whatever type, which nobody watches and which is not training."""
+        """The child of that name, of whatever type, which nobody watches."""
         child = owner._modules[name]
         return self.part(owner, name, {type(child): None})
 
@@ -95,13 +99,11 @@ class Reading:
         child = owner._modules.get(name)
         self._entries.append((owner._modules, name, child))
         if child is not None:
-            self._modules.append((child, child.__dict__, type(child)))
+            self._modules.append((child, child.__dict__, type(child), child.training))
         if child is None or type(child) not in kinds:
             raise NotPlain(f"{name} is a {type(child).__name__}")
         if has_hooks(child):
             raise NotPlain(f"{name} has hooks or a forward of its own")
-        if child.training:
-            raise NotPlain("the model is in training mode")
         return child
 
     def norm(self, owner: Any, name: str) -> Norm:
@@ -119,8 +121,28 @@ class Reading:
         for name in names:
             if owner._modules.get(name) is None:
                 self._entries.append((owner._modules, name, None))
-            else:
-                self.part(owner, name, INERT_IN_EVAL)
+            elif self._rate(self.part(owner, name, INERT_IN_EVAL)):
+                raise NotPlain(f"{name} drops in training")
+
+    def drop(self, owner: Any, name: str | None) -> nn.Module | None:
+        """The stochastic depth of a branch, if it drops any now."""
+        if name is None or owner._modules.get(name) is None:
+            self.inert(owner, *(() if name is None else (name,)))
+            return None
+        child: nn.Module = self.part(owner, name, INERT_IN_EVAL)
+        if not self._rate(child):
+            return None
+        if INERT_IN_EVAL[type(child)] != STOCHASTIC_DEPTH:
+            raise NotPlain(f"{name} drops in training")
+        return child
+
+    def _rate(self, child: nn.Module) -> float:
+        rate = INERT_IN_EVAL[type(child)]
+        if rate is None or not child.training:
+            return 0.0
+        value: float = getattr(child, rate)
+        self._entries.append((child.__dict__, rate, value))
+        return value
 
     def linear(self, owner: Any, name: str) -> Linear:
         """Weight and bias of a child."""
@@ -138,10 +160,8 @@ class Reading:
         self.inert(sequence, *inert)
         return [name for name in sequence._modules if name not in inert]
 
-    def gamma(self, owner: Any, scale: str | None, drop: str | None) -> Tensor | None:
-        """The factor of a LayerScale, or None where there is none; and a drop path that drops nothing."""
-        if drop is not None:
-            self.inert(owner, drop)
+    def gamma(self, owner: Any, scale: str | None) -> Tensor | None:
+        """The factor of a LayerScale, or None where there is none."""
         if scale is None:
             return None
         for own in (owner._parameters, owner.__dict__):  # of blocks that keep no module for it
@@ -243,12 +263,12 @@ def are_awake(hooks: Mapping[int, Any]) -> bool:
 
 def why_watched(x: Tensor) -> str | None:
     """Who sees or asks for more than the result, so that parts have to be called one by one; None if nobody does."""
-    if torch.is_grad_enabled():
-        return "gradients are on (use torch.inference_mode)"
     if torch.compiler.is_compiling():
         return "torch.compile sees the operations one by one"
     if type(x) is not Tensor:
         return f"the tokens are a {type(x).__name__}"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a mode sees each operation"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func sees each operation"
     return "there are global module hooks" if _has_any_global_hook() else None

@@ -28,7 +28,7 @@ from tome.tokens import GatedParts
 # Each has tables by "file.Class": BLOCKS, and MODELS, where a name says in which attribute the model itself stands.
 FAMILIES = ("timm_vit", "timm_eva", "timm_naflex", "timm_gemma", "timm_bias", "timm_parallel", "timm_cait")
 
-plain.NORMS[LayerNorm] = plain.INERT_IN_EVAL[DropPath] = None
+plain.NORMS[LayerNorm], plain.INERT_IN_EVAL[DropPath] = None, plain.STOCHASTIC_DEPTH
 plain.SCALES[LayerScale] = "gamma"
 plain.GELUS |= {GELU: lambda _: "erf", GELUTanh: lambda _: "tanh", QuickGELU: lambda _: "quick"}
 

@@ -181,7 +181,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
         if _name(type(part)) in SCALES:
             plain.SCALES[type(part)] = "lambda1"
         elif _name(type(part)) in DROP_PATHS:
-            plain.INERT_IN_EVAL[type(part)] = None
+            plain.INERT_IN_EVAL[type(part)] = plain.STOCHASTIC_DEPTH
         elif type(part).__name__ in GATED_MLPS:
             plain.GATED[type(part)] = gated
     for layer in layers:
