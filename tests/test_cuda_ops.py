@@ -357,3 +357,27 @@ def test_the_choice_of_a_backend_compiles(monkeypatch: pytest.MonkeyPatch) -> No
     compiled: Callable[..., Tensor] = torch.compile(block, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 9, 12)
     torch.testing.assert_close(compiled(x, KEYS), block(x, KEYS))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.usefixtures("stand_ins")
+def test_attention_in_training_compiles(dynamic: bool) -> None:
+    """In one graph, with the gradient of an eager call; of a packed projection, and of fewer queries than keys."""
+    torch._dynamo.reset()
+
+    def block(qkv: Tensor, size: Tensor) -> Tensor:
+        q, k, v = (qkv * 2).permute(2, 0, 3, 1, 4)
+        whole = tome_cuda.attention(q, k, v, size)
+        return whole.transpose(1, 2).flatten(2).relu() + tome_cuda.attention(q[:, :, :3], k, v, size).mean()
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (9, 11) if dynamic else (9, 9):
+        random = torch.Generator().manual_seed(n)
+        qkv = torch.randn(2, n, 3, 2, 32, generator=random).half().requires_grad_()
+        size = torch.randint(1, 9, (2, n), generator=random).float()
+        found = []
+        for function in (compiled, block):
+            out = function(qkv, size)
+            found.append((out.detach(), *torch.autograd.grad(out, qkv, out.detach())))
+        for ours, eager in zip(*found, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max()))
