@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from tome import ops
+from tome.backend import takes_kernels
 
 Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
 # The size of a padded token: nothing beside a real one, yet a number to divide by, and one whose logarithm is finite.
@@ -49,18 +50,16 @@ class MlpParts(NamedTuple):
     fc2: Linear
     gamma: Tensor | None = None
 
-    @property
-    def has_kernel(self) -> bool:
-        """Whether there is a kernel for its activation."""
-        return self.gelu == "quick"
+    def has_kernel(self, y: Tensor) -> bool:
+        """Whether there may be a kernel for its activation."""
+        return self.gelu == "quick" or takes_kernels(y)
 
     def value(self, y: Tensor) -> Tensor:
         """What the MLP makes of its tokens, before scale."""
-        hidden = F.linear(y, *self.fc1)
         if self.gelu == "quick":
-            hidden = ops.quick_gelu(hidden)
+            hidden = ops.quick_gelu(F.linear(y, *self.fc1))
         else:
-            hidden = F.gelu(hidden, approximate="tanh" if self.gelu == "tanh" else "none")
+            hidden = ops.linear_gelu(y, *self.fc1, "tanh" if self.gelu == "tanh" else "none")
         return F.linear(hidden, *self.fc2)
 
 
@@ -73,9 +72,8 @@ class GatedParts(NamedTuple):
     fc2: Linear
     gamma: Tensor | None = None
 
-    @property
-    def has_kernel(self) -> bool:
-        """Whether there is a kernel for its activation."""
+    def has_kernel(self, y: Tensor) -> bool:
+        """Whether there may be a kernel for its activation."""
         return True
 
     def value(self, y: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "attention/attention.h"
+#include "gelu/gelu.h"
 #include "match/match.h"
 #include "ops.h"
 #include "restore/restore.h"
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("homes(Tensor slot, SymInt tokens, Tensor? home, Tensor? valid) -> Tensor");
   m.def("quick_gelu(Tensor x) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor x) -> Tensor");
+  m.def("linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool is_tanh, int tile) -> Tensor");
   m.def(
       "merge_add_norm(Tensor x, Tensor? branch, Tensor? slot, SymInt tokens, Tensor? size, Tensor? weight, "
       "Tensor? bias, float eps, Tensor? gamma, ScalarType norm_dtype, bool training) -> (Tensor, Tensor, "
@@ -63,6 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("homes", TORCH_BOX(&tome::homes));
   m.impl("quick_gelu", TORCH_BOX(&tome::quick_gelu));
   m.impl("swiglu", TORCH_BOX(&tome::swiglu));
+  m.impl("linear_gelu", TORCH_BOX(&tome::linear_gelu));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
   m.impl("attend_half", TORCH_BOX(&tome::attend_half));
@@ -84,7 +87,8 @@ std::string build_info() {
   }
   json << "], \"max_channels\": " << tome::match::kMaxChannels
        << ", \"least_scale\": " << tome::attention_ops::kLeastScale
-       << ", \"max_steps\": " << tome::restoring::kMaxSteps << "}";
+       << ", \"max_steps\": " << tome::restoring::kMaxSteps
+       << ", \"least_rows\": " << tome::gelu_ops::kLeastRows << "}";
   return json.str();
 }
 

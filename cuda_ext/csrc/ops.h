@@ -21,7 +21,8 @@ inline bool runs_hopper(int device) {
 
 Tensor bipartite_match(const Tensor& keys, int64_t r, int64_t prefix);
 Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix);
-Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r, int64_t prefix);
+Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r,
+                    int64_t prefix);
 
 std::tuple<Tensor, Tensor> merge(const Tensor& x, const Tensor& slot, int64_t tokens,
                                  const std::optional<Tensor>& size);
@@ -44,6 +45,9 @@ Tensor homes(const Tensor& slot, int64_t tokens, const std::optional<Tensor>& ho
 // Of tokens [B, N, C].
 Tensor quick_gelu(const Tensor& x);
 Tensor swiglu(const Tensor& gate, const Tensor& x);
+// gelu(x weight^T + bias) of tokens [B, N, K]. tile: -1, or for benchmarks a number of gelu/gelu.cpp.
+Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool is_tanh,
+                   int64_t tile);
 
 // x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of
 // every row. Without a branch only the norm of x, and merged is empty.
