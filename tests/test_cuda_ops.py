@@ -112,6 +112,8 @@ OPERATORS = [
     ("homes", (SLOT, 6, HOME, SIZE > 3)),
     ("quick_gelu", (X,)),
     ("swiglu", X.half().chunk(2, dim=2)),
+    ("linear_gelu", (X, torch.randn(12, 8), V.repeat(2)[:12], False, -1)),
+    ("linear_gelu", (X.half(), torch.randn(12, 8).half(), None, True, -1)),
     ("attention", (*Q, SIZE, 0.2)),
     ("merge_add_norm", (X, X.half(), SLOT, 6, SIZE, W, V, 1e-5, G, torch.float16, True)),
     ("merge_add_norm", (X, X, None, 9, None, W, None, 1e-5, None, F32, True)),
@@ -123,7 +125,7 @@ OPERATORS = [
 ]
 
 
-DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "merge_add_norm")
+DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "linear_gelu", "merge_add_norm")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +191,8 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("quick_gelu", (X[0, 0].half(),)),
     ("swiglu", X.chunk(2, dim=2)),
     ("swiglu", (X[None, :, :3], X[None, :, :3].transpose(2, 3).contiguous().transpose(2, 3))),
+    ("linear_gelu", (X, torch.randn(12, 8), V.repeat(2)[:12], "tanh")),
+    ("linear_gelu", (X[0, 0], torch.randn(12, 8))),
     ("attention", (*Q, SIZE)),
     ("attention", (*Q.float(), SIZE, 0.3)),
     ("attention", (*Q[:, :0], None)),

@@ -42,6 +42,7 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("homes", (SLOT, 6, torch.arange(9).repeat(2, 1), SIZE > 3)),
     ("quick_gelu", (X,)),
     ("swiglu", (X, X)),
+    ("linear_gelu", (X, torch.randn(12, 8), torch.randn(12))),
     ("attention", (KEYS, KEYS, KEYS, SIZE)),
     ("merge_add_norm", (X, X, SLOT, 6, SIZE, W, V, 1e-5, G)),
     ("merge_add_norm", (X, X, SLOT, 6, None, None, None, 1e-5)),
@@ -124,6 +125,7 @@ def loss_of(name: str, args: tuple[Any, ...], position: int) -> Callable[[Tensor
         ("rotate", (KEYS[:1], None, torch.randn(9, 8), torch.arange(9)[None], 2), 1),
         ("quick_gelu", (None,), 0),
         ("swiglu", (None, X[:1]), 0),
+        ("linear_gelu", (None, torch.randn(3, 8), G[:3], "tanh"), 0),
         ("attention", (None, KEYS[:1], KEYS[:1], SIZE[:1]), 0),
     ],
 )

@@ -221,7 +221,8 @@ def mlp_half(
 ) -> tuple[Tensor, Tensor]:
     norm_dtype = norm_dtype or x.dtype
     if torch.is_autocast_enabled() and gelu != "quick" and predicates.without_product(y, *fc1) is None:
-        y, *fc1 = _cast(y, *fc1)
+        y, weight, bias = _cast(y, *fc1)
+        fc1 = weight, bias
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
 
 

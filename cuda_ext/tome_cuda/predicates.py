@@ -153,8 +153,8 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
 
 def remark(op: str, *args: Any, **kwargs: Any) -> str | None:
     """What else to know of an operation that can run on these arguments: some may be left to torch."""
-    left = {"attention": without_kernel, "linear_gelu": without_product}.get(op)
-    reason = None if left is None else left(*args, **kwargs)
+    left: dict[str, Callable[..., str | None]] = {"attention": without_kernel, "linear_gelu": without_product}
+    reason = left[op](*args, **kwargs) if op in left else None
     return None if reason is None else f"by torch: {reason}"
 
 
@@ -179,17 +179,16 @@ def without_kernel(
     return _lacks_attention(q.dtype, q.shape[3], scale) or (None if k.shape[2] > 0 else NO_KEYS)
 
 
-def without_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none"
-) -> str | None:
+def without_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> str | None:
     """Why a linear layer and its GELU are left to torch's own functions, or None where one kernel computes both.
 
     ``tome_cuda.linear_gelu`` runs either way, as attention does.
     """
     if torch.is_grad_enabled() and _requires_grad(x, weight, bias):
         return "torch's backward pass reads what the kernel of linear_gelu never writes"
-    if not x.is_cuda or not library.runs_hopper(x.get_device()):
-        return "the kernel of linear_gelu is for GPUs of compute capability 9.0"
+    reason = _lacks_hopper(x)
+    if reason is not None:
+        return reason
     dtype, casts = linear_dtype(x), torch.is_autocast_enabled()
     if dtype is not torch.float16 and dtype is not torch.bfloat16:
         return f"the kernel of linear_gelu knows float16 and bfloat16, not {dtype}"
@@ -212,6 +211,11 @@ def without_product(
 def linear_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a linear layer of these tokens."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else x.dtype
+
+
+def _lacks_hopper(x: Tensor) -> str | None:
+    runs = x.is_cuda and library.runs_hopper(x.get_device())
+    return None if runs else "the kernel of linear_gelu is for GPUs of compute capability 9.0"
 
 
 def _has_rows(x: Tensor) -> bool:
