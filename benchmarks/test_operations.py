@@ -38,11 +38,13 @@ GPU = [
     Shape(8, 4096, 10, 64, 2048),
 ]
 MORE_ATTENTION = [Shape(256, 149, 12, 64, 16), Shape(256, 101, 12, 64, 16), Shape(32, 1369, 16, 64, 40)]
-ACTIVATIONS = ("quick_gelu", "swiglu", "swiglu_norm")
+ACTIVATIONS = ("quick_gelu", "swiglu", "swiglu_norm", "linear_gelu")
 PLACES = ("rotate", "rotate neighbours", "homes", "pair_bias")
 MATCHING = ("match", "kth_match", "random_match", "set_match", "match+merge", "merge", "unmerge")
 NORMS = ("add_norm", "merge_add_norm", "merge_add_norm autocast")
 SDPA = ("sdpa without sizes", "sdpa with a mask")  # PyTorch's attention, to compare with
+LINEAR = ("linear", "linear then gelu")  # PyTorch's linear layer and GELU, likewise
+MORE_LINEAR = [Shape(256, 149, 12, 64, 16), Shape(256, 101, 12, 64, 16), Shape(256, 197, 16, 64, 16)]
 
 
 def cases() -> list[Any]:
@@ -53,6 +55,8 @@ def cases() -> list[Any]:
         found += [(op, name, "cuda", torch.float16, shape) for op in every for shape in GPU for name in names]
         found += [("attention", name, "cuda", torch.float16, shape) for shape in MORE_ATTENTION for name in names]
         found += [(op, "torch", "cuda", torch.float16, shape) for op in SDPA for shape in GPU + MORE_ATTENTION]
+        found += [("linear_gelu", name, "cuda", torch.float16, shape) for shape in MORE_LINEAR for name in names]
+        found += [(op, "torch", "cuda", torch.float16, shape) for op in LINEAR for shape in GPU + MORE_LINEAR]
     return [pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2]}-{case[4]}".replace(" ", "_")) for case in found]
 
 
@@ -74,6 +78,7 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
     pairs, m = torch.randn(shape.heads, n, n, device=device).to(dtype), min(n, 600)  # no mask is larger than that
     hidden = torch.randn(b, n, 4 * channels, device=device).to(dtype)
     gate, value = hidden.chunk(2, dim=2)
+    fc1 = torch.randn(4 * channels, channels, device=device).mul(channels**-0.5).to(dtype), hidden[0, 0]
     mask = size.log().to(dtype)[:, None, None, :]
     return {
         "match": (lambda: ops.match(k, shape.r, 0), [k]),
@@ -94,6 +99,9 @@ def prepare(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> 
             [gate, value],
         ),
         "pair_bias": (lambda: ops.pair_bias(pairs, home[:, :m], size[:, :m]), [pairs, home[:, :m], size[:, :m]]),
+        "linear_gelu": (lambda: ops.linear_gelu(x, *fc1), [x, *fc1]),
+        "linear": (lambda: F.linear(x, *fc1), [x, *fc1]),
+        "linear then gelu": (lambda: F.gelu(F.linear(x, *fc1)), [x, *fc1]),
         "sdpa without sizes": (lambda: F.scaled_dot_product_attention(q, k, v), [q, k, v]),
         "sdpa with a mask": (lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), [q, k, v, mask]),
         "add_norm": (

@@ -23,7 +23,7 @@ from tome_reference import checks
 
 NAMESPACE = "tome_stand_in"
 BINDING = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "binding.cpp"
-INFO = library.BuildInfo("here.so", "2.11", "13.2", "4.2.0", ("90a-real",), (32, 64, 72), 256, 1e-30, 3)
+INFO = library.BuildInfo("here.so", "2.11", "13.2", "4.2.0", ("90a-real",), (32, 64, 72), 256, 1e-30, 3, 1024)
 
 
 class Halves:
@@ -215,6 +215,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "quick_gelu": lambda x: tome_reference.quick_gelu(x).contiguous(),
     "swiglu": lambda gate, x: tome_reference.swiglu(gate, x).contiguous(),
     "swiglu_norm": lambda *args: tome_reference.swiglu_norm(*args).contiguous(),
+    "linear_gelu": lambda x, weight, bias, is_tanh, tile: tome_reference.linear_gelu(
+        x, weight, bias, "tanh" if is_tanh else "none"
+    ),
     "attention": lambda q, k, v, size, scale: (
         tome_reference.attention(q, k, v, size, scale).transpose(1, 2).contiguous()
     ),

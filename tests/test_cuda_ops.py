@@ -116,6 +116,8 @@ OPERATORS = [
     ("swiglu", X.half().chunk(2, dim=2)),
     ("swiglu_norm", (X, X, 8, W, V, 1e-5)),
     ("swiglu_norm", (*X.half().chunk(2, dim=2), 3, None, None, 1e-5)),
+    ("linear_gelu", (X, torch.randn(12, 8), V.repeat(2)[:12], False, -1)),
+    ("linear_gelu", (X.half(), torch.randn(12, 8).half(), None, True, -1)),
     ("attention", (*Q, SIZE, 0.2)),
     ("attention_training", (*Q, SIZE, 0.2)),
     ("attention_training", (Q[0, :, :, :5], *Q[1:], None, 0.2)),
@@ -137,6 +139,7 @@ OPERATORS = [
 DIFFERENTIABLE = (
     *("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "merge_add_norm", "attention_training"),
 )
+DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "linear_gelu", "merge_add_norm")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +209,8 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("swiglu_norm", (X[0, 0], X[0, 0], 5, W[:5], None, 1e-5)),
     ("swiglu", X.chunk(2, dim=2)),
     ("swiglu", (X[None, :, :3], X[None, :, :3].transpose(2, 3).contiguous().transpose(2, 3))),
+    ("linear_gelu", (X, torch.randn(12, 8), V.repeat(2)[:12], "tanh")),
+    ("linear_gelu", (X[0, 0], torch.randn(12, 8))),
     ("attention", (*Q, SIZE)),
     ("attention", (*Q.float(), SIZE, 0.3)),
     ("attention", (*Q[:, :0], None)),

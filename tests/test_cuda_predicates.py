@@ -31,6 +31,7 @@ def arguments(name: str, x: Tensor) -> tuple[Any, ...]:
         "attend_half": (x, (x[None],) * 3, 1, None, None, 4, 1, True, None, None, linear, None, norm, None),
         "follow": ([SLOT],),
         "homes": (SLOT, 4),
+        "linear_gelu": (x, *linear),
         "merge": (x, SLOT, 4),
         "merge_add_norm": (x, x, None, 4, None, None, None, 1e-5),
         "mlp_half": (x, x, linear, "erf", linear, None, norm, None),

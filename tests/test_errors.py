@@ -194,6 +194,11 @@ CASES = [
     *(("pair_bias", *case) for case in PAIR_BIAS),
     ("quick_gelu", (X.long(),), TypeError, "x must be float16"),
     ("quick_gelu", (W[0],), ValueError, r"x must be \[..., C\], got shape \(\)"),
+    ("linear_gelu", (X, LINEAR[0].T), ValueError, r"weight must be \[4, 4\], got shape \(4, 24\)"),
+    ("linear_gelu", (X, LINEAR[0], W), ValueError, r"bias must be \[24\], got shape \(4,\)"),
+    ("linear_gelu", (X, LINEAR[0].half()), TypeError, "weight must be torch.float32 like x, got torch.float16"),
+    ("linear_gelu", (X, LINEAR[0], None, "erf"), ValueError, "approximate must be one of none, tanh, got 'erf'"),
+    ("linear_gelu", (X.long(), LINEAR[0]), TypeError, "x must be float16"),
     *(("attend_half", tuple((ATTEND | change).values()), *expected) for change, *expected in ATTEND_HALF),
     *(("mlp_half", tuple((MLP | change).values()), *expected) for change, *expected in MLP_HALF),
 ]

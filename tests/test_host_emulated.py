@@ -149,6 +149,8 @@ def attended(**changed: Any) -> tuple[Any, ...]:
         ("pair_bias", (X[:, :3], SLOT.long(), None), r"bias must be \[H, N, N\]"),
         ("pair_bias", (X[:, :3, :3], SLOT, None), "home has the wrong dtype"),
         ("pair_bias", (X[:, :3, :3], SLOT.long(), SIZE[:, 1:]), r"key_bias must be \[2, 9\]"),
+        ("linear_gelu", (X[0], SQUARE, None, False, -1), "x must have 3 dimensions"),
+        ("linear_gelu", (X, SQUARE, None, False, 0), "tile must be -1, got 0"),
         ("attention", (HEADS[0],) * 3 + (None, 0.1), "q must have 4 dimensions"),
         ("attention", (HEADS.float(),) * 3 + (None, 0.1), "q must be float16 or bfloat16"),
         ("attention", (HEADS, HEADS.bfloat16(), HEADS, None, 0.1), "k has the wrong dtype"),
@@ -189,6 +191,7 @@ def test_what_is_shared_with_python_is_as_promised() -> None:
     told = json.loads(describe())
     assert tuple(told["head_dims"]) == HEAD_DIMS
     assert (told["max_channels"], told["least_scale"], told["max_steps"]) == (256, 1e-30, 64)
+    assert told["least_rows"] == 1024
 
 
 @pytest.mark.parametrize("shape", [(0, 9, 8), (2, 9, 0)])

@@ -119,6 +119,18 @@ def test_activations(batch: int, n: int, channels: int, dtype: torch.dtype) -> N
         assert bool(found.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("tile", range(-1, 8))
+@pytest.mark.parametrize(("rows", "k", "j"), [*product((1, 127, 700), (8, 72, 264), (8, 200, 392))])
+def test_linear_gelu(rows: int, k: int, j: int, tile: int, dtype: torch.dtype) -> None:
+    """Where there are no products the operator is torch's own."""
+    tile = tile if torch.cuda.get_device_capability() == (9, 0) else -1
+    x, weight = (torch.randn(n, k, device="cuda", generator=generator(n)).to(dtype) for n in (rows, j))
+    for bias in (weight[:, 0].contiguous(), None):
+        found = tome_cuda.operators().linear_gelu(x[None], weight, bias, rows == 127, tile)
+        assert bool(found.isfinite().all())
+
+
 def heads(n: int, d: int, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
     return strided(torch.randn(2, 3, n, d, device="cuda", generator=generator(seed)).to(dtype), layout)
 

@@ -44,6 +44,7 @@ CALLS: list[tuple[str, tuple[Any, ...]]] = [
     ("swiglu", (X, X)),
     ("swiglu_norm", (X, X, 7, W[:7], None, 1e-5)),
     ("pair_bias", (torch.randn(3, 9, 9), torch.arange(9).repeat(2, 1), SIZE)),
+    ("linear_gelu", (X, torch.randn(12, 8), torch.randn(12))),
     ("attention", (KEYS, KEYS, KEYS, SIZE)),
     ("merge_add_norm", (X, X, SLOT, 6, SIZE, W, V, 1e-5, G)),
     ("merge_add_norm", (X, X, SLOT, 6, None, None, None, 1e-5)),
@@ -127,6 +128,7 @@ def loss_of(name: str, args: tuple[Any, ...], position: int) -> Callable[[Tensor
         ("quick_gelu", (None,), 0),
         ("swiglu", (None, X[:1]), 0),
         ("swiglu_norm", (None, X[:1], 7, W[:7], None, 1e-5), 0),
+        ("linear_gelu", (None, torch.randn(3, 8), G[:3], "tanh"), 0),
         ("attention", (None, KEYS[:1], KEYS[:1], SIZE[:1]), 0),
     ],
 )

@@ -23,6 +23,7 @@ __all__ = [
     "follow",
     "homes",
     "kth_match",
+    "linear_gelu",
     "match",
     "max_r",
     "merge",
@@ -120,6 +121,7 @@ pair_bias = _operation(tome_reference.pair_bias)
 quick_gelu = _operation(tome_reference.quick_gelu)
 swiglu = _operation(tome_reference.swiglu)
 swiglu_norm = _operation(tome_reference.swiglu_norm)
+linear_gelu = _operation(tome_reference.linear_gelu)
 attention = _operation(tome_reference.attention)
 merge_add_norm = _operation(tome_reference.merge_add_norm, checks_first=False)
 attend_half = _operation(tome_reference.attend_half, checks_first=False)

@@ -51,18 +51,16 @@ class MlpParts(NamedTuple):
     gamma: Tensor | None = None
     drop: Tensor | None = None  # [B], what stochastic depth leaves of each image's branch
 
-    @property
-    def has_kernel(self) -> bool:
-        """Whether there is a kernel for its activation."""
-        return self.gelu == "quick"
+    def has_kernel(self, y: Tensor) -> bool:
+        """Whether there may be a kernel for its activation."""
+        return self.gelu == "quick" or backend.takes_kernels(y)
 
     def value(self, y: Tensor) -> Tensor:
         """What the MLP makes of its tokens, before scale."""
-        hidden = F.linear(y, *self.fc1)
         if self.gelu == "quick":
-            hidden = ops.quick_gelu(hidden)
+            hidden = ops.quick_gelu(F.linear(y, *self.fc1))
         else:
-            hidden = F.gelu(hidden, approximate="tanh" if self.gelu == "tanh" else "none")
+            hidden = ops.linear_gelu(y, *self.fc1, "tanh" if self.gelu == "tanh" else "none")
         return F.linear(hidden, *self.fc2)
 
 
@@ -75,9 +73,8 @@ class GatedParts(NamedTuple):
     fc2: Linear
     gamma: Tensor | None = None
 
-    @property
-    def has_kernel(self) -> bool:
-        """Whether there is a kernel for its activation."""
+    def has_kernel(self, y: Tensor) -> bool:
+        """Whether there may be a kernel for its activation."""
         return True
 
     def value(self, y: Tensor) -> Tensor:

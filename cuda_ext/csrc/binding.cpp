@@ -3,6 +3,7 @@
 #include <string>
 
 #include "attention/attention.h"
+#include "gelu/gelu.h"
 #include "match/match.h"
 #include "ops.h"
 #include "restore/restore.h"
@@ -28,6 +29,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("pair_bias(Tensor bias, Tensor home, Tensor? key_bias) -> Tensor");
   m.def("quick_gelu(Tensor x) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor x) -> Tensor");
+  m.def("linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool is_tanh, int tile) -> Tensor");
   m.def(
       "swiglu_norm(Tensor gate, Tensor x, SymInt width, Tensor? weight, Tensor? bias, float eps) -> Tensor");
   m.def(
@@ -72,6 +74,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("quick_gelu", TORCH_BOX(&tome::quick_gelu));
   m.impl("swiglu", TORCH_BOX(&tome::swiglu));
   m.impl("swiglu_norm", TORCH_BOX(&tome::swiglu_norm));
+  m.impl("linear_gelu", TORCH_BOX(&tome::linear_gelu));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
   m.impl("attention_training", TORCH_BOX(&tome::attention_training));
@@ -95,7 +98,8 @@ std::string build_info() {
   }
   json << "], \"max_channels\": " << tome::match::kMaxChannels
        << ", \"least_scale\": " << tome::attention_ops::kLeastScale
-       << ", \"max_steps\": " << tome::restoring::kMaxSteps << "}";
+       << ", \"max_steps\": " << tome::restoring::kMaxSteps
+       << ", \"least_rows\": " << tome::gelu_ops::kLeastRows << "}";
   return json.str();
 }
 

@@ -52,6 +52,9 @@ Tensor swiglu(const Tensor& gate, const Tensor& x);
 // The norm of its first `width` channels, and zeros behind them.
 Tensor swiglu_norm(const Tensor& gate, const Tensor& x, int64_t width, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, double eps);
+// gelu(x weight^T + bias) of tokens [B, N, K]. tile: -1, or for benchmarks a number of gelu/gelu.cpp.
+Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool is_tanh,
+                   int64_t tile);
 
 // x merged, its norm, totals where there is a slot map, and for training mean and 1 / standard deviation of
 // every row. Without a branch only the norm of x, and merged is empty.

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tome_cuda import predicates
+
 
 def _bipartite_match(keys: Tensor, r: int, prefix: int) -> Tensor:
     return _match(keys, keys.shape[0], keys.shape[-2], keys.shape[-1])
@@ -84,6 +86,10 @@ def _swiglu(gate: Tensor, x: Tensor) -> Tensor:
 
 def _swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, is_tanh: bool, tile: int) -> Tensor:
+    return _linear(x, weight)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None, scale: float) -> Tensor:
@@ -200,7 +206,10 @@ def _mlp_half(
     norm_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     hidden = _linear(y, fc1_weight)
-    branch = _linear(torch.empty_like(hidden), fc2_weight)  # what GELU makes stands beside what it reads
+    if gelu == 2 or predicates.without_product(y, fc1_weight, fc1_bias) is not None:
+        branch = _linear(torch.empty_like(hidden), fc2_weight)  # what GELU makes stands beside what it reads
+    else:
+        branch = _linear(hidden, fc2_weight)
     del hidden
     x, y, _, _ = _merge_add_norm(x, branch, None, x.shape[1], None, None, None, eps, gamma, norm_dtype, False)
     return x, y
@@ -239,6 +248,7 @@ FAKES = {
     "quick_gelu": Fake(_quick_gelu, _first),
     "swiglu": Fake(_swiglu, _first),
     "swiglu_norm": Fake(_swiglu_norm, _first),
+    "linear_gelu": Fake(_linear_gelu, lambda args: args[0].shape[0] * args[0].shape[1] * args[1].shape[0]),
     "attention": Fake(_attention, _first),
     "attention_training": Fake(_attention_training, _first),
     "attention_backward": Fake(_attention_backward, lambda args: max(args[1].numel(), 3 * args[2].numel())),

@@ -35,6 +35,7 @@ class BuildInfo(NamedTuple):
     max_channels: int  # of a metric
     least_scale: float  # of attention
     max_steps: int  # merges that are followed in one launch
+    least_rows: int  # of a linear layer whose GELU is computed with it
 
 
 class _Loaded(NamedTuple):
@@ -89,6 +90,7 @@ def _read(path: Path, told: dict[str, Any]) -> BuildInfo:
         max_channels=told["max_channels"],
         least_scale=told["least_scale"],
         max_steps=told["max_steps"],
+        least_rows=told["least_rows"],
     )
 
 
@@ -222,3 +224,15 @@ def _unsupported_device(index: int) -> str | None:
         f"the kernels were built for {', '.join(loaded.archs)} and not for {torch.cuda.get_device_name(index)} "
         f"({major}.{minor}). Fix: TOME_CUDA_ARCHS={major}{minor}-real {INSTALL}"
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def runs_hopper(index: int) -> bool:
+    """Whether CUDA device ``index`` runs the kernels that are for compute capability 9.0 alone, and they are built."""
+    return _runs_hopper(index)
+
+
+@functools.cache
+def _runs_hopper(index: int) -> bool:
+    has_kernels = any(arch.startswith("90a-") for arch in info().archs)
+    return has_kernels and torch.cuda.get_device_capability(index) == (9, 0)

@@ -143,6 +143,14 @@ def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias
     return out.view(x.shape)  # type: ignore[no-any-return]
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    if predicates.without_product(x, weight, bias) is not None:
+        return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+    x, weight, bias = _cast(x, weight, bias)
+    out = launch("linear_gelu", _rows(x), weight, bias, approximate == "tanh", -1)
+    return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -231,6 +239,9 @@ def mlp_half(
     norm_dtype = norm_dtype or x.dtype
     if drop is not None or (torch.is_grad_enabled() and _requires_grad(x, y, *fc1, *fc2, gamma, *norm[:2])):
         return training.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, drop, norm_dtype)
+    if torch.is_autocast_enabled() and gelu != "quick" and predicates.without_product(y, *fc1) is None:
+        y, weight, bias = _cast(y, *fc1)
+        fc1 = weight, bias
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
 
 
@@ -242,6 +253,12 @@ def _identity(keys: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """X [..., C] as three dimensions; a copy only where no strides would do."""
     return x if x.dim() == 3 else x[None, None] if x.dim() == 1 else x.flatten(0, -2)[None]
+
+
+def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does for F.linear, and for no operator of others."""
+    dtype = predicates.linear_dtype(x)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _constant(size: S) -> S:

@@ -154,6 +154,7 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
     "quick_gelu": _tokens,
     "swiglu": _swiglu,
     "swiglu_norm": _swiglu_norm,
+    "linear_gelu": _tokens,
     "attention": _attention,
     "merge_add_norm": _merge_add_norm,
     "attend_half": _attend_half,
@@ -162,8 +163,9 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
 
 
 def remark(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """What else to know of an operation that can run on these arguments: attention may be left to torch."""
-    reason = without_kernel(*args, **kwargs) if op == "attention" else None
+    """What else to know of an operation that can run on these arguments: some may be left to torch."""
+    left: dict[str, Callable[..., str | None]] = {"attention": without_kernel, "linear_gelu": without_product}
+    reason = left[op](*args, **kwargs) if op in left else None
     return None if reason is None else f"by torch: {reason}"
 
 
@@ -184,6 +186,52 @@ def without_kernel(
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         return GAPS
     return _lacks_attention(q.dtype, q.shape[3], scale) or (None if k.shape[2] > 0 else NO_KEYS)
+
+
+def without_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> str | None:
+    """Why a linear layer and its GELU are left to torch's own functions, or None where one kernel computes both.
+
+    ``tome_cuda.linear_gelu`` runs either way, as attention does.
+    """
+    if torch.is_grad_enabled() and _requires_grad(x, weight, bias):
+        return "torch's backward pass reads what the kernel of linear_gelu never writes"
+    reason = _lacks_hopper(x)
+    if reason is not None:
+        return reason
+    dtype, casts = linear_dtype(x), torch.is_autocast_enabled()
+    if dtype is not torch.float16 and dtype is not torch.bfloat16:
+        return f"the kernel of linear_gelu knows float16 and bfloat16, not {dtype}"
+    if not casts and (weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype)):
+        return f"the kernel of linear_gelu takes a weight and a bias of {dtype} like x"
+    if x.dtype is torch.float64 or weight.dtype is torch.float64:
+        return f"an argument is torch.float64, {KNOWN}"
+    outputs, inputs = weight.shape
+    if inputs % 8 or outputs % 8 or inputs == 0:
+        return f"the kernel of linear_gelu takes multiples of 8 channels, not {inputs} to {outputs}"
+    rows, least = x.numel() // inputs, library.info().least_rows
+    if rows < least:
+        return f"there are {rows} rows, and the kernel of linear_gelu is for {least} and more"
+    is_dense = weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    if not is_dense or (x.dtype is dtype and not _has_rows(x)):
+        return "the kernel of linear_gelu reads rows of x at even distances of 16 bytes, and a weight without gaps"
+    return None
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a linear layer of these tokens."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else x.dtype
+
+
+def _lacks_hopper(x: Tensor) -> str | None:
+    runs = x.is_cuda and library.runs_hopper(x.get_device())
+    return None if runs else "the kernel of linear_gelu is for GPUs of compute capability 9.0"
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether x [..., K] is a list of rows, the same distance from each to the next."""
+    if x.dim() == 1 or x.stride(-1) != 1 or x.stride(-2) % 8 or x.stride(-2) < x.shape[-1]:
+        return False
+    return all(x.shape[i] == 1 or x.stride(i) == x.shape[i + 1] * x.stride(i + 1) for i in range(x.dim() - 2))
 
 
 KNOWN = "and the kernels know float32, float16 and bfloat16"

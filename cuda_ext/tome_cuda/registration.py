@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tome_cuda import library
@@ -134,6 +135,26 @@ def _rotate_grad(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return q, k, None, None, None, None, None
 
 
+def _linear_gelu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.is_tanh, _ = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _linear_gelu_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """What the GELU reads is computed once more: it was never written."""
+    x, weight, bias = ctx.saved_tensors
+    hidden = F.linear(x, weight, bias)
+    inner = torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh" if ctx.is_tanh else "none").flatten(0, 1)
+    needs = ctx.needs_input_grad
+    return (
+        (inner @ weight).view(x.shape) if needs[0] else None,
+        inner.T @ x.flatten(0, 1) if needs[1] else None,
+        inner.sum(0) if needs[2] else None,
+        None,
+        None,
+    )
+
+
 def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, branch, slot, _, size, weight, bias, _, gamma, *_ = inputs
     merged, _, total, stats = output
@@ -250,6 +271,7 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., None] | None]] = {
     "unmerge": (_unmerge_grad, _unmerge_context),
     "unmerge_backward": (_unmerge_grad_grad, _unmerge_backward_context),
     "rotate": (_rotate_grad, _rotate_context),
+    "linear_gelu": (_linear_gelu_grad, _linear_gelu_context),
     "merge_add_norm": (_merge_add_norm_grad, _merge_add_norm_context),
     "merge_add_norm_backward": (_no_second_gradient("merge_add_norm"), None),
     "column_sums": (_no_second_gradient("merge_add_norm"), None),

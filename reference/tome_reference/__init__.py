@@ -5,7 +5,7 @@ makes it, merging averages along it, unmerging gathers through it. What another 
 it agrees with this package.
 """
 
-from tome_reference.activation import quick_gelu, swiglu, swiglu_norm
+from tome_reference.activation import linear_gelu, quick_gelu, swiglu, swiglu_norm
 from tome_reference.attention import attention
 from tome_reference.halves import attend_half, mlp_half
 from tome_reference.matching import kth_match, match, max_r, random_match, set_match
@@ -19,6 +19,7 @@ __all__ = [
     "follow",
     "homes",
     "kth_match",
+    "linear_gelu",
     "match",
     "max_r",
     "merge",

@@ -70,6 +70,28 @@ def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias
     return F.pad(normed, (0, gate.shape[-1] - width))
 
 
-def gelu(x: Tensor, kind: str) -> Tensor:
-    """One of the GELUs: "erf", "tanh" or "quick"."""
-    return quick_gelu(x) if kind == "quick" else F.gelu(x, approximate="tanh" if kind == "tanh" else "none")
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """A linear layer and its GELU: gelu(x weight^T + bias).
+
+    Args:
+        x: [..., K], floating point, any strides.
+        weight: [J, K], the dtype of x; under autocast any floating point, as of ``F.linear``.
+        bias: [J], likewise, or None.
+        approximate: "none" for the exact GELU, x times the normal distribution function; "tanh" for its approximation.
+
+    Returns:
+        [..., J] in the dtype of x, or of autocast. The kernels round it once, PyTorch the linear layer too. Gradients
+        flow to x, weight and bias.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, rank, shape or device, or another ``approximate``.
+
+    """
+    checks.linear_gelu(x, weight, bias, approximate)
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
+def hidden_layer(y: Tensor, fc1: checks.Linear, kind: str) -> Tensor:
+    """The first linear layer of an MLP with one of the GELUs: "erf", "tanh" or "quick"."""
+    hidden = F.linear(y, *fc1)
+    return quick_gelu(hidden) if kind == "quick" else F.gelu(hidden, approximate="tanh" if kind == "tanh" else "none")

@@ -13,6 +13,7 @@ Norm: TypeAlias = "tuple[Tensor | None, Tensor | None, float]"  # weight [C], bi
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GELUS = ("erf", "tanh", "quick")
+APPROXIMATIONS = ("none", "tanh")  # of F.gelu
 INTEGERS = (int, torch.SymInt)
 
 
@@ -163,6 +164,18 @@ def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias
         _on(name, value, gate.device)
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> None:
+    _channels("x", x)
+    _linear("linear_gelu", (weight, bias), None, x.shape[-1], x)
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise TypeError(f"{name} must be {x.dtype} like x, got {tensor.dtype}")
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"approximate must be one of {', '.join(APPROXIMATIONS)}, got {approximate!r}")
 
 
 def attention(

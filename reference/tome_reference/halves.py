@@ -122,7 +122,7 @@ def mlp_half(
 
     """
     checks.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, norm_dtype, drop)
-    hidden = activation.gelu(F.linear(y, *fc1), gelu)
+    hidden = activation.hidden_layer(y, fc1, gelu)
     x, y, _ = merge_add_norm(x, dropped(F.linear(hidden, *fc2), drop), None, x.shape[1], None, *norm, gamma, norm_dtype)
     return x, y
 

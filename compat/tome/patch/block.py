@@ -177,7 +177,7 @@ class MergingBlock(Halves):
         norm2 = getattr(self, row.norm2)
         y = y if y is not None else x if row.is_post else norm2(x)
         # Activations that the library's modules compute in several passes are one of ours.
-        value = parts.value(y) if not isinstance(parts, str) and parts.has_kernel else self.call_mlp(y)
+        value = parts.value(y) if not isinstance(parts, str) and parts.has_kernel(y) else self.call_mlp(y)
         return plain.scaled(self, norm2(value) if row.is_post else value, row.scale2, row.drop2)
 
     def _tell(self, tokens: Tokens) -> None:

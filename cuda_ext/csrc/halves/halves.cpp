@@ -46,9 +46,9 @@ struct Attended {
   std::optional<Tensor> slot;
 };
 
-Tensor activated(const Tensor& x, int64_t gelu) {
+Tensor hidden_layer(const Tensor& y, const Tensor& weight, const std::optional<Tensor>& bias, int64_t gelu) {
   TOME_CHECK(gelu >= 0 && gelu <= 2, "gelu must be 0, 1 or 2, got ", gelu);
-  return gelu == 2 ? quick_gelu(x) : tome::gelu(x, gelu == 1);
+  return gelu == 2 ? quick_gelu(linear(y, weight, bias)) : linear_gelu(y, weight, bias, gelu == 1, -1);
 }
 
 }  // namespace
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tens
   check_tensor(y, "y", 3);
   const DeviceScope scope(x);
   const auto branch = [&] {  // whose wide input is free before the norm needs memory
-    return linear(activated(linear(y, fc1_weight, fc1_bias), gelu), fc2_weight, fc2_bias);
+    return linear(hidden_layer(y, fc1_weight, fc1_bias, gelu), fc2_weight, fc2_bias);
   };
   const Normed out = merged_norm(x, branch(), std::nullopt, x.size(1), std::nullopt, norm_weight, norm_bias,
                                  eps, gamma, norm_dtype, false);

@@ -1,0 +1,121 @@
+// out = gelu(x weight^T + bias) by CUTLASS's persistent products for Hopper: one warpgroup streams tiles of x
+// and weight through a ring in shared memory, two others multiply. Where these take turns ("pingpong", each
+// with an output tile of its own) the GELU of one runs under the product of the other.
+#pragma once
+
+#include <cutlass/cutlass.h>
+// above what needs its macros
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "../launch.cuh"
+#include "gelu.h"
+
+namespace tome::gelu_ops {
+namespace {
+
+// Each one instruction. Both give what the limits need: 2^inf = inf, 1 / inf = 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float gelu(float v, const Gelu& g) {
+  const float size = fminf(fabsf(v), g.most);
+  float r = g.terms[kTerms - 1];
+#pragma unroll
+  for (int i = kTerms - 2; i >= 0; --i) r = fmaf(r, size, g.terms[i]);
+  return v * reciprocal(1.0f + power_of_two(v * r));
+}
+
+// What an epilogue computes of sums and biases. CUTLASS asks the scalar for the arguments' type.
+template <class T>
+struct GeluOfSum {
+  using Arguments = Gelu;
+};
+template <int kCount>
+struct GeluOfSum<cutlass::Array<float, kCount>> {
+  using Values = cutlass::Array<float, kCount>;
+  using Arguments = Gelu;
+  CUTLASS_DEVICE Values operator()(const Values& sums, const Values& bias, const Gelu& g) const {
+    Values out;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = gelu(sums[i] + bias[i], g);
+    return out;
+  }
+};
+
+// T: of x, weight, bias and out. Tile: [rows, outputs, inputs] of a block's step. Cluster: blocks that share
+// what they load.
+template <class T, class Tile, class Cluster, bool kIsPingpong>
+struct Product {
+  using RowMajor = cutlass::layout::RowMajor;
+  using ColumnMajor = cutlass::layout::ColumnMajor;
+  using Sm90 = cutlass::arch::Sm90;
+  using TensorOp = cutlass::arch::OpClassTensorOp;
+  static constexpr int kAlignment = kAccessBytes / sizeof(T);
+  static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+
+  using Bias =
+      cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, T, float,
+                                                  cute::Stride<cute::_0, cute::_1, cute::_0>, kAlignment>;
+  using Fusion =
+      cutlass::epilogue::fusion::Sm90EVT<cutlass::epilogue::fusion::Sm90Compute<GeluOfSum, T, float, kRound>,
+                                         cutlass::epilogue::fusion::Sm90AccFetch, Bias>;
+  using EpilogueSchedule = std::conditional_t<kIsPingpong, cutlass::epilogue::TmaWarpSpecialized,
+                                              cutlass::epilogue::TmaWarpSpecializedCooperative>;
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      Sm90, TensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
+      RowMajor, kAlignment, T, RowMajor, kAlignment, EpilogueSchedule, Fusion>::CollectiveOp;
+  using Schedule = std::conditional_t<kIsPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+                                      cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      Sm90, TensorOp, T, RowMajor, kAlignment, T, ColumnMajor, kAlignment, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename Epilogue::SharedStorage))>,
+      Schedule>::CollectiveOp;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, void>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  static bool launch(const GeluParams& p, cudaStream_t stream) {
+    const auto* x_ptr = static_cast<const T*>(p.x_ptr);
+    const auto* weight_ptr = static_cast<const T*>(p.weight_ptr);
+    auto* out_ptr = static_cast<T*>(p.out_ptr);
+    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {p.rows, p.outputs, p.inputs, 1},
+                                       {x_ptr, {p.row_stride, {}, 0}, weight_ptr, {p.inputs, {}, 0}},
+                                       {{}, nullptr, {}, out_ptr, {p.outputs, {}, 0}}};
+    arguments.epilogue.thread = {{}, {static_cast<const T*>(p.bias_ptr), T(0), {}}, p.gelu};
+    arguments.hw_info.sm_count = p.multiprocessors;
+    arguments.scheduler.max_swizzle_size = p.swizzle;
+    using Order = decltype(arguments.scheduler.raster_order);
+    arguments.scheduler.raster_order = p.by_rows ? Order::AlongN : Order::AlongM;
+    if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess) return false;
+    const void* kernel = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
+    if (ask_for_shared(kernel, Kernel::SharedStorageSize) != cudaSuccess) return false;
+    auto params = Kernel::to_underlying_arguments(arguments, nullptr);
+    return Gemm::run(params, stream) == cutlass::Status::kSuccess;
+  }
+};
+
+template <int kRows, int kOutputs, int kClusterRows, int kClusterOutputs, bool kIsPingpong>
+bool launch_product(const GeluParams& params, Dtype dtype, cudaStream_t stream) {
+  using Tile = cute::Shape<cute::Int<kRows>, cute::Int<kOutputs>, cute::_64>;
+  using Cluster = cute::Shape<cute::Int<kClusterRows>, cute::Int<kClusterOutputs>, cute::_1>;
+  if (dtype == Dtype::kHalf)
+    return Product<cutlass::half_t, Tile, Cluster, kIsPingpong>::launch(params, stream);
+  return Product<cutlass::bfloat16_t, Tile, Cluster, kIsPingpong>::launch(params, stream);
+}
+
+}  // namespace
+}  // namespace tome::gelu_ops

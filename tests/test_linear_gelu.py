@@ -1,0 +1,285 @@
+"""Laws of a linear layer with its GELU: rounded once by the kernel, and never further off than PyTorch's two steps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import stand_in
+import torch
+import torch.nn.functional as F
+from backends import NO_EXTENSION
+from gpu import assert_replays, assert_same_bits, compiled
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import HALF_AND_SINGLE
+from torch import Tensor
+
+import tome
+import tome_cuda
+import tome_reference
+from tome import ops
+from tome_cuda import library, predicates
+
+HALVES = (torch.float16, torch.bfloat16)
+KINDS = ("none", "tanh")
+TILES = 8  # of csrc/gelu/gelu.cpp
+ORDERS = (0, 16, 48, 256, 256 + 16)  # how its numbers tell the order of tiles
+SOURCE = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "gelu" / "gelu.cpp"
+HAS_PRODUCTS = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+def build(shape, j, k, dtype, has_bias=True, scale=1.0, seed=0, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(*shape, k, generator=generator)
+    weight = torch.randn(j, k, generator=generator) * max(k, 1) ** -0.5
+    bias = 0.5 * torch.randn(j, generator=generator) if has_bias else None
+    return tuple(None if t is None else t.to(dtype).to(device) for t in (x, weight, bias))
+
+
+def exact_gelu(v, approximate):
+    v = v.double()
+    if approximate == "tanh":
+        return v * torch.sigmoid(2.0 * (2.0 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))
+    return 0.5 * v * torch.special.erfc(-v * 0.5**0.5)
+
+
+def exactly(x, weight, bias, approximate):
+    return exact_gelu(F.linear(x.double(), weight.double(), None if bias is None else bias.double()), approximate)
+
+
+def two_steps(x, weight, bias, approximate):
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
+def check_no_worse(found, theirs, truth):
+    """At most PyTorch's error in the largest and in the mean; a few numbers alone may round either way."""
+    assert (found.shape, found.dtype) == (truth.shape, theirs.dtype)
+    assert bool(found.isfinite().all())
+    if found.numel() == 0:
+        return
+    ours, error = (found.double() - truth).abs(), (theirs.double() - truth).abs()
+    unit = torch.finfo(found.dtype).eps * truth.abs() + torch.finfo(found.dtype).smallest_normal
+    if found.numel() >= 1024:
+        assert ours.max() <= error.max()
+        assert ours.mean() <= error.mean()
+    # Half a unit for the rounding, a tenth for the formula, the rest for sums of products in another order.
+    assert bool((ours <= 0.62 * unit + 2.0**-20 * (1.0 + truth.abs())).all())
+
+
+@given(
+    st.sampled_from([(), (0,), (3,), (2, 5), (1, 33), (2, 0), (2, 3, 7)]),
+    *(st.integers(1, 40), st.integers(0, 40), st.sampled_from(HALF_AND_SINGLE), st.booleans()),
+    *(st.sampled_from(KINDS), st.integers(0, 2**31 - 1)),
+)
+def test_it_is_torch_s_two_steps(device, shape, j, k, dtype, has_bias, approximate, seed):
+    """Where there are few rows, on every backend and by the same bits."""
+    args = build(shape, j, k, dtype, has_bias, 1.0, seed, device)
+    assert torch.equal(ops.linear_gelu(*args, approximate), two_steps(*args, approximate))
+
+
+@pytest.mark.parametrize("approximate", KINDS)
+def test_gradients(device, approximate):
+    found = []
+    for function in (ops.linear_gelu, two_steps):
+        leaves = [t.requires_grad_() for t in build((2, 9), 16, 24, torch.float32, device=device)]
+        function(*leaves, approximate).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast(device):
+    kind = device.type
+    x, weight, bias = build((2, 9), 16, 24, torch.float32, device=device)
+    with torch.autocast(kind, torch.bfloat16):
+        found = ops.linear_gelu(x, weight, bias)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, two_steps(x, weight, bias, "none"))
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_compiles(device):
+    torch._dynamo.reset()
+    function = torch.compile(ops.linear_gelu, backend="eager", fullgraph=True)
+    args = build((2, 9), 16, 24, torch.float32, device=device)
+    torch.testing.assert_close(function(*args, "tanh"), two_steps(*args, "tanh"))
+
+
+def polynomials():
+    """Those of the host code, by name: the terms of |v|, and up to where they count."""
+    number = r"-?[\d.]+(?:e[-+]\d+)?"
+    found = re.findall(r"constexpr Gelu (\w+)\{\{([^}]*)\},\s*([^}]*)\}", SOURCE.read_text())
+    return {
+        name: ([float(n) for n in re.findall(number, terms)], float(most.rstrip("f"))) for name, terms, most in found
+    }
+
+
+def by_formula(v: Tensor, terms: list[float], most: float) -> Tensor:
+    """csrc/gelu's gelu(), step by step in float32."""
+
+    def single(value: Tensor) -> Tensor:
+        return value.float().double()
+
+    v = v.double()
+    size = v.abs().clamp(max=most).nan_to_num(nan=most)
+    r = torch.zeros_like(v)
+    for term in reversed(terms):
+        r = single(r * size + torch.tensor(term).double())
+    return single(v * single(1.0 / single(1.0 + single(torch.exp2(single(v * r)))))).float()
+
+
+@pytest.mark.parametrize("approximate", KINDS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_formula(dtype, approximate):
+    name = "kTanh" if approximate == "tanh" else "kErfHalf" if dtype is torch.float16 else "kErfBFloat16"
+    formula = polynomials()[name]
+    for lowest, highest in ((1e-6, 1e-2), (1e-2, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 10.0), (10.0, 100.0)):
+        size = torch.logspace(*torch.tensor([lowest, highest]).log10().tolist(), 20001)
+        for v in (size, -size):
+            truth = exact_gelu(v, approximate)
+            ours = (by_formula(v, *formula).to(dtype).double() - truth).abs()
+            theirs = (F.gelu(v.to(dtype), approximate=approximate).double() - truth).abs()
+            # PyTorch's GELU is zero below -5.5 or so; what is left of ours at -10 is nothing beside anything.
+            assert ours.max() <= theirs.max() + 1e-18, (lowest, highest, ours.max(), theirs.max())
+            assert ours.mean() <= theirs.mean() + 1e-18, (lowest, highest, ours.mean(), theirs.mean())
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 3e38, -1e30])
+    found = by_formula(special, *formula)
+    assert found.isnan().tolist() == [True, False, True, *[False] * 4]
+    assert found[[1, 3, 4, 5, 6]].tolist() == [torch.inf, 0.0, 0.0, special[5].item(), 0.0]
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens on the CPU pass for such on a Hopper GPU."""
+    stand_in.choose(monkeypatch)
+    monkeypatch.setattr(predicates, "_lacks_hopper", lambda x: None)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_the_kernel_leaves_to_torch() -> None:
+    x, weight, bias = build((2, 512), 24, 16, torch.float16)
+
+    def reason(x: Tensor, weight: Tensor = weight, bias: Tensor | None = bias) -> str:
+        with torch.no_grad():
+            told = predicates.remark("linear_gelu", x, weight, bias)
+        assert told is None or told.startswith("by torch: ")
+        return str(told)
+
+    assert reason(x) == reason(x, bias=None) == "None"
+    assert reason(x.view(2, 2, 256, 16)) == reason(x.flatten(0, 1)) == "None"
+    assert reason(torch.zeros(2, 512, 32).half()[..., :16]) == "None"
+    assert "there are 1022 rows, and the kernel of linear_gelu is for 1024" in reason(x[:, 1:])
+    assert "float16 and bfloat16, not torch.float32" in reason(x.float(), weight.float(), bias.float())
+    assert "a weight and a bias of torch.float16" in reason(x, weight.float())
+    assert "a weight and a bias of torch.float16" in reason(x, bias=bias.float())
+    assert "multiples of 8 channels, not 16 to 20" in reason(x, weight[:20], bias[:20])
+    assert "multiples of 8 channels, not 12 to 24" in reason(x[..., :12], weight[:, :12])
+    assert "at even distances" in reason(x.repeat(1, 2, 1)[:, :512])
+    assert "at even distances" in reason(torch.zeros(2, 512, 20).half()[..., :16])
+    assert "at even distances" in reason(torch.zeros(2, 512, 32).half()[..., ::2])
+    assert "a weight without gaps" in reason(x, torch.zeros(24, 32).half()[:, :16])
+    weight.requires_grad_()
+    assert "backward pass" in str(predicates.without_product(x, weight, bias))
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("approximate", KINDS)
+def test_what_the_operator_gets(approximate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = []
+    launch = tome_cuda.ops.launch
+    monkeypatch.setattr(tome_cuda.ops, "launch", lambda *args: passed.append(args) or launch(*args))
+    x, weight, bias = build((4, 2, 256), 24, 16, torch.bfloat16)
+    assert torch.equal(ops.linear_gelu(x, weight, bias, approximate), two_steps(x, weight, bias, approximate))
+    ((name, rows, *others),) = passed
+    assert name == "linear_gelu"
+    assert rows.shape == (1, 2048, 16)
+    assert others[0] is weight
+    assert others[2:] == [approximate == "tanh", -1]
+    leaves = [t.clone().requires_grad_() for t in (rows, weight, bias)]
+    operator = tome_cuda.operators().linear_gelu.default
+    for args in ((rows, weight, bias), leaves, (rows, weight, None)):
+        torch.library.opcheck(operator, (*args, approximate == "tanh", -1))
+    double = [t.double() for t in leaves]
+    found = torch.autograd.grad(operator(*leaves, approximate == "tanh", -1).sum(), leaves)
+    theirs = torch.autograd.grad(two_steps(*double, approximate).sum(), leaves)
+    for ours, expected in zip(found, theirs, strict=True):
+        torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+@NO_EXTENSION
+@HAS_PRODUCTS
+@given(
+    *(st.integers(1, 700), st.integers(1, 60), st.integers(1, 60), st.sampled_from(HALVES), st.booleans()),
+    *(st.sampled_from(KINDS), st.sampled_from((1.0, 4.0)), st.integers(0, TILES - 1), st.sampled_from(ORDERS)),
+    st.integers(0, 2**31 - 1),
+)
+def test_every_tile(rows, j, k, dtype, has_bias, approximate, scale, tile, order, seed):
+    x, weight, bias = build((1, rows), 8 * j, 8 * k, dtype, has_bias, scale, seed, "cuda")
+    found = tome_cuda.operators().linear_gelu(x, weight, bias, approximate == "tanh", tile + order)
+    args = x, weight, bias, approximate
+    check_no_worse(found, two_steps(*args), exactly(*args))
+
+
+@NO_EXTENSION
+@HAS_PRODUCTS
+@pytest.mark.parametrize("approximate", KINDS)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("j", "k"), [(3072, 768), (4096, 1024)])
+def test_on_a_gpu(j, k, dtype, approximate):
+    x, weight, bias = build((16, 197), j, k, dtype, True, 2.0, 0, "cuda")
+    with tome.use_backend("cuda"), torch.no_grad():
+        assert predicates.remark("linear_gelu", x, weight, bias) is None
+        args = x, weight, bias, approximate
+        check_no_worse(ops.linear_gelu(*args), two_steps(*args), exactly(*args))
+        padded = torch.cat([x, x], dim=2)[..., :k]
+        assert torch.equal(ops.linear_gelu(padded, *args[1:]), ops.linear_gelu(*args))
+        assert torch.equal(ops.linear_gelu(x.view(2, 8, 197, k), *args[1:]).flatten(0, 1), ops.linear_gelu(*args))
+        assert_same_bits(lambda: ops.linear_gelu(*args))
+        assert_replays(lambda: ops.linear_gelu(*args), (x, weight), (x.flip(0), weight.flip(0)))
+        by_graph = compiled(lambda x: ops.linear_gelu(x, *args[1:]))
+        assert torch.equal(by_graph(x), ops.linear_gelu(*args))
+        with torch.autocast("cuda", dtype):
+            wide = x.float(), weight.float(), bias.float(), approximate
+            assert torch.equal(ops.linear_gelu(*wide), ops.linear_gelu(*args))
+        unaligned = torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view(j, k)
+        torch.testing.assert_close(ops.linear_gelu(x, unaligned, *args[2:]), two_steps(*args))
+        theirs = tome_reference.linear_gelu(*args)
+    operator = tome_cuda.operators().linear_gelu.default
+    torch.library.opcheck(operator, (x, weight, bias, approximate == "tanh", -1))
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    operator(*leaves, approximate == "tanh", -1).backward(torch.ones_like(theirs))
+    expected = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    two_steps(*expected, approximate).backward(torch.ones_like(theirs))
+    for ours, other in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(ours.grad, other.grad)
+
+
+@NO_EXTENSION
+@HAS_PRODUCTS
+def test_limits_on_a_gpu():
+    numbers = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 6e4, -6e4, 20.0, -20.0], device="cuda")
+    for dtype in HALVES:
+        x = torch.zeros(1, 8, 8, device="cuda", dtype=dtype)
+        x[0, :, 0] = numbers
+        weight = torch.zeros(8, 8, device="cuda", dtype=dtype)
+        weight[:, 0] = 1
+        for is_tanh in (False, True):
+            found = tome_cuda.operators().linear_gelu(x, weight, None, is_tanh, 0)
+            theirs = two_steps(x, weight, None, "tanh" if is_tanh else "none")
+            torch.testing.assert_close(found, theirs, equal_nan=True, rtol=0, atol=0)
+
+
+@NO_EXTENSION
+def test_the_operator_refuses_tiles_that_it_lacks():
+    x, weight, _ = build((1, 8), 8, 8, torch.float16, device="cuda")
+    empty = tome_cuda.operators().linear_gelu(x[:, :0], weight, None, False, -1)
+    assert empty.shape == (1, 0, 8)
+    with pytest.raises(RuntimeError, match=r"no tile 15|tile must be -1"):
+        tome_cuda.operators().linear_gelu(x, weight, None, False, 15)
+    with pytest.raises(RuntimeError, match="tile must be -1, got 0"):
+        tome_cuda.operators().linear_gelu(x.float(), weight.float(), None, False, 0)
+    assert library.info().least_rows > 0
