@@ -174,6 +174,8 @@ class MergingBlock(Halves):
     def _mlp(self, plan: Plan, x: Tensor, y: Tensor | None) -> Branch | Mlp:
         """What the MLP adds to x, part by part; y is x normed, if that is done."""
         row, parts = self._tome_row, plan.mlp
+        if torch.compiler.is_compiling():
+            parts = self.mlp_alone()  # for the operators, which the compiler would not find by itself
         norm2 = getattr(self, row.norm2)
         y = y if y is not None else x if row.is_post else norm2(x)
         # Activations that the library's modules compute in several passes are one of ours.

@@ -96,6 +96,15 @@ class Halves(Patched):
             plain.norm(row.norm2, second, to if self.mlp_reads_linearly() else None),
         )
 
+    def mlp_alone(self) -> MlpParts | GatedParts | str:
+        """What the MLP computes with, without what stands behind it."""
+        reading = Reading(self)
+        try:
+            module = reading.unwatched(self, self._tome_row.mlp)
+            return plain.GATED.get(type(module), self.mlp_parts)(reading, module)
+        except NotPlain as error:
+            return str(error)
+
     def plan(self) -> Plan:
         """What the block computes with; read again when anything has changed since."""
         if self._tome_kept is not None and self._tome_kept[0].holds(self):

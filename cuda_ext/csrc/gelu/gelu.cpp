@@ -22,32 +22,30 @@ constexpr Gelu kErfBFloat16{{-2.29905935f, -2.04492399e-02f, -6.61408942e-02f, -
 // -2 sqrt(2 / pi) log2(e), and that times 0.044715.
 constexpr Gelu kTanh{{-2.30220819f, 0.0f, -0.102943239f}, 10.0f};
 
-// A tile and the order of tiles. As one number, which the operator takes for benchmarks:
-// tile + 16 * (swizzle - 1) + 256 * by_columns.
+// A tile, and the order of tiles.
 struct Choice {
   gelu_ops::Launch* launch;
-  int swizzle;
   bool by_rows;
 };
 
-Choice chosen(int64_t number) {
+Choice chosen(int64_t tile) {
   if constexpr (kHasHopper) {
-    using namespace gelu_ops;
-    constexpr Launch* kTiles[] = {launch_hopper_128x192_2x1, launch_hopper_128x192_1x2,
-                                  launch_hopper_128x128_2x1, launch_hopper_128x128_1x2,
-                                  launch_hopper_128x160_2x1, launch_hopper_64x256_2x1,
-                                  launch_hopper_256x128_2x1, launch_hopper_128x256_2x1};
+    constexpr Choice kTiles[] = {{gelu_ops::launch_hopper_128x192_1x2, false},
+                                 {gelu_ops::launch_hopper_128x128_2x1, true}};
     const auto count = static_cast<int64_t>(std::size(kTiles));
-    TOME_CHECK(number >= 0 && number < 512 && number % 16 < count, "no tile ", number, " of ", count);
-    return {kTiles[number % 16], static_cast<int>(number / 16 % 16) + 1, number < 256};
+    TOME_CHECK(tile >= 0 && tile < count, "no tile ", tile, " of ", count);
+    return kTiles[tile];
   }
-  TOME_CHECK(false, "tile must be -1 where there are no kernels for Hopper, got ", number);
+  TOME_CHECK(false, "tile must be -1 where there are no kernels for Hopper, got ", tile);
   return {};
 }
 
 // Which of them a shape takes. Of wider tiles shared memory is read less often; an edge of a tile is lost
-// work.
-int64_t fastest(int64_t outputs) { return outputs % 192 == 0 ? 0 : 2; }
+// work, and so is a last wave of few blocks.
+int64_t fastest(int64_t rows, int64_t outputs) {
+  constexpr int64_t kManyRows = 16384;
+  return rows >= kManyRows && outputs % 192 == 0 ? 0 : 1;
+}
 
 bool starts_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAccessBytes == 0;
@@ -100,7 +98,7 @@ Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Te
   p.inputs = to_int(x.size(2), "the number of channels");
   p.outputs = to_int(weight.size(0), "the number of outputs");
   p.row_stride = row_stride(x);
-  const Choice choice = chosen(is_forced ? tile : fastest(p.outputs));
+  const Choice choice = chosen(is_forced ? tile : fastest(rows, p.outputs));
   Tensor out = new_empty(x, {x.size(0), x.size(1), p.outputs}, x.scalar_type());
   if (out.numel() == 0) return out;
   p.x_ptr = x.const_data_ptr();
@@ -109,7 +107,6 @@ Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Te
   p.out_ptr = out.mutable_data_ptr();
   p.gelu = gelu_of(x.scalar_type(), is_tanh);
   p.multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, x.get_device_index());
-  p.swizzle = choice.swizzle;
   p.by_rows = choice.by_rows;
   const bool launched = choice.launch(p, floating_dtype(x, "x"), current_stream(x));
   check_launch();

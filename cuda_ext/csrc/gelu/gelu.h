@@ -10,7 +10,7 @@
 namespace tome::gelu_ops {
 
 // With fewer rows PyTorch's two steps take less time.
-constexpr int kLeastRows = 1024;
+constexpr int kLeastRows = 4096;
 
 // gelu(v) = v / (1 + 2^(v R(|v|))) with a polynomial R: two slow instructions and no branch, and all limits
 // are those of F.gelu. By the error function R is fitted, by tanh it is exact.
@@ -30,14 +30,11 @@ struct GeluParams {
   Gelu gelu;
   int multiprocessors;
   bool by_rows;  // tiles follow each other along rows of out, else along its columns
-  int swizzle;   // how many such lines advance side by side
 };
 
 // By the tile of out that a block owns, and the blocks of a cluster along its rows and columns. False where
 // CUTLASS or the driver refuses. In files of their own: each takes the compiler a minute.
 using Launch = bool(const GeluParams& params, Dtype dtype, cudaStream_t stream);
-Launch launch_hopper_128x192_2x1, launch_hopper_128x192_1x2, launch_hopper_128x128_2x1,
-    launch_hopper_128x128_1x2, launch_hopper_128x160_2x1, launch_hopper_64x256_2x1, launch_hopper_256x128_2x1,
-    launch_hopper_128x256_2x1;
+Launch launch_hopper_128x192_1x2, launch_hopper_128x128_2x1;
 
 }  // namespace tome::gelu_ops

@@ -1,6 +1,6 @@
 // out = gelu(x weight^T + bias) by CUTLASS's persistent products for Hopper: one warpgroup streams tiles of x
-// and weight through a ring in shared memory, two others multiply. Where these take turns ("pingpong", each
-// with an output tile of its own) the GELU of one runs under the product of the other.
+// and weight through a ring in shared memory, two others multiply. These take turns ("pingpong"), each with
+// an output tile of its own, so that the GELU of one runs under the product of the other.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -56,7 +56,7 @@ struct GeluOfSum<cutlass::Array<float, kCount>> {
 
 // T: of x, weight, bias and out. Tile: [rows, outputs, inputs] of a block's step. Cluster: blocks that share
 // what they load.
-template <class T, class Tile, class Cluster, bool kIsPingpong>
+template <class T, class Tile, class Cluster>
 struct Product {
   using RowMajor = cutlass::layout::RowMajor;
   using ColumnMajor = cutlass::layout::ColumnMajor;
@@ -71,18 +71,15 @@ struct Product {
   using Fusion =
       cutlass::epilogue::fusion::Sm90EVT<cutlass::epilogue::fusion::Sm90Compute<GeluOfSum, T, float, kRound>,
                                          cutlass::epilogue::fusion::Sm90AccFetch, Bias>;
-  using EpilogueSchedule = std::conditional_t<kIsPingpong, cutlass::epilogue::TmaWarpSpecialized,
-                                              cutlass::epilogue::TmaWarpSpecializedCooperative>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       Sm90, TensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
-      RowMajor, kAlignment, T, RowMajor, kAlignment, EpilogueSchedule, Fusion>::CollectiveOp;
-  using Schedule = std::conditional_t<kIsPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                                      cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+      RowMajor, kAlignment, T, RowMajor, kAlignment, cutlass::epilogue::TmaWarpSpecialized,
+      Fusion>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       Sm90, TensorOp, T, RowMajor, kAlignment, T, ColumnMajor, kAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename Epilogue::SharedStorage))>,
-      Schedule>::CollectiveOp;
+      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Kernel =
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, void>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
@@ -97,7 +94,6 @@ struct Product {
                                        {{}, nullptr, {}, out_ptr, {p.outputs, {}, 0}}};
     arguments.epilogue.thread = {{}, {static_cast<const T*>(p.bias_ptr), T(0), {}}, p.gelu};
     arguments.hw_info.sm_count = p.multiprocessors;
-    arguments.scheduler.max_swizzle_size = p.swizzle;
     using Order = decltype(arguments.scheduler.raster_order);
     arguments.scheduler.raster_order = p.by_rows ? Order::AlongN : Order::AlongM;
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess) return false;
@@ -108,13 +104,12 @@ struct Product {
   }
 };
 
-template <int kRows, int kOutputs, int kClusterRows, int kClusterOutputs, bool kIsPingpong>
+template <int kRows, int kOutputs, int kClusterRows, int kClusterOutputs>
 bool launch_product(const GeluParams& params, Dtype dtype, cudaStream_t stream) {
   using Tile = cute::Shape<cute::Int<kRows>, cute::Int<kOutputs>, cute::_64>;
   using Cluster = cute::Shape<cute::Int<kClusterRows>, cute::Int<kClusterOutputs>, cute::_1>;
-  if (dtype == Dtype::kHalf)
-    return Product<cutlass::half_t, Tile, Cluster, kIsPingpong>::launch(params, stream);
-  return Product<cutlass::bfloat16_t, Tile, Cluster, kIsPingpong>::launch(params, stream);
+  if (dtype == Dtype::kHalf) return Product<cutlass::half_t, Tile, Cluster>::launch(params, stream);
+  return Product<cutlass::bfloat16_t, Tile, Cluster>::launch(params, stream);
 }
 
 }  // namespace

@@ -1,7 +1,0 @@
-#include "hopper_product.cuh"
-
-namespace tome::gelu_ops {
-bool launch_hopper_128x160_2x1(const GeluParams& params, Dtype dtype, cudaStream_t stream) {
-  return launch_product<128, 160, 2, 1, true>(params, dtype, stream);
-}
-}  // namespace tome::gelu_ops

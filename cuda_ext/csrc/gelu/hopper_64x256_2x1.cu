@@ -1,7 +1,0 @@
-#include "hopper_product.cuh"
-
-namespace tome::gelu_ops {
-bool launch_hopper_64x256_2x1(const GeluParams& params, Dtype dtype, cudaStream_t stream) {
-  return launch_product<64, 256, 2, 1, true>(params, dtype, stream);
-}
-}  // namespace tome::gelu_ops
