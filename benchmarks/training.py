@@ -1,0 +1,113 @@
+"""The table of training: forward and backward passes of a ViT, merging and not, against the unpatched model.
+
+    python benchmarks/training.py [--model NAME] [--batch-size 128] [--json FILE] [--no-compile]
+
+bfloat16 autocast, gradients of all parameters. Unpatched and patched models are timed in turns, eager and compiled each
+against its own unpatched one; ``step`` is a whole step of training as well, with stochastic depth of 0.1, clipped
+gradients and a fused AdamW. Memory is the most that a pass takes beside parameters and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import tome
+from tome import cost, measure
+
+RESULTS = Path(__file__).parent / "results"
+SCHEDULES: tuple[Any, ...] = (None, 0, 8, 16, (16, -1.0))  # None: unpatched
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--runs", type=int, default=11)
+    parser.add_argument("--no-compile", action="store_true", help="leave compiled models out")
+    parser.add_argument("--json", type=Path, default=RESULTS / "h200-training.json")
+    options = parser.parse_args()
+    device = measure.checked_device(options.device)
+    results: list[dict[str, Any]] = []
+    for mode in ("eager", "step", *(() if options.no_compile else ("compiled",))):
+        results += measured(options.model, options.batch_size, mode, device, options.runs)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    conditions = {"model": options.model, "batch size": str(options.batch_size), "dtype": "bfloat16 autocast"}
+    conditions |= measure.machine(device)
+    options.json.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
+    for each in results:
+        print(*(f"{value:.3g}" if isinstance(value, float) else value for value in each.values()), sep="\t")
+
+
+def measured(name: str, batch: int, mode: str, device: torch.device, runs: int) -> list[dict[str, Any]]:
+    """A row for each schedule."""
+    torch.manual_seed(0)
+    whole = timm.create_model(name, drop_path_rate=0.1 if mode == "step" else 0.0).to(device).train()
+    x = torch.randn(batch, *cost.input_size(whole), device=device)
+    labels = torch.randint(1000, (batch,), device=device)
+    calls: dict[str, measure.Call] = {}
+    flops = {}
+    for r in (r for r in SCHEDULES if r != 0 or mode == "eager"):
+        model: Any = copy.deepcopy(whole)
+        flops[str(r)] = cost.flops(whole, r or 0)
+        if r is not None:
+            tome.patch.timm(model).r = r
+        calls[str(r)] = _step(model, x, labels) if mode == "step" else _passes(model, x, labels, mode == "compiled")
+    seconds = measure.time_calls(calls, device, warm_up=3, runs=runs, progress=False)
+    memory = {r: measure.peak_memory(call, device) for r, call in calls.items()}
+    medians = {r: statistics.median(times) for r, times in seconds.items()}
+    return [
+        {
+            "mode": mode,
+            "r": "none" if r == "None" else r,
+            "images_per_second": batch / medians[r],
+            "median_ms": 1e3 * medians[r],
+            "speedup": medians["None"] / medians[r],
+            "allowed": flops["None"] / flops[r],
+            "peak_gib": memory[r] / 2**30,
+        }
+        for r in calls
+    ]
+
+
+def _passes(model: nn.Module, x: Tensor, labels: Tensor, compiles: bool) -> measure.Call:
+    run: Callable[..., Tensor] = torch.compile(model) if compiles else model
+
+    @torch.inference_mode(False)
+    def call() -> None:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            with torch.autocast(x.device.type, torch.bfloat16):
+                loss = nn.functional.cross_entropy(run(x), labels)
+            loss.backward()
+
+    return call
+
+
+def _step(model: nn.Module, x: Tensor, labels: Tensor) -> measure.Call:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    passes = _passes(model, x, labels, False)
+
+    @torch.inference_mode(False)
+    def call() -> None:
+        passes()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return call
+
+
+if __name__ == "__main__":
+    main()
