@@ -88,7 +88,8 @@ def compare(
     plan = schedule.plan(
         r, len(model.blocks), cost.tokens(model), tome.patch.auto(copy.deepcopy(model))._tome_prefix()[0]
     )
-    assert model._tome_info["size"].shape[1] == plan.tokens[-1]
+    size = model._tome_info["size"]
+    assert (cost.tokens(model) if size is None else size.shape[1]) == plan.tokens[-1]
 
     # In half precision rounding makes either backend choose a few other pairs than float64 does, and an image with
     # another pair says nothing. So images with the same pairs count, where they are most for both backends; the kernels
@@ -179,7 +180,8 @@ def test_the_report_of_a_model_names_the_kernels():
     assert [call.op for call in parts[0].calls] == ["matrix product"]
     halves = tuple(recording.Call(half, "cuda", "one call") for half in ("attend_half", "mlp_half"))
     assert parts[2].calls == halves
-    assert parts[3].calls == (*halves, recording.Call("restore", "cuda", None))
+    assert parts[3].calls[:2] == halves
+    assert [call.op for call in parts[3].calls[2:]] == ["linear_gelu", "restore"]  # of few rows, by torch
     assert parts[4].calls == (recording.Call("merge_add_norm", "cuda", None),)
     with tome.use_backend("auto"):
         wide = report.ranges(report.parts(model.float(), images().cuda()))[2]

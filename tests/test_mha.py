@@ -48,7 +48,7 @@ def test_the_outputs_of_the_unpatched_model(host):
         assert_close(twin(x), model(x))
         with torch.autocast("cpu", torch.bfloat16):
             theirs = model(x)
-            assert_close(twin(x), theirs, rtol=0.02, atol=0.02)
+            assert_close(twin(x), theirs, rtol=0.04, atol=0.04)
             assert [t.dtype for t in tensors(twin(x))] == [t.dtype for t in tensors(theirs)]
             assert tome.merged(twin, x).x.dtype is dtype_behind(model, x)
 

@@ -102,8 +102,9 @@ class Halves(Patched):
         try:
             module = reading.unwatched(self, self._tome_row.mlp)
             return plain.GATED.get(type(module), self.mlp_parts)(reading, module)
-        except NotPlain as error:
-            return str(error)
+        except NotPlain as error:  # whose own text torch.compile of 2.11 cannot read
+            reason: str = error.args[0]
+            return reason
 
     def plan(self) -> Plan:
         """What the block computes with; read again when anything has changed since."""
