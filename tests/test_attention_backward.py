@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from judge import ROUNDING, error
 from strategies import HEAD_DIMS
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import tome
 import tome_cuda
@@ -113,10 +114,10 @@ def test_the_kernels_source_agrees_with_float64(
 
 @EMULATED
 @pytest.mark.parametrize("plan", [WHOLE, STREAMED], ids=["whole", "streamed"])
-@pytest.mark.parametrize("d", [64, 80])
-def test_several_blocks_and_stages(d: int, plan: emulator.Plan) -> None:
-    """More keys than a block of either kind has, and rows that start anywhere."""
-    drawn = build((1, 1, 133, 270, d), "small", torch.float16, True, d, "cpu")
+@pytest.mark.parametrize(("keys", "d"), [(197, 64), (256, 64), (250, 80), (270, 80), (120, 128)])
+def test_many_warps_and_several_blocks(keys: int, d: int, plan: emulator.Plan) -> None:
+    """The most keys of a block, more than that, and rows that start anywhere."""
+    drawn = build((1, 1, 133, keys, d), "small", torch.float16, True, d, "cpu")
     k, grad = (torch.cat([t, t[..., :1]], dim=-1)[..., :d] for t in (drawn.k, drawn.grad))
     drawn = drawn._replace(k=k, grad=grad)
     for ours, wanted in zip(run_emulated(drawn, 0.2, 5, plan)[0], truth(drawn, 0.2)[0], strict=True):
@@ -337,7 +338,7 @@ def test_a_model_in_training_uses_the_kernels() -> None:
         leaves = [t.detach().requires_grad_() for t in drawn[:3]]
         out = tome.ops.attention(*leaves, drawn.size)
         assert "attention_training" in str(out.grad_fn.next_functions[0][0].name())
-        checkpointed = torch.utils.checkpoint.checkpoint(tome.ops.attention, *leaves, drawn.size, use_reentrant=False)
+        checkpointed = checkpoint(tome.ops.attention, *leaves, drawn.size, use_reentrant=False)
         first = torch.autograd.grad(out, leaves, drawn.grad)
         again = torch.autograd.grad(checkpointed, leaves, drawn.grad)
     assert all(map(torch.equal, first, again))
