@@ -26,6 +26,7 @@ COMMANDS = {  # of what headline.py does not run
     "cpu-vit_small": "tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0 --runs 21",
     "h200-operations": 'pytest benchmarks -k "cuda and not kth and not random"',
     **{name: f"tome bench {arguments}" for name, arguments in RUNS.items()},
+    "h200-training": "python benchmarks/training.py",
     **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
 }
 
@@ -163,6 +164,27 @@ def models() -> list[str]:
     return [*lines, *measured("float16, eager", runs)]
 
 
+def training() -> list[str]:
+    """vit_base forward and backward: eager, compiled, and whole steps, each against its own unpatched model."""
+    name = "h200-training"
+    data = load(name)
+    lines = table(
+        *("r", "saved arithmetic allows", "eager", "images/s", "GiB", "a whole step", "compiled", "images/s", "GiB")
+    )
+    for each in data["results"]:
+        if each["mode"] == "eager":
+            step, compiled = (find(data, r=each["r"], mode=mode) for mode in ("step", "compiled"))
+            memory = ("" if result is None else f"{result['peak_gib']:.1f}" for result in (each, compiled))
+            lines.append(
+                row(
+                    *(schedule(each), allowed(each), speed(each), rate(each), next(memory), speed(step)),
+                    *(speed(compiled), rate(compiled), next(memory)),
+                )
+            )
+    said = data["conditions"]
+    return [*lines, *measured(f"{said['model']}, batch {said['batch size']}, {said['dtype']}", {name: data})]
+
+
 def hosts() -> list[str]:
     """Models of each library against the faster of themselves unpatched, eager and compiled."""
     runs = {f"hosts-{name}": load(f"hosts-{name}") for name in HOSTS}
@@ -263,6 +285,7 @@ TABLES = {
     "batches": batches,
     "models": models,
     "hosts": hosts,
+    "training": training,
     "sweep": sweep,
     "operations": operations,
     "attention": attention,

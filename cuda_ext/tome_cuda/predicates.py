@@ -181,6 +181,8 @@ def without_kernel(
 
     ``tome_cuda.attention`` runs either way, so :func:`why_not` doesn't ask: a float32 model has merging to gain.
     """
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        return TRANSFORMED
     if dropout_p != 0.0:
         return "the kernels of attention drop no weights"
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
@@ -237,6 +239,7 @@ def _has_rows(x: Tensor) -> bool:
 KNOWN = "and the kernels know float32, float16 and bfloat16"
 GAPS = "the kernels of attention read channels without gaps"
 NO_KEYS = "there are no keys"
+TRANSFORMED = "a transform of torch.func sees each operation"
 
 
 def _lacks(tensor: object) -> str | None:
@@ -312,7 +315,7 @@ def _is_watched(x: Tensor) -> str | None:
     if _len_torch_dispatch_stack() or _len_torch_function_stack():
         return "a mode of torch wants to see each operation"
     if peek_interpreter_stack() is not None:
-        return "a transform of torch.func sees each operation"
+        return TRANSFORMED
     return None
 
 
