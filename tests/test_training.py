@@ -111,13 +111,18 @@ def test_what_drops_weights_or_channels_goes_part_by_part(kernels):
 
 def test_a_rate_that_changes_is_noticed(kernels):
     model = trained("stochastic depth")
-    before = model(images())
-    for module in model.modules():
-        if type(module).__name__ == "DropPath":
-            module.drop_prob = 0.0
-    after = model(images())
-    assert torch.equal(model(images()), after)
-    assert not torch.equal(after, before)
+    paths = [module for module in model.modules() if type(module).__name__ == "DropPath"]
+    rates = [path.drop_prob for path in paths]
+    for path in paths:
+        path.drop_prob = 0.0
+    found = model(images())
+    assert torch.equal(model(images()), found)
+    for path, rate in zip(paths, rates, strict=True):
+        path.drop_prob = rate
+    assert not torch.equal(model(images()), found)
+    for path in paths:
+        path.drop_prob = 0.0
+    assert torch.equal(model(images()), found)
 
 
 def test_stochastic_depth_draws_the_numbers_of_the_host(kernels):
