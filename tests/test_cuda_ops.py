@@ -386,3 +386,17 @@ def test_attention_in_training_compiles(dynamic: bool) -> None:
             found.append((out.detach(), *torch.autograd.grad(out, qkv, out.detach())))
         for ours, eager in zip(*found, strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-2 * float(eager.abs().max()))
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_transforms_of_torch_func_go_by_torch() -> None:
+    """The operator in training has no rule for them."""
+    q, k, v = (x.float() for x in Q)
+
+    def loss(module: Any, q: Tensor) -> Tensor:
+        return module.attention(q.half(), k.half(), v.half(), SIZE).float().square().sum()  # type: ignore[no-any-return]
+
+    found = torch.func.grad(lambda q: loss(tome_cuda, q))(q)
+    leaf = q.clone().requires_grad_()
+    loss(tome_reference, leaf).backward()
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-2, atol=2e-3)
