@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from tome import backend, ops
+from tome_reference.halves import dropped
 
 Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
 # The size of a padded token: nothing beside a real one, yet a number to divide by, and one whose logarithm is finite.
@@ -114,8 +115,7 @@ class Mlp(NamedTuple):
 
     def branch(self) -> Branch:
         """What the MLP adds."""
-        value, drop = self.parts.value(self.y), self.parts.drop
-        return Branch(value if drop is None else value * drop[:, None, None].to(value.dtype), self.parts.gamma)
+        return Branch(dropped(self.parts.value(self.y), self.parts.drop), self.parts.gamma)
 
     def add(self, x: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """X + gamma * MLP(y) and, where a norm is given, its norm: with it, one call."""

@@ -106,7 +106,7 @@ def _attend_half(
     if reason is not None:
         return reason
     dtype, head_dim = qkv[0].dtype, qkv[0].shape[-1]
-    written = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else dtype
+    written = linear_dtype(qkv[0])
     if qkv_linear is not None:
         dtype, head_dim = written, qkv_linear[0].shape[0] // (3 * heads)
     elif len(qkv) == 1:
@@ -135,7 +135,7 @@ def _mlp_half(
     reason = _lacks(x) or _is_watched(x) or _lacks_affine(gamma, norm, norm_dtype)
     if reason is not None:
         return reason
-    written = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else y.dtype
+    written = linear_dtype(y)
     return None if x.dtype is written or x.dtype is torch.float32 else _lacks_addition(written, x.dtype)
 
 

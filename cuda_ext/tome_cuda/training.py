@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tome_cuda.predicates import Linear, Norm
+from tome_cuda.predicates import Linear, Norm, linear_dtype
 from tome_cuda.registration import NormGrads, attention_grads, launch
 
 APPROXIMATE = {"erf": "none", "tanh": "tanh"}
@@ -63,7 +63,7 @@ class _AttendHalf(torch.autograd.Function):
         norm_bias: Tensor | None, size: Tensor | None, slot: Tensor | None, drop: Tensor | None, numbers: Numbers,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         with torch._C._AutoDispatchBelowAutograd():
-            dtype = _computed(q)
+            dtype = linear_dtype(q)
             given: Sequence[Tensor] = (q,) if k is None or v is None else (q, k, v)
             made_by = None if weight is None else weight.to(dtype)
             if made_by is not None:
@@ -131,7 +131,7 @@ class _MlpHalf(torch.autograd.Function):
         drop: Tensor | None, gelu: str, eps: float, norm_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         with torch._C._AutoDispatchBelowAutograd():
-            dtype = _computed(y)
+            dtype = linear_dtype(y)
             first, second = fc1_weight.to(dtype), fc2_weight.to(dtype)
             hidden = F.linear(y.to(dtype), first, None if fc1_bias is None else fc1_bias.to(dtype))
             active = _gelu(hidden, gelu)
@@ -166,11 +166,6 @@ class _MlpHalf(torch.autograd.Function):
         into = _gelu_grad(into, hidden, ctx.gelu)
         grads[1], grads[2], grads[3] = _linear_grads(into, y, first, fc1_weight, fc1_bias, needs[2:4])
         return tuple(grads)
-
-
-def _computed(y: Tensor) -> torch.dtype:
-    """The dtype of products."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else y.dtype
 
 
 def _heads(given: Sequence[Tensor], heads: int) -> Sequence[Tensor]:

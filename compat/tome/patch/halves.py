@@ -47,11 +47,12 @@ class Halves(Patched):
         # Keys are matched before they are turned, other than where one call makes and matches them.
         is_own = left < x.shape[1] and (s.model.matching.name != "bipartite" or tokens.is_padded or kind.is_rotary)
         if not isinstance(parts, str):
+            heads, scale, dropout_p = kind.numbers(attn)
             if left < x.shape[1] and not is_own and side_stream(x) is not None:
                 parts = "a CUDA graph is captured, in which matching runs beside attention"
             elif tokens.is_padded and not s.model.prop_attn:
                 parts = "padding weighs nothing, though sizes are not to count"
-            elif kind.numbers(attn)[2]:
+            elif dropout_p:
                 parts = "attention drops weights in training"
         if isinstance(parts, str) or norm is None:
             record("attend_half", None, parts if isinstance(parts, str) else "the norm behind it is not plain")
@@ -60,7 +61,6 @@ class Halves(Patched):
             qkv = kind.project(attn, y, through)
             slot = s.model.matching.rule(tokens.matchable(qkv[1]), amount, s.prefix) if is_own else None
             qkv = kind.placed(attn, qkv, place)
-        heads, scale, _ = kind.numbers(attn)
         half = (
             x, qkv or (y,), heads, size, slot, left, s.prefix, s.model.prop_attn, scale,
             parts.qkv if qkv is None else None, *parts[1:], norm[:3], norm.dtype,
@@ -98,48 +98,49 @@ class Halves(Patched):
 
     def mlp_alone(self) -> MlpParts | GatedParts | str:
         """What the MLP computes with, without what stands behind it."""
-        reading = Reading(self)
-        try:
-            module = reading.unwatched(self, self._tome_row.mlp)
-            return plain.GATED.get(type(module), self.mlp_parts)(reading, module)
-        except NotPlain as error:  # whose own text torch.compile of 2.11 cannot read
-            reason: str = error.args[0]
-            return reason
+        return _or_why_not(self._read_mlp, Reading(self))
+
+    def _read_mlp(self, reading: Reading) -> MlpParts | GatedParts:
+        module = reading.unwatched(self, self._tome_row.mlp)
+        return plain.GATED.get(type(module), self.mlp_parts)(reading, module)
 
     def plan(self) -> Plan:
         """What the block computes with; read again when anything has changed since."""
         if self._tome_kept is not None and self._tome_kept[0].holds(self):
             return self._tome_kept[1]
         reading, row = Reading(self), self._tome_row
-        found: list[Any] = []
 
         def attention() -> AttentionParts:
             parts = row.attention.read(reading, reading.unwatched(self, row.attn))
             return parts._replace(gamma=reading.gamma(self, row.scale1))
 
         def mlp() -> MlpParts | GatedParts:
-            module = reading.unwatched(self, row.mlp)
-            parts = plain.GATED.get(type(module), self.mlp_parts)(reading, module)
-            return parts._replace(gamma=reading.gamma(self, row.scale2))
+            return self._read_mlp(reading)._replace(gamma=reading.gamma(self, row.scale2))
 
         def norms() -> tuple[Norm, Norm]:
             return reading.norm(self, row.norm1), reading.norm(self, row.norm2)
 
-        for read in (attention, mlp, norms):
-            try:
-                found.append(read())
-            except NotPlain as error:
-                found.append(str(error))
+        found: list[Any] = [_or_why_not(read) for read in (attention, mlp, norms)]
         drops: list[nn.Module | None] = [None, None]
         for i, name in enumerate((row.drop1, row.drop2)):
-            try:
-                drops[i] = reading.drop(self, name)
-            except NotPlain as error:
-                found[i] = str(error)
+            drop = _or_why_not(reading.drop, self, name)
+            if isinstance(drop, str):
+                found[i] = drop
+            else:
+                drops[i] = drop
         plan = Plan(found[0], found[1], found[2], (drops[0], drops[1]), {})
         if reading.holds(self):
             self._tome_kept = reading, plan
         return plan
+
+
+def _or_why_not(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | str:
+    """What is read, or why it must be called."""
+    try:
+        return read(*args, **kwargs)
+    except NotPlain as error:
+        reason: str = error.args[0]  # its own text torch.compile of 2.11 cannot read
+        return reason
 
 
 def kept_of(drop: nn.Module | None, x: Tensor) -> Tensor | None:

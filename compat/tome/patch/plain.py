@@ -119,15 +119,12 @@ class Reading:
     def inert(self, owner: Any, *names: str) -> None:
         """Children that return what they are given, or are not there."""
         for name in names:
-            if owner._modules.get(name) is None:
-                self._entries.append((owner._modules, name, None))
-            elif self._rate(self.part(owner, name, INERT_IN_EVAL)):
+            if not self._is_missing(owner, name) and self._rate(self.part(owner, name, INERT_IN_EVAL)):
                 raise NotPlain(f"{name} drops in training")
 
     def drop(self, owner: Any, name: str | None) -> nn.Module | None:
         """The stochastic depth of a branch, if it drops any now."""
-        if name is None or owner._modules.get(name) is None:
-            self.inert(owner, *(() if name is None else (name,)))
+        if name is None or self._is_missing(owner, name):
             return None
         child: nn.Module = self.part(owner, name, INERT_IN_EVAL)
         if not self._rate(child):
@@ -135,6 +132,12 @@ class Reading:
         if INERT_IN_EVAL[type(child)] != STOCHASTIC_DEPTH:
             raise NotPlain(f"{name} drops in training")
         return child
+
+    def _is_missing(self, owner: Any, name: str) -> bool:
+        is_missing = owner._modules.get(name) is None
+        if is_missing:
+            self._entries.append((owner._modules, name, None))
+        return is_missing
 
     def _rate(self, child: nn.Module) -> float:
         rate = INERT_IN_EVAL[type(child)]
