@@ -51,6 +51,7 @@ class NormCase:
     parameters: tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]  # weight, bias, gamma
     layouts: tuple[str, str]  # of x and branch
     crowded: bool  # all that is merged goes into one token
+    skip: int  # leading tokens to which nothing is added
     seed: int
 
     def build(self, device: str, place: Callable[[Tensor], Tensor] = lambda value: value) -> Call:
@@ -61,10 +62,8 @@ class NormCase:
             return place(_lay(value, layout))
 
         shape = (self.batch, self.n, self.channels)
-        x, branch = (
-            normal(shape, dtype, layout)
-            for dtype, layout in zip((self.dtype, self.branch_dtype), self.layouts, strict=True)
-        )
+        x = normal(shape, self.dtype, self.layouts[0])
+        branch = normal((self.batch, self.n - self.skip, self.channels), self.branch_dtype, self.layouts[1])
         weight, bias, gamma = (None if d is None else normal((self.channels,), d) for d in self.parameters)
         size = torch.randint(1, 40, (self.batch, self.n), generator=generator).float()
         rest = torch.randint(
@@ -106,6 +105,7 @@ def norm_cases(draw: st.DrawFn, lengths: tuple[int, ...], widths: tuple[int, ...
         parameters=(draw(maybe), draw(maybe), draw(maybe)),
         layouts=(draw(layout), draw(layout)),
         crowded=draw(st.booleans()),
+        skip=draw(st.sampled_from([0, 0, 0, 1, n // 2])),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
 

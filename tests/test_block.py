@@ -7,12 +7,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HOSTS, images, make
+from models import HOSTS, SMALL, images, make
+from timm.models import VisionTransformer
 from torch import nn
 
 import tome
 from tome import backend, recording, report
 from tome.patch import ends
+from tome.tokens import Norm
 
 NOTHING = 0.001  # a share of the free tokens that comes to none: all of the merging path, without a merge
 every_host = pytest.mark.parametrize("host", HOSTS)
@@ -160,6 +162,69 @@ def test_blocks_that_merge_nothing_take_the_kernels_too(host):
         with tome.use_backend("reference"):
             assert torch.equal(twin(x), expected)
             assert calls(twin, x)["blocks.2"] == ()
+
+
+JOINED = pytest.mark.parametrize("host", ["plain", "deit3 layer scale", "registers", "siglip map", "dinov2 registers"])
+
+
+@pytest.mark.usefixtures("kernels")
+@JOINED
+@pytest.mark.parametrize("r", [0, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tokens_and_positions_are_joined_in_one_step_with_the_first_norm(host, r, autocast):
+    model, twin = twins(host, r)
+    x = images()
+    if not autocast:
+        model, twin, x = model.bfloat16(), twin.bfloat16(), x.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, found = (each._pos_embed(each.patch_embed(x)) for each in (model, twin))
+        assert isinstance(found, tome.Tokens)
+        assert found.x.dtype == expected.dtype
+        assert torch.equal(found.x, expected)
+        added, normed = found.waiting.add(found.unadded, Norm(twin.blocks[0].norm1.weight, None, 1e-6))
+        assert torch.equal(added, expected)
+        assert torch.equal(normed, F.layer_norm(expected, (32,), twin.blocks[0].norm1.weight, None, 1e-6))
+        assert calls(twin, x)["blocks.0"][0].op == "merge_add_norm"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_tokens_and_positions_are_joined_by_the_host_where_anyone_would_notice():
+    def joined(model, x=None):
+        x = images().bfloat16() if x is None else x
+        return type(model._pos_embed(model.patch_embed(x)))
+
+    class Own(VisionTransformer):
+        def _pos_embed(self, x):
+            return super()._pos_embed(x) * 2
+
+    _, twin = twins("plain", 3)
+    with torch.no_grad():
+        assert joined(twin, images()) is torch.Tensor  # float32: nothing to gain
+        twin = twin.bfloat16()
+        assert joined(twin) is tome.Tokens
+        for module in (twin.pos_drop, twin.norm_pre, twin.patch_drop, twin.blocks, twin.blocks[0]):
+            handle = module.register_forward_pre_hook(lambda module, args: None)
+            assert joined(twin) is torch.Tensor
+            handle.remove()
+        assert joined(twin) is tome.Tokens
+        with tome.use_backend("reference"):
+            assert joined(twin) is torch.Tensor
+        own = Own(**SMALL).bfloat16().eval()
+        expected = own._pos_embed(own.patch_embed(images().bfloat16()))
+        tome.patch.timm(own).r = 3
+        assert torch.equal(own._pos_embed(own.patch_embed(images().bfloat16())), expected)
+    assert joined(twin) is torch.Tensor  # gradients
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_mask_reaches_the_host_as_long_as_nothing_merges():
+    model, twin = (each.bfloat16() for each in twins("plain", 0))
+    x, mask = images().bfloat16(), torch.zeros(1, 1, 37, 37, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(twin.forward_features(x, attn_mask=mask), model.forward_features(x, attn_mask=mask))
+        twin.r = 3
+        with pytest.raises(tome.UnsupportedModelError, match="attn_mask"):
+            twin.forward_features(x, attn_mask=mask)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -178,8 +178,10 @@ def test_the_report_of_a_model_names_the_kernels():
     # The first block has no addition to wait for, and the last restores the grid.
     assert [part.name for part in parts] == ["patch_embed", "blocks.0", "blocks.1-2", "blocks.3", "norm"]
     assert [call.op for call in parts[0].calls] == ["matrix product"]
-    halves = tuple(recording.Call(half, "cuda", "one call") for half in ("attend_half", "mlp_half"))
-    assert parts[2].calls == halves
+    attend, mlp = halves = parts[2].calls
+    assert attend == recording.Call("attend_half", "cuda", "one call")
+    assert mlp[:2] == ("mlp_half", "cuda")
+    assert mlp.reason.startswith("one call without a product with GELU inside: there are ")
     assert parts[3].calls[:2] == halves
     assert [call.op for call in parts[3].calls[2:]] == ["linear_gelu", "restore"]  # of few rows, by torch
     assert parts[4].calls == (recording.Call("merge_add_norm", "cuda", None),)

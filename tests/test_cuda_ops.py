@@ -128,6 +128,7 @@ OPERATORS = [
     ),
     ("merge_add_norm", (X, X.half(), SLOT, 6, SIZE, W, V, 1e-5, G, torch.float16, True)),
     ("merge_add_norm", (X, X, None, 9, None, W, None, 1e-5, None, F32, True)),
+    ("merge_add_norm", (X[:1].expand(2, -1, -1), X[:, 2:], SLOT, 6, None, W, V, 1e-5, G, F32, True)),
     ("merge_add_norm", (X, None, None, 9, SIZE, W, V, 1e-5, None, torch.bfloat16, False)),
     ("merge_add_norm_backward", (X[:, :6], X[:, :6], X[:, 3:].clone(), STATS[:, :6], SLOT, SIZE, TOTAL, W, G, 9, F32)),
     ("merge_add_norm_backward", (None, X, X, STATS, None, None, None, W, None, 9, F32)),

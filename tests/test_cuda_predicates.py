@@ -276,7 +276,7 @@ def test_autocast_decides_what_linear_layers_write(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("chosen")
-def test_a_half_is_one_call_or_its_reason_is_on_record() -> None:
+def test_a_half_is_one_call_or_its_reason_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad(), recording.recorded() as calls:
         call = tome.ops.one_call(tome.ops.mlp_half, *mlp())
         assert call is not None
@@ -284,11 +284,18 @@ def test_a_half_is_one_call_or_its_reason_is_on_record() -> None:
         assert tome.ops.one_call(tome.ops.attend_half, *attend(dim=40)) is None
         with tome.use_backend("reference"):
             assert tome.ops.one_call(tome.ops.mlp_half, *mlp()) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(predicates, "without_product", lambda *args: None)
+            assert tome.ops.one_call(tome.ops.mlp_half, *mlp(gelu="erf")) is not None
+        assert tome.ops.one_call(tome.ops.mlp_half, *mlp(gelu="erf")) is not None
+    apart = "one call without a product with GELU inside"
     reason = "the kernels of attention know head dimensions (32, 64, 72), not 40"
     assert calls == [
-        ("mlp_half", "cuda", "one call"),
+        ("mlp_half", "cuda", f"{apart}: of quick GELU there is none"),
         ("attend_half", None, reason),
         ("mlp_half", None, "the reference was chosen"),
+        ("mlp_half", "cuda", "one call with GELU inside its product"),
+        ("mlp_half", "cuda", f"{apart}: the kernel of linear_gelu is for GPUs of compute capability 9.0"),
     ]
 
 

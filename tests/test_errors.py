@@ -55,7 +55,8 @@ ATTENTION = [
     ((Q, Q, Q, None, None, 1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
 ]
 ADD_NORM = [
-    ((X, X[:, 1:], None, 8, None, W, W, 1e-5), ValueError, "branch must have the shape of x"),
+    ((X[:, 1:], X, None, 7, None, W, W, 1e-5), ValueError, "branch must have the shape of x"),
+    ((X, X[:1, 1:], None, 8, None, W, W, 1e-5), ValueError, "branch must have the shape of x"),
     ((X.half(), X, None, 8, None, W, W, 1e-5), TypeError, "branch must be torch.float16 like x"),
     ((X, X, None, 7, None, W, W, 1e-5), ValueError, r"tokens must be in \[8, 8\], got 7"),
     ((X, X, None, 8, None, W[1:], W, 1e-5), ValueError, r"weight must be \[4\], got shape \(3,\)"),

@@ -96,6 +96,17 @@ def test_gradients_of_the_norm_alone_are_those_of_torch(device):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("merging", [True, False])
+def test_a_branch_of_fewer_tokens_is_added_to_the_last(device, merging):
+    x, branch = torch.randn(1, 9, 8, device=device).expand(3, -1, -1), torch.randn(3, 7, 8, device=device)
+    slot = ops.match(torch.randn(3, 9, 4, device=device), 2) if merging else None
+    arguments = slot, 7 if merging else 9, None, None, None, 1e-5, torch.randn(8, device=device)
+    whole = torch.cat((torch.zeros(3, 2, 8, device=device), branch), dim=1)
+    found, expected = (ops.merge_add_norm(x, each, *arguments) for each in (branch, whole))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def add_norm_leaves(dtype, device):
     leaves = [torch.randn(1, 7, 4, dtype=torch.float64) for _ in range(2)]
     params = [torch.randn(4, dtype=torch.float64) for _ in range(3)]
@@ -115,10 +126,12 @@ def test_merge_add_norm_gradients_agree_with_finite_differences(merging):
     assert torch.autograd.gradcheck(call, tuple(add_norm_leaves(torch.float64, "cpu")))
 
 
+@pytest.mark.parametrize("skip", [0, 2])
 @pytest.mark.parametrize("merging", [True, False])
 @pytest.mark.parametrize("outputs", [(0,), (1,), (0, 1)])
-def test_merge_add_norm_gradients_are_those_of_the_reference_in_float64(device, merging, outputs):
+def test_merge_add_norm_gradients_are_those_of_the_reference_in_float64(device, merging, outputs, skip):
     leaves = add_norm_leaves(torch.float32, device)
+    leaves[1] = leaves[1].detach()[:, skip:]
     slot = ops.match(torch.randn(1, 7, 4, device=device), 2) if merging else None
     size = torch.randint(1, 9, (1, 7), device=device).float()
     found = []

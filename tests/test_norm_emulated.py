@@ -60,6 +60,7 @@ def test_gradients(case: NormCase, has_grad_x: bool, has_grad_y: bool, seed: int
     )
     if ours[1].numel() == 0:  # the same as the first
         ours = (ours[0], ours[0])
+    ours = (ours[0], ours[1][:, case.skip :])
     exact = call.double()
     leaves = [exact.x.requires_grad_(), exact.branch.requires_grad_()]
     outs = tome_reference.merge_add_norm(*exact)
@@ -76,8 +77,9 @@ def test_gradients(case: NormCase, has_grad_x: bool, has_grad_y: bool, seed: int
     truths = grads[1].double().sum((0, 1)), (grads[1].double() * xhat).sum((0, 1))
     for found, truth in zip(sums, truths, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
-    found = emulator.run("column_sums", call.branch, call.x, None, seed=seed).double().sum(0)[1]
-    torch.testing.assert_close(found, (call.branch.double() * call.x.double()).sum((0, 1)), rtol=1e-4, atol=1e-4)
+    x = call.x[:, case.skip :]
+    found = emulator.run("column_sums", call.branch, x, None, seed=seed).double().sum(0)[1]
+    torch.testing.assert_close(found, (call.branch.double() * x.double()).sum((0, 1)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_bad_map_reads_and_writes_nothing_out_of_range() -> None:
@@ -102,6 +104,7 @@ def test_the_order_of_threads_changes_no_bit() -> None:
         parameters=(torch.float16, None, torch.float32),
         layouts=("dense", "dense"),
         crowded=False,
+        skip=0,
         seed=0,
     )
     call = case.build("cpu")

@@ -82,6 +82,7 @@ def case_of(shape: tuple[int, int, int], r: int, dtype: torch.dtype, branch: tor
         parameters=(dtype, dtype, dtype),
         layouts=("dense", "dense"),
         crowded=False,
+        skip=0,
         seed=r,
     )
 

@@ -388,7 +388,7 @@ def test_the_bits_of_its_parts_on_a_gpu(host, autocast, dtype, r):
         with recording.recorded() as calls:
             whole = model(x)
         assert torch.equal(whole, by_parts(model, x))
-    taken = [call.op for call in calls if call.backend == "cuda" and call.reason == "one call"]
+    taken = [call.op for call in calls if call.backend == "cuda" and (call.reason or "").startswith("one call")]
     assert (taken.count("attend_half"), taken.count("mlp_half")) == expected(host, r, on_a_gpu=True)
 
 
@@ -402,7 +402,7 @@ def test_every_matching_takes_the_one_calls_on_a_gpu(matching):
         torch.manual_seed(0)
         with torch.inference_mode(), recording.recorded() as calls:
             results.append(run(images().half().cuda()))
-        results.append([call.op for call in calls if call.reason == "one call"].count("attend_half"))
+        results.append([call.op for call in calls if (call.reason or "").startswith("one call")].count("attend_half"))
     assert torch.equal(results[0], results[2])
     assert results[1::2] == [4, 0]
 

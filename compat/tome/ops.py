@@ -14,7 +14,7 @@ import torch
 
 import tome_reference
 from tome.backend import extension, implementation
-from tome.recording import record
+from tome.recording import is_recording, record
 from tome_reference import checks
 
 __all__ = [
@@ -93,8 +93,15 @@ def one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callabl
     kernels, reason = extension(args[0])
     if kernels is not None:
         reason = kernels.PREDICATES[half.__name__](*args, **kwargs)  # why_not, in less of the host's time
-    record(half.__name__, "cuda" if reason is None else None, "one call" if reason is None else reason)
-    return None if kernels is None or reason is not None else getattr(kernels, half.__name__)
+    if kernels is None or reason is not None:
+        record(half.__name__, None, reason)
+        return None
+    if is_recording():
+        record(
+            half.__name__, "cuda", " ".join(filter(None, ("one call", kernels.remark(half.__name__, *args, **kwargs))))
+        )
+    call: Callable[P, T] = getattr(kernels, half.__name__)
+    return call
 
 
 def take(call: Callable[..., T], *args: object) -> T:

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 
 from tome import backend, ops
 from tome_reference.halves import dropped
+from tome_reference.merging import add as add_branch
 
 Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
 # The size of a padded token: nothing beside a real one, yet a number to divide by, and one whose logarithm is finite.
@@ -32,7 +33,7 @@ class Norm(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What is to be added to x: value [B, N, C], times gamma [C] where there is a LayerScale."""
+    """What is to be added to x, or to its last tokens: value [B, N, C], times gamma [C] where there is a LayerScale."""
 
     value: Tensor
     gamma: Tensor | None = None
@@ -318,7 +319,7 @@ def add(
     value, gamma = branch
     if norm is not None and (value.dtype is x.dtype or x.dtype is torch.float32):
         return ops.merge_add_norm(x, value, slot, tokens, size, norm.weight, norm.bias, norm.eps, gamma, norm.dtype)
-    x = x + (value if gamma is None else value * gamma)
+    x = add_branch(x, value, gamma)
     if slot is not None:
         x, size = ops.merge(x, slot, tokens, size)
     return x, None, size

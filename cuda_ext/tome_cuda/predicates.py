@@ -163,7 +163,11 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
 
 
 def remark(op: str, *args: Any, **kwargs: Any) -> str | None:
-    """What else to know of an operation that can run on these arguments: some may be left to torch."""
+    """What else to know of an operation that can run on these arguments: some, or a part, may be left to torch."""
+    if op == "mlp_half":
+        _, y, fc1, gelu = args[:4]
+        reason = "of quick GELU there is none" if gelu == "quick" else without_product(y, *fc1)
+        return "with GELU inside its product" if reason is None else f"without a product with GELU inside: {reason}"
     left: dict[str, Callable[..., str | None]] = {"attention": without_kernel, "linear_gelu": without_product}
     reason = left[op](*args, **kwargs) if op in left else None
     return None if reason is None else f"by torch: {reason}"

@@ -163,6 +163,7 @@ def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.mark_non_differentiable(total, stats)
     ctx.set_materialize_grads(False)
     ctx.length, ctx.branch_dtype = x.shape[1], None if branch is None else branch.dtype
+    ctx.skip = 0 if branch is None else x.shape[1] - branch.shape[1]
     ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, gamma)]
     factor = None if gamma is None or not ctx.needs_input_grad[8] else branch
     ctx.save_for_backward(merged, stats, slot, size, None if slot is None else total, weight, gamma, factor)
@@ -207,9 +208,9 @@ def _merge_add_norm_grad(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None,
     if needs[0] or needs[1] or needs[8]:
         dtype = ctx.branch_dtype or saved.merged.dtype
         into, branch = saved.of_inputs(grad_x if has_branch else None, grad_y, ctx.length, dtype)
-        grads[:2] = into, branch if has_branch else None
+        grads[:2] = into, branch[:, ctx.skip :] if has_branch else None
         if needs[8]:
-            grads[8] = saved.of_gamma(into, ctx.dtypes[2])
+            grads[8] = saved.of_gamma(into[:, ctx.skip :], ctx.dtypes[2])
     if grad_y is not None and (needs[5] or needs[6]):
         scale, shift = saved.of_norm(grad_y)
         grads[5] = scale.to(ctx.dtypes[0]) if needs[5] else None

@@ -216,7 +216,7 @@ def merge_add_norm(
     norm_dtype: torch.dtype | None = None,
 ) -> None:
     _floating("x", x, (3,), "[B, N, C]")
-    _addition(x, branch, gamma)
+    _addition(x, branch, gamma, is_partial=True)
     _norm(x, (weight, bias, eps), norm_dtype)
     if slot is not None and branch is None:
         raise ValueError("slot must be None where there is no branch: merge x by itself")
@@ -386,16 +386,18 @@ def _per_token(
     _on(name, tensor, device)
 
 
-def _addition(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> None:
-    """What is added to x [B, N, C]: a branch of its shape, times gamma [C]."""
+def _addition(x: Tensor, branch: Tensor | None, gamma: Tensor | None, is_partial: bool = False) -> None:
+    """What is added to x [B, N, C]: a branch of its shape (partial: or of fewer tokens), times gamma [C]."""
     _per_channel("gamma", gamma, x)
     if branch is None:
         if gamma is not None:
             raise ValueError("gamma must be None where there is no branch")
         return
     _floating("branch", branch, (3,), "[B, N, C]")
-    if branch.shape != x.shape:
-        raise ValueError(f"branch must have the shape of x {tuple(x.shape)}, got {tuple(branch.shape)}")
+    batch, n, channels = branch.shape
+    if (batch, channels) != (x.shape[0], x.shape[2]) or n > x.shape[1] or (n < x.shape[1] and not is_partial):
+        or_fewer = ", or fewer tokens" if is_partial else ""
+        raise ValueError(f"branch must have the shape of x {tuple(x.shape)}{or_fewer}, got {tuple(branch.shape)}")
     if branch.dtype != x.dtype and x.dtype != torch.float32:
         raise TypeError(f"branch must be {x.dtype} like x (or x float32), got {branch.dtype}")
     _on("branch", branch, x.device)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tome_reference import checks
@@ -113,10 +114,12 @@ def restore(x: Tensor, branch: Tensor | None, steps: Sequence[Tensor], gamma: Te
 
 
 def add(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:
-    """X + gamma * branch in the dtype of x; without a branch x itself."""
+    """X + gamma * branch in the dtype of x, where it has fewer tokens to the last of x; without a branch x itself."""
     if branch is None:
         return x
-    return x + (branch if gamma is None else branch * gamma).to(x.dtype)
+    added = (branch if gamma is None else branch * gamma).to(x.dtype)
+    skip = x.shape[1] - added.shape[1]
+    return x + (F.pad(added, (0, 0, skip, 0)) if skip else added)
 
 
 class _Unmerge(torch.autograd.Function):

@@ -26,8 +26,8 @@ def merge_add_norm(
 
     Args:
         x: [B, N, C], the residual stream.
-        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast); None adds nothing, and then x is
-            returned as it is, and ``slot`` and ``gamma`` must be None.
+        branch: [B, N, C], the dtype of x, or any where x is float32 (autocast), or [B, n, C] with n < N, added to the
+            last n tokens; None adds nothing, and then x is returned as it is, and ``slot`` and ``gamma`` must be None.
         slot: int32 [B, N], onto [0, tokens); None merges nothing, and ``tokens`` is then N.
         tokens: M, the number of tokens that remain.
         size: float32 [B, N] or None for one each; returned as it is where nothing is merged.

@@ -59,13 +59,15 @@ class MergingBlock(Halves):
         record(PART, None, s.name)
         chosen = self._backend()
         with nullcontext() if chosen is None else backend.use_backend(chosen):
-            if not isinstance(x, Tokens) and s.entry == 0 and not self._gains(x, *args, **kwargs):
-                out = super().forward(x, *args, **kwargs)  # of the host's block
-                if s.is_last:
-                    self._tell(Tokens(self._turned(out)))
-                return out
+            if not isinstance(x, Tokens) and s.entry == 0 and not self.gains(x, *args, **kwargs):
+                return self._of_host(x, *args, **kwargs)
             self._check_call()
-            beside = self.beside(*args, **kwargs)
+            try:
+                beside = self.beside(*args, **kwargs)
+            except UnsupportedModelError:
+                if s.entry or not isinstance(x, Tokens) or x.steps:
+                    raise
+                return self._of_host(self._turned(x.x), *args, **kwargs)  # as long as nothing has merged
             tokens = x if isinstance(x, Tokens) else padded(self._turned(x), beside.valid)
             tokens = self._merged(tokens, beside)
             if s.is_last:
@@ -74,7 +76,13 @@ class MergingBlock(Halves):
             # Hooks may take the block's parameters away, with which an addition waits.
             return tokens.added() if has_hooks(self) else tokens
 
-    def _gains(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+    def _of_host(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(x, *args, **kwargs)
+        if self._tome.is_last:
+            self._tell(Tokens(self._turned(out)))
+        return out
+
+    def gains(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         """Whether a block that merges nothing is faster by the kernels, and nobody wants more of it than they give."""
         if torch.is_grad_enabled() or has_hooks(self) or not backend.takes_kernels(x):
             return False

@@ -7,13 +7,15 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tome.patch.block import MergingBlock
-from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, through
+from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, is_inert, through
 from tome.patch.row import Attention, Call, Place, Qkv, Row
+from tome.patch.swap import base_of
 from tome.patch.timm_host import TimmModel
-from tome.tokens import Linear, MlpParts
+from tome.tokens import Branch, Linear, MlpParts, Tokens
 
 
 class TimmAttention(Attention):
@@ -106,8 +108,37 @@ class TimmResPostBlock(TimmBlock):
     _tome_row = Row(TimmAttention(), scale1=None, scale2=None, is_post=True)
 
 
+class VisionTransformerModel(TimmModel):
+    """timm's VisionTransformer."""
+
+    def _pos_embed(self, x: Tensor) -> Any:
+        """As in timm; where kernels compute, one of them joins tokens and positions and norms them for the first block.
+
+        PyTorch takes three passes over the tokens for it, two of which are slow: cat copies a class token that is
+        expanded over the batch element by element.
+        """
+        host = cast(Any, self)
+        if (
+            x.dim() != 3
+            or host.pos_embed is None
+            or cast(Any, base_of(host))._pos_embed is not VisionTransformer._pos_embed
+            or has_hooks(host.blocks)
+            or not all(map(is_inert, (host.pos_drop, host.patch_drop, host.norm_pre)))
+            or not host.blocks[0].gains(x)
+        ):
+            return super()._pos_embed(x)  # type: ignore[misc]
+        extra = [token for token in (host.cls_token, host.reg_token) if token is not None]
+        table = host.pos_embed
+        if extra:
+            count = 0 if host.no_embed_class else host.num_prefix_tokens
+            first = torch.cat(extra, dim=1)
+            table = torch.cat((first + table[:, :count] if count else first, table[:, count:]), dim=1)
+        dtype = torch.promote_types(table.dtype, x.dtype)
+        return Tokens(table.to(dtype).expand(x.shape[0], -1, -1), waiting=Branch(x))
+
+
 BLOCKS: dict[str, type[MergingBlock]] = {
     "vision_transformer.Block": TimmBlock,
     "vision_transformer.ResPostBlock": TimmResPostBlock,
 }
-MODELS: dict[str, type[TimmModel] | str] = {"vision_transformer.VisionTransformer": TimmModel}
+MODELS: dict[str, type[TimmModel] | str] = {"vision_transformer.VisionTransformer": VisionTransformerModel}

@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
     return {linear(rows, proj_weight, proj_bias), map};
   };
   const Attended attended = attend();
+  TOME_CHECK(attended.branch.size(1) == length, "qkv must have the tokens of x");
   const Normed out = merged_norm(x, attended.branch, attended.slot, tokens, size, norm_weight, norm_bias, eps,
                                  gamma, norm_dtype, false);
   const bool is_new = attended.slot.has_value() && !slot.has_value();
@@ -91,6 +92,7 @@ std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tens
                                     ScalarType norm_dtype) {
   check_tensor(x, "x", 3);
   check_tensor(y, "y", 3);
+  TOME_CHECK(y.size(1) == x.size(1), "y must have the tokens of x");
   const DeviceScope scope(x);
   const auto branch = [&] {  // whose wide input is free before the norm needs memory
     return linear(hidden_layer(y, fc1_weight, fc1_bias, gelu), fc2_weight, fc2_bias);

@@ -42,7 +42,8 @@ __global__ __launch_bounds__(kThreads,
   const int first = static_cast<int>(blockIdx.x % blocks) * merge.block_outputs;
   const Rows rows{p,
                   static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
-                  static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride,
+                  static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride -
+                      p.skip * p.branch.row_stride,
                   first,
                   b * merge.tokens + first,
                   staged};

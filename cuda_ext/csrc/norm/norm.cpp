@@ -33,7 +33,7 @@ bool is_aligned_like(const View& view, Dtype dtype, Dtype x_dtype, int64_t chann
 
 Dtype check_branch(const Tensor& branch, const Tensor& x) {
   check_tensor(branch, "branch", 3);
-  for (int64_t dim = 0; dim < 3; ++dim) TOME_CHECK(branch.size(dim) == x.size(dim), "branch must be like x");
+  TOME_CHECK(branch.size(0) == x.size(0) && branch.size(2) == x.size(2), "branch must be like x");
   check_like(branch, "branch", x,
              floating_dtype(x, "x") == Dtype::kFloat ? branch.scalar_type() : x.scalar_type());
   return floating_dtype(branch, "branch");
@@ -63,6 +63,8 @@ Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const s
              "without a branch there is nothing to merge and nothing to scale");
   const Dtype dtype = floating_dtype(x, "x");
   const Dtype branch_dtype = branch.has_value() ? check_branch(*branch, x) : dtype;
+  const int64_t skip = branch.has_value() ? x.size(1) - branch->size(1) : 0;
+  TOME_CHECK(skip >= 0, "branch must have no more tokens than x");
   const DeviceScope scope(x);
   const int64_t batch = x.size(0), channels = x.size(2);
   // Without a branch x stays what it is, and an operator may not return its own input.
@@ -75,6 +77,7 @@ Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const s
   p.merge = gather_params(x, merged, slot, tokens, size);
   if (total.has_value()) p.merge.total_ptr = static_cast<float*>(total->mutable_data_ptr());
   if (branch.has_value()) p.branch = view(*branch);
+  p.skip = static_cast<int>(skip);
   p.y_ptr = y.mutable_data_ptr();
   if (stats.has_value()) p.stats_ptr = static_cast<float2*>(stats->mutable_data_ptr());
   p.y_dtype = floating_dtype(y, "y");

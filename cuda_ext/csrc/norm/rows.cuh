@@ -66,7 +66,7 @@ struct NormRows {
   };
   const NormParams& p;
   const T* x_ptr;  // of the image
-  const U* branch_ptr;
+  const U* branch_ptr;  // what the first token would have, also where it has nothing
   int first;          // output of the block
   int64_t first_row;  // the same among the rows of all images
   Staged staged;
@@ -98,7 +98,9 @@ struct NormRows {
     fetched.x = load_pack<T, kCount>(x_ptr + token * x.row_stride + channel * x_stride);
     if constexpr (kHasBranch) {
       const int64_t stride = kCount == 1 ? p.branch.channel_stride : 1;
-      fetched.branch = load_pack<U, kCount>(branch_ptr + token * p.branch.row_stride + channel * stride);
+      fetched.branch = token < p.skip ? Pack<U, kCount>{}
+                                      : load_pack<U, kCount>(branch_ptr + token * p.branch.row_stride +
+                                                             channel * stride);
     }
     return fetched;
   }
@@ -111,8 +113,12 @@ struct NormRows {
     copy_pack<T, kCount>(x_ptr + token * p.merge.x.row_stride + channel,
                          reinterpret_cast<Pack<T, kCount>*>(to) + lane);
     if constexpr (kHasBranch) {
-      copy_pack<U, kCount>(branch_ptr + token * p.branch.row_stride + channel,
-                           reinterpret_cast<Pack<U, kCount>*>(to + kXBytes) + lane);
+      auto* const branch_to = reinterpret_cast<Pack<U, kCount>*>(to + kXBytes) + lane;
+      if (token < p.skip) {
+        *branch_to = {};
+      } else {
+        copy_pack<U, kCount>(branch_ptr + token * p.branch.row_stride + channel, branch_to);
+      }
     }
   }
   __device__ __forceinline__ Fetched arrived(const char* from) const {

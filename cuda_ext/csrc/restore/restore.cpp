@@ -53,6 +53,7 @@ Tensor restore(const Tensor& x, const std::optional<Tensor>& branch, const std::
   TOME_CHECK(branch.has_value() || !gamma.has_value(), "without a branch there is nothing to scale");
   const Dtype dtype = floating_dtype(x, "x");
   const Dtype branch_dtype = branch.has_value() ? check_branch(*branch, x) : dtype;
+  TOME_CHECK(!branch.has_value() || branch->size(1) == x.size(1), "branch must be like x");
   const int64_t batch = x.size(0), channels = x.size(2);
   RestoreParams p{};
   p.chain = chain_of(steps, x, batch);
