@@ -27,9 +27,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import tome
-from tome import cost, measure, patch, schedule
+from tome import cost, measure, patch, schedule, vis
 from tome.cli.models import create_model
-from tome.cli.visualize import draw
+from tome.cli.visualize import see
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -182,11 +182,8 @@ def photographs(file: Path) -> None:
     torch.manual_seed(0)
     model: Any = tome.patch.timm(create_model("vit_small_patch16_224", pretrained=False))
     model.r = PHOTO_SCHEDULE
-    pictures = [draw(model, Image.fromarray(load_sample_image(name))) for name in PHOTOGRAPHS]
-    sheet = Image.new("RGB", (pictures[0].width, sum(p.height + 8 for p in pictures) - 8), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (0, i * (picture.height + 8)))
-    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(file)
+    pictures = [see(model, Image.fromarray(load_sample_image(name))).pair() for name in PHOTOGRAPHS]
+    vis.sheet(pictures).save(file)
 
 
 if __name__ == "__main__":

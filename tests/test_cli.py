@@ -228,9 +228,9 @@ def test_visualize(photo, tmp_path, capsys):
     assert code == 0, err
     assert sorted(p.name for p in out.iterdir()) == ["photo_merged.png", "photo_merged_2.png"]
     drawn = np.asarray(Image.open(out / "photo_merged.png"))
-    assert drawn.shape == (160, 2 * 160 + 8, 3)
+    assert drawn.shape == (450, 2 * 450 + 8, 3)  # 10 x 10 patches, of as many pixels as make 448
     assert "tokens" in text
-    left, right = drawn[:, :160], drawn[:, 168:]
+    left, right = drawn[:, :450], drawn[:, 458:]
     assert not np.array_equal(left, right)
     assert len(np.unique(right.reshape(-1, 3), axis=0)) < len(np.unique(left.reshape(-1, 3), axis=0))
 
@@ -253,7 +253,44 @@ def test_models_whose_stem_is_a_network(photo, tmp_path, capsys):
     assert code == 0, err
     assert "50 -> 2 tokens" in out
     with Image.open(tmp_path / "photo_merged.png") as picture:
-        assert picture.size == (2 * 224 + 8, 224)
+        assert picture.size == (2 * 448 + 8, 448)
+
+
+def test_visualize_layer_by_layer_on_one_sheet_or_as_steps(photo, tmp_path, capsys):
+    other = tmp_path / "other.png"
+    Image.open(photo).rotate(90).save(other)
+    drawn = ("visualize", photo, other, "--model", TINY, "--random-weights", "--r", "9", "--out", tmp_path)
+    code, out, err = run(capsys, *drawn, "--layers", "--sheet", tmp_path / "all.png")
+    assert code == 0, err
+    assert out.strip().splitlines()[-1] == f"{tmp_path / 'all.png'}: 101 -> 47 tokens"
+    sheet = np.asarray(Image.open(tmp_path / "all.png"))
+    assert sheet.shape == (2 * (450 + 28) + 8, 7 * 458 - 8, 3)  # six layers and the image
+    assert not np.array_equal(sheet[:450, :450], sheet[486:936, :450])
+    assert not (tmp_path / "photo_merged.png").exists()
+
+    code, _, err = run(capsys, *drawn, "--gif", "--image-size", "128x192")
+    assert code == 0, err
+    with Image.open(tmp_path / "photo_merged.gif") as steps:
+        assert steps.n_frames == 7
+        assert steps.size == (672, 448)  # 8 x 12 patches
+        frames = []
+        for i in range(7):
+            steps.seek(i)
+            frames.append(len(np.unique(np.asarray(steps.convert("RGB")).reshape(-1, 3), axis=0)))
+        assert steps.info["duration"] > 1000, "the last stays"
+    assert frames[0] > frames[1] > frames[6]
+
+
+def test_visualize_draws_models_that_take_any_size(photo, tmp_path, capsys):
+    drawn = ("visualize", photo, "--random-weights", "--r", "2", "--out", tmp_path, "--model")
+    code, _, err = run(capsys, *drawn, "naflexvit_base_patch16_gap", "--image-size", "32x64")
+    assert code == 0, err
+    with Image.open(tmp_path / "photo_merged.png") as picture:
+        assert picture.size == (2 * 896 + 8, 448)
+    code, _, err = run(capsys, *drawn, "torchvision:vit_b_32", "--image-size", "32x64")
+    assert (code, err) == (
+        2, "tome: error: torchvision:vit_b_32 cannot be drawn: it takes no image of 32 x 64 pixels\n"
+    )  # fmt: skip
 
 
 def bad(*args):
@@ -292,6 +329,10 @@ def bad(*args):
         bad("visualize", __file__, "--random-weights", "--out", __file__, "cannot make the folder "),
         bad("visualize", __file__, "--random-weights", "--checkpoint", __file__, "choose one of --checkpoint and "),
         bad("visualize", __file__, "--random-weights", "is not a readable image"),
+        bad("visualize", __file__, "--image-size", "32x", "'32x': not a size (forms: 448 or 336x504, height first)"),
+        bad("visualize", __file__, "--gif", "--layers", "choose one of --gif and --layers"),
+        bad("visualize", __file__, "--gif", "--sheet", "all.png", "choose one of --gif and --sheet"),
+        bad("visualize", __file__, "--sheet", "/no/such/all.png", "there is no folder /no/such"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(args, message, capsys, monkeypatch, tmp_path):
@@ -538,7 +579,7 @@ def test_models_of_transformers(folders, photo, tmp_path, capsys, monkeypatch):
         code, out, err = run(capsys, "visualize", photo, *options, "--r", "6", "--out", tmp_path)
         assert code == 0, err
         with Image.open(tmp_path / "photo_merged.png") as picture:
-            assert picture.size == (2 * 48 + 8, 48)
+            assert picture.size == (2 * 450 + 8, 450)
 
 
 def test_models_of_torchvision_and_of_ones_own(photo, tmp_path, capsys, monkeypatch):

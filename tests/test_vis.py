@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tome.utils import adjacency
-from tome.vis import generate_colormap, make_visualization
+from tome.vis import draw, generate_colormap, make_visualization, sheet
 
 
 def photograph(width=32, height=24):
@@ -60,6 +60,46 @@ def test_prefixes():
 def test_what_does_not_fit_is_refused(source, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make_visualization(photograph(), source, **kwargs)
+
+
+@pytest.mark.parametrize(("least", "side"), [(24, 8), (25, 9), (300, 100)])
+def test_a_drawing_has_square_patches_of_a_size_that_is_asked_for(least, side):
+    image = Image.new("RGB", (32, 24), (10, 20, 30))
+    drawn = np.asarray(draw(image, SLOT, (3, 4), least))
+    assert drawn.shape == (3 * side, 4 * side, 3)
+    thickness = max(1, side // 14)
+    middle = drawn[side // 2, 2 * side - thickness - 1]
+    assert (middle == (10, 20, 30)).all()
+    assert (drawn[side // 2, 2 * side - thickness : 2 * side] != middle).any(axis=1).all()
+    assert (drawn[side - 1, 2 * side + side // 2] == 0).all(), "a patch on its own"
+    assert (drawn[side - 2, 2 * side + side // 2] == (10, 20, 30)).all(), "is outlined by one pixel"
+
+
+def test_a_drawing_is_that_of_the_image_s_own_size_where_that_is_asked_for():
+    expected = make_visualization(photograph(), SLOT, 8).tobytes()
+    for slot in (SLOT, SLOT[:, 1:], adjacency(SLOT), torch.cat([torch.tensor([[8, 9]]), SLOT], dim=1)):
+        assert draw(photograph(), slot, (3, 4), least=24).tobytes() == expected
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (0, 4)])
+def test_a_grid_of_more_patches_than_tokens_is_refused(grid):
+    with pytest.raises(ValueError, match=f"13 tokens, too few for a grid of {grid[0]} x {grid[1]} patches"):
+        draw(photograph(), SLOT, grid)
+
+
+def test_a_sheet_holds_every_picture_in_its_row():
+    pictures = [Image.new("RGB", (10 + i, 20), (i, 0, 0)) for i in range(3)]
+    plain = np.asarray(sheet([[(pictures[0], ""), (pictures[1], "")], [(pictures[2], "")]]))
+    assert plain.shape == (48, 29, 3)
+    assert (plain[:20, :10] == (0, 0, 0)).all()
+    assert (plain[:20, 10:18] == 255).all()
+    assert (plain[:20, 18:] == (1, 0, 0)).all()
+    assert (plain[28:, :12] == (2, 0, 0)).all()
+    captioned = np.asarray(sheet([[(pictures[0], "layer 3")], [(pictures[0], "")]]))
+    assert captioned.shape[0] > 48
+    assert (captioned[20:48] < 100).any(), "the caption is below its picture"
+    with pytest.raises(ValueError, match="no pictures"):
+        sheet([])
 
 
 def test_colours():

@@ -40,6 +40,20 @@ class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in 
         return cast(schedule.Schedule, r)
 
 
+class SizeType(click.ParamType):  # type: ignore[type-arg]
+    """448 or 336x504: height and width of images."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return cast("tuple[int, int]", value)
+        found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", value)
+        if found is None:
+            self.fail(f"{value!r}: not a size (forms: 448 or 336x504, height first)", param, ctx)
+        return int(found[1]), int(found[2] or found[1])
+
+
 class DeviceType(click.ParamType):  # type: ignore[type-arg]
     """cpu, cuda or cuda:1; whether it is there is asked later, of PyTorch."""
 

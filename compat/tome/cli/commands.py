@@ -31,7 +31,9 @@ Examples:
 VISUALIZE = """\b
 Examples:
   tome visualize photo.jpg --r 16,-1.0 --out merged/
-  tome visualize a.jpg b.png --model vit_small_patch16_224 --r 8 --random-weights
+  tome visualize photo.jpg --model vit_small_patch14_dinov2 --image-size 336x504 --layers
+  tome visualize a.jpg b.png c.jpg --r 8 --layers --sheet all.png
+  tome visualize photo.jpg --r 8 --gif
   tome visualize photo.jpg --model vit_base_patch16_224 --checkpoint weights.safetensors
 """
 
@@ -160,6 +162,10 @@ def hosts() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Folder for the pictures.")
 @arguments.checkpoint
 @click.option(arguments.RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download.")
+@click.option("--image-size", type=arguments.SizeType(), help="Pixels: 448 or HEIGHTxWIDTH. [default: the model's own]")
+@click.option("--layers", is_flag=True, help="Draw the merges layer by layer, not only the last.")
+@click.option("--gif", is_flag=True, help="Write an animation of the layers, NAME_merged.gif.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Draw all images into this one file, a row each.")
 def visualize(
     images: tuple[Path, ...],
     model: str,
@@ -167,6 +173,10 @@ def visualize(
     out: Path,
     checkpoint: Path | None,
     random_weights: bool,
+    image_size: tuple[int, int] | None,
+    layers: bool,
+    gif: bool,
+    sheet: Path | None,
 ) -> None:
     """Draw each IMAGE as the model sees it, beside its merged patches: one colour and outline a group.
 
@@ -174,13 +184,18 @@ def visualize(
     """
     if checkpoint is not None and random_weights:
         raise click.UsageError(f"choose one of --checkpoint and {arguments.RANDOM_WEIGHTS}")
-    files.make_folder(out, "--out")
-    targets = _targets(images, out)
-    for target in targets:
-        files.check(target, "--out")
+    if gif and (layers or sheet is not None):
+        raise click.UsageError(f"choose one of --gif and {'--layers' if layers else '--sheet'}")
+    targets = _targets(images, out, ".gif" if gif else ".png")
+    if sheet is None:
+        files.make_folder(out, "--out")
+        for target in targets:
+            files.check(target, "--out")
+    else:
+        files.check(sheet, "--sheet")
     with arguments.loading():
         from tome.cli import visualize as work
-    work.run(images, targets, model, r, checkpoint, random_weights)
+    work.run(images, targets, model, r, checkpoint, random_weights, image_size, layers, sheet)
 
 
 def run(args: Sequence[str] | None) -> int:
@@ -203,12 +218,12 @@ def run(args: Sequence[str] | None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _targets(images: tuple[Path, ...], out: Path) -> list[Path]:
+def _targets(images: tuple[Path, ...], out: Path, suffix: str) -> list[Path]:
     """One file an image; images of the same name are numbered, so that none overwrites another."""
     targets: list[Path] = []
     for image in images:
-        target, number = out / f"{image.stem}_merged.png", 2
+        target, number = out / f"{image.stem}_merged{suffix}", 2
         while target in targets:
-            target, number = out / f"{image.stem}_merged_{number}.png", number + 1
+            target, number = out / f"{image.stem}_merged_{number}{suffix}", number + 1
         targets.append(target)
     return targets

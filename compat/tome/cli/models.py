@@ -133,8 +133,8 @@ def create_model(
     return model.eval()
 
 
-def patched_shape(model: Any) -> Shape:
-    """The shape of a model, which is patched in place.
+def patched_shape(model: Any, size: tuple[int, int, int] | None = None) -> Shape:
+    """The shape of a model, which is patched in place, for images of a size: its own without one.
 
     Raises:
         click.UsageError: it cannot be patched.
@@ -143,7 +143,7 @@ def patched_shape(model: Any) -> Shape:
     try:
         inner = patched_in(patch.auto(model))
         assert inner is not None
-        return Shape(len(inner._tome_blocks()), cost.tokens(model), inner._tome_prefix()[0])
+        return Shape(len(inner._tome_blocks()), cost.tokens(model, size), inner._tome_prefix()[0])
     except patch.UnsupportedModelError as error:
         raise click.UsageError(str(error)) from error
 
