@@ -215,6 +215,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "quick_gelu": lambda x: tome_reference.quick_gelu(x).contiguous(),
     "swiglu": lambda gate, x: tome_reference.swiglu(gate, x).contiguous(),
     "swiglu_norm": lambda *args: tome_reference.swiglu_norm(*args).contiguous(),
+    "linear_product": F.linear,
     "linear_gelu": lambda x, weight, bias, is_tanh, tile: tome_reference.linear_gelu(
         x, weight, bias, "tanh" if is_tanh else "none"
     ),

@@ -116,6 +116,8 @@ OPERATORS = [
     ("swiglu", X.half().chunk(2, dim=2)),
     ("swiglu_norm", (X, X, 8, W, V, 1e-5)),
     ("swiglu_norm", (*X.half().chunk(2, dim=2), 3, None, None, 1e-5)),
+    ("linear_product", (X, torch.randn(12, 8), V.repeat(2)[:12])),
+    ("linear_product", (X.half(), torch.randn(12, 8).half(), None)),
     ("linear_gelu", (X, torch.randn(12, 8), V.repeat(2)[:12], False, -1)),
     ("linear_gelu", (X.half(), torch.randn(12, 8).half(), None, True, -1)),
     ("attention", (*Q, SIZE, 0.2)),

@@ -19,7 +19,7 @@ from tome_cuda import library, predicates
 
 pytestmark = NO_EXTENSION
 
-TILES = 2  # of csrc/gelu/gelu.cpp
+TILES = 2  # of csrc/product/product.cpp
 HAS_PRODUCTS = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
@@ -36,8 +36,8 @@ def check_no_worse(found, theirs, truth):
     if found.numel() >= 1024:
         assert ours.max() <= 1.01 * error.max()  # sums in another order lie on another side of a tie
         assert ours.mean() <= 1.002 * error.mean()
-    # Half a unit for the rounding, a tenth for the formula, the rest for sums in float32.
-    assert bool((ours <= 0.62 * unit + 2.0**-16 * (1.0 + truth.abs())).all())
+    # Half a unit for the rounding, less than that for the formula, the rest for sums in float32.
+    assert bool((ours <= 0.95 * unit + 2.0**-16 * (1.0 + truth.abs())).all())
 
 
 @HAS_PRODUCTS
@@ -95,6 +95,33 @@ def test_on_a_gpu(j, k, dtype, approximate):
 
 
 @HAS_PRODUCTS
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("rows", "j", "k"),
+    [
+        (16384, 2304, 768),
+        (20001, 768, 768),
+        (16385, 1152, 384),
+        (16390, 3824, 24),
+        (17000, 1024, 1024),
+        (9000, 192, 64),
+    ],
+)
+def test_a_product_without_gelu(rows, j, k, dtype):
+    """By a kernel of ours where there are many rows: of the first four shapes."""
+    x, weight, bias = build((1, rows), j, k, dtype, True, 1.0, 0, "cuda")
+    for given_bias in (bias, None):
+        found = tome_cuda.operators().linear_product(x, weight, given_bias)
+        theirs = F.linear(x, weight, given_bias)
+        truth = F.linear(x.double(), weight.double(), None if given_bias is None else given_bias.double())
+        ours, error = (found.double() - truth).abs(), (theirs.double() - truth).abs()
+        assert ours.max() <= 1.01 * error.max()
+        assert ours.mean() <= 1.002 * error.mean()
+    assert_same_bits(lambda: tome_cuda.operators().linear_product(x, weight, bias))
+    torch.library.opcheck(tome_cuda.operators().linear_product.default, (x, weight, bias))
+
+
+@HAS_PRODUCTS
 def test_limits_on_a_gpu():
     numbers = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 6e4, -6e4, 20.0, -20.0], device="cuda")
     for dtype in HALVES:
@@ -112,7 +139,7 @@ def test_the_operator_refuses_tiles_that_it_lacks():
     x, weight, _ = build((1, 8), 8, 8, torch.float16, device="cuda")
     empty = tome_cuda.operators().linear_gelu(x[:, :0], weight, None, False, -1)
     assert empty.shape == (1, 0, 8)
-    with pytest.raises(RuntimeError, match=r"no tile 2|tile must be -1"):
+    with pytest.raises(RuntimeError, match="tile must be -1, 0 or 1, got 2"):
         tome_cuda.operators().linear_gelu(x, weight, None, False, 2)
     with pytest.raises(RuntimeError, match="tile must be -1, got 0"):
         tome_cuda.operators().linear_gelu(x.float(), weight.float(), None, False, 0)

@@ -3,9 +3,9 @@
 #include <string>
 
 #include "attention/attention.h"
-#include "gelu/gelu.h"
 #include "match/match.h"
 #include "ops.h"
+#include "product/product.h"
 #include "restore/restore.h"
 
 #ifndef TOME_ARCHS
@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
   m.def("pair_bias(Tensor bias, Tensor home, Tensor? key_bias) -> Tensor");
   m.def("quick_gelu(Tensor x) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor x) -> Tensor");
+  m.def("linear_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_gelu(Tensor x, Tensor weight, Tensor? bias, bool is_tanh, int tile) -> Tensor");
   m.def(
       "swiglu_norm(Tensor gate, Tensor x, SymInt width, Tensor? weight, Tensor? bias, float eps) -> Tensor");
@@ -74,6 +75,7 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("quick_gelu", TORCH_BOX(&tome::quick_gelu));
   m.impl("swiglu", TORCH_BOX(&tome::swiglu));
   m.impl("swiglu_norm", TORCH_BOX(&tome::swiglu_norm));
+  m.impl("linear_product", TORCH_BOX(&tome::linear_product));
   m.impl("linear_gelu", TORCH_BOX(&tome::linear_gelu));
   m.impl("merge_add_norm", TORCH_BOX(&tome::merge_add_norm));
   m.impl("attention", TORCH_BOX(&tome::attention));
@@ -99,7 +101,7 @@ std::string build_info() {
   json << "], \"max_channels\": " << tome::match::kMaxChannels
        << ", \"least_scale\": " << tome::attention_ops::kLeastScale
        << ", \"max_steps\": " << tome::restoring::kMaxSteps
-       << ", \"least_rows\": " << tome::gelu_ops::kLeastRows << "}";
+       << ", \"least_rows\": " << tome::products::kLeastRows << "}";
   return json.str();
 }
 

@@ -53,6 +53,9 @@ Tensor swiglu(const Tensor& gate, const Tensor& x);
 Tensor swiglu_norm(const Tensor& gate, const Tensor& x, int64_t width, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, double eps);
 // gelu(x weight^T + bias) of tokens [B, N, K]. tile: -1, or for benchmarks a number of gelu/gelu.cpp.
+// x weight^T + bias of [B, N, K]: by a product of ours where it takes less time than PyTorch's.
+Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+
 Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool is_tanh,
                    int64_t tile);
 

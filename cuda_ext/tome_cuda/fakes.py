@@ -88,6 +88,10 @@ def _swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bia
     return x.new_empty(x.shape)
 
 
+def _linear_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(x, weight)
+
+
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, is_tanh: bool, tile: int) -> Tensor:
     return _linear(x, weight)
 
@@ -248,6 +252,7 @@ FAKES = {
     "quick_gelu": Fake(_quick_gelu, _first),
     "swiglu": Fake(_swiglu, _first),
     "swiglu_norm": Fake(_swiglu_norm, _first),
+    "linear_product": Fake(_linear_product, lambda args: args[0].shape[0] * args[0].shape[1] * args[1].shape[0]),
     "linear_gelu": Fake(_linear_gelu, lambda args: args[0].shape[0] * args[0].shape[1] * args[1].shape[0]),
     "attention": Fake(_attention, _first),
     "attention_training": Fake(_attention_training, _first),

@@ -37,7 +37,7 @@ Heads heads_of(const std::vector<Tensor>& qkv, int64_t heads, const std::optiona
     return {qkv[0], qkv[1], qkv[2]};
   }
   TOME_CHECK(qkv.size() == 1, "qkv must be one tensor or three, got ", qkv.size());
-  return split_heads(weight.has_value() ? linear(qkv[0], *weight, bias) : qkv[0], heads);
+  return split_heads(weight.has_value() ? linear_product(qkv[0], *weight, bias) : qkv[0], heads);
 }
 
 // What attention adds to the tokens, and the slot map where some of them merge.
@@ -48,7 +48,8 @@ struct Attended {
 
 Tensor hidden_layer(const Tensor& y, const Tensor& weight, const std::optional<Tensor>& bias, int64_t gelu) {
   TOME_CHECK(gelu >= 0 && gelu <= 2, "gelu must be 0, 1 or 2, got ", gelu);
-  return gelu == 2 ? quick_gelu(linear(y, weight, bias)) : linear_gelu(y, weight, bias, gelu == 1, -1);
+  return gelu == 2 ? quick_gelu(linear_product(y, weight, bias))
+                   : linear_gelu(y, weight, bias, gelu == 1, -1);
 }
 
 }  // namespace
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
     const Tensor seen = attention(in.q, in.k, in.v, is_weighted ? size : std::nullopt, scale);
     const int64_t width = heads * in.q.size(3), queries = in.q.size(2);
     const Tensor rows = view_of(seen, {in.q.size(0), queries, width}, {queries * width, width, 1}, 0);
-    return {linear(rows, proj_weight, proj_bias), map};
+    return {linear_product(rows, proj_weight, proj_bias), map};
   };
   const Attended attended = attend();
   TOME_CHECK(attended.branch.size(1) == length, "qkv must have the tokens of x");

@@ -40,13 +40,13 @@ __global__ __launch_bounds__(kThreads,
   const int blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;
   const int first = static_cast<int>(blockIdx.x % blocks) * merge.block_outputs;
-  const Rows rows{p,
-                  static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
-                  static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride -
-                      p.skip * p.branch.row_stride,
-                  first,
-                  b * merge.tokens + first,
-                  staged};
+  const Rows rows{
+      p,
+      static_cast<const T*>(merge.x.data_ptr) + b * merge.x.batch_stride,
+      static_cast<const U*>(p.branch.data_ptr) + b * p.branch.batch_stride - p.skip * p.branch.row_stride,
+      first,
+      b * merge.tokens + first,
+      staged};
   merge_ops::merge_rows<kPacks>(merge, rows, shared, b, first, min(merge.block_outputs, merge.tokens - first),
                                 dynamic_shared());
 }

@@ -18,11 +18,11 @@ struct Vector {
 
 struct NormParams {
   GatherParams merge;  // x, and x merged; without a slot map every token is an output
-  // [batch, length - skip, channels], of the tokens behind the first `skip`; data_ptr null: only the norm of x,
-  // and no slot map.
+  // [batch, length - skip, channels], of the tokens behind the first `skip`; data_ptr null: only the norm of
+  // x, and no slot map.
   View branch;
   int skip;
-  void* y_ptr;         // [batch, tokens, channels], contiguous
+  void* y_ptr;  // [batch, tokens, channels], contiguous
   // [batch, tokens]: mean and 1 / standard deviation; null where no gradient will need them.
   float2* stats_ptr;
   Dtype y_dtype;

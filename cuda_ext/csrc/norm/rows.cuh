@@ -65,10 +65,10 @@ struct NormRows {
     Pack<U, kCount> branch;
   };
   const NormParams& p;
-  const T* x_ptr;  // of the image
+  const T* x_ptr;       // of the image
   const U* branch_ptr;  // what the first token would have, also where it has nothing
-  int first;          // output of the block
-  int64_t first_row;  // the same among the rows of all images
+  int first;            // output of the block
+  int64_t first_row;    // the same among the rows of all images
   Staged staged;
 
   __device__ __forceinline__ static void parameter(const Vector& vector, const float* staged_ptr,
@@ -98,9 +98,9 @@ struct NormRows {
     fetched.x = load_pack<T, kCount>(x_ptr + token * x.row_stride + channel * x_stride);
     if constexpr (kHasBranch) {
       const int64_t stride = kCount == 1 ? p.branch.channel_stride : 1;
-      fetched.branch = token < p.skip ? Pack<U, kCount>{}
-                                      : load_pack<U, kCount>(branch_ptr + token * p.branch.row_stride +
-                                                             channel * stride);
+      fetched.branch =
+          token < p.skip ? Pack<U, kCount>{}
+                         : load_pack<U, kCount>(branch_ptr + token * p.branch.row_stride + channel * stride);
     }
     return fetched;
   }

@@ -1,6 +1,7 @@
-// out = gelu(x weight^T + bias) by CUTLASS's persistent products for Hopper: one warpgroup streams tiles of x
-// and weight through a ring in shared memory, two others multiply. These take turns ("pingpong"), each with
-// an output tile of its own, so that the GELU of one runs under the product of the other.
+// out = x weight^T + bias, or the GELU of it, by CUTLASS's persistent products for Hopper: one warpgroup
+// streams tiles of x and weight through a ring in shared memory, two others multiply. These take turns
+// ("pingpong"), each with an output tile of its own, so that what one does with its sums runs under the
+// product of the other.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -12,9 +13,9 @@
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
 #include "../launch.cuh"
-#include "gelu.h"
+#include "product.h"
 
-namespace tome::gelu_ops {
+namespace tome::products {
 namespace {
 
 // Each one instruction. Both give what the limits need: 2^inf = inf, 1 / inf = 0.
@@ -30,10 +31,10 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 
 __device__ __forceinline__ float gelu(float v, const Gelu& g) {
-  const float size = fminf(fabsf(v), g.most);
+  const float square = v * v;
   float r = g.terms[kTerms - 1];
 #pragma unroll
-  for (int i = kTerms - 2; i >= 0; --i) r = fmaf(r, size, g.terms[i]);
+  for (int i = kTerms - 2; i >= 0; --i) r = fmaf(r, square, g.terms[i]);
   return v * reciprocal(1.0f + power_of_two(v * r));
 }
 
@@ -54,10 +55,13 @@ struct GeluOfSum<cutlass::Array<float, kCount>> {
   }
 };
 
-// T: of x, weight, bias and out. Tile: [rows, outputs, inputs] of a block's step. Cluster: blocks that share
-// what they load.
-template <class T, class Tile, class Cluster>
+// T: of x, weight, bias and out. Two blocks with tiles of the same outputs share what they load of weight,
+// and tiles follow each other along rows of out, so that x is read from memory once.
+template <class T, int kTileOutputs, bool kHasGelu>
 struct Product {
+  using Tile =
+      cute::Shape<cute::_128, cute::Int<kTileOutputs>, cute::_64>;  // rows, outputs, inputs of a step
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using RowMajor = cutlass::layout::RowMajor;
   using ColumnMajor = cutlass::layout::ColumnMajor;
   using Sm90 = cutlass::arch::Sm90;
@@ -68,13 +72,14 @@ struct Product {
   using Bias =
       cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, T, float,
                                                   cute::Stride<cute::_0, cute::_1, cute::_0>, kAlignment>;
-  using Fusion =
-      cutlass::epilogue::fusion::Sm90EVT<cutlass::epilogue::fusion::Sm90Compute<GeluOfSum, T, float, kRound>,
+  template <template <class> class Function>
+  using Of =
+      cutlass::epilogue::fusion::Sm90EVT<cutlass::epilogue::fusion::Sm90Compute<Function, T, float, kRound>,
                                          cutlass::epilogue::fusion::Sm90AccFetch, Bias>;
+  using Fusion = std::conditional_t<kHasGelu, Of<GeluOfSum>, Of<cutlass::plus>>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      Sm90, TensorOp, Tile, Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float, void,
-      RowMajor, kAlignment, T, RowMajor, kAlignment, cutlass::epilogue::TmaWarpSpecialized,
-      Fusion>::CollectiveOp;
+      Sm90, TensorOp, Tile, Cluster, cute::Shape<cute::_64, cute::_64>, float, float, void, RowMajor,
+      kAlignment, T, RowMajor, kAlignment, cutlass::epilogue::TmaWarpSpecialized, Fusion>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       Sm90, TensorOp, T, RowMajor, kAlignment, T, ColumnMajor, kAlignment, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
@@ -84,7 +89,7 @@ struct Product {
       cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue, void>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static bool launch(const GeluParams& p, cudaStream_t stream) {
+  static bool launch(const ProductParams& p, cudaStream_t stream) {
     const auto* x_ptr = static_cast<const T*>(p.x_ptr);
     const auto* weight_ptr = static_cast<const T*>(p.weight_ptr);
     auto* out_ptr = static_cast<T*>(p.out_ptr);
@@ -92,10 +97,15 @@ struct Product {
                                        {p.rows, p.outputs, p.inputs, 1},
                                        {x_ptr, {p.row_stride, {}, 0}, weight_ptr, {p.inputs, {}, 0}},
                                        {{}, nullptr, {}, out_ptr, {p.outputs, {}, 0}}};
-    arguments.epilogue.thread = {{}, {static_cast<const T*>(p.bias_ptr), T(0), {}}, p.gelu};
+    const auto* bias_ptr = static_cast<const T*>(p.bias_ptr);
+    if constexpr (kHasGelu) {
+      arguments.epilogue.thread = {{}, {bias_ptr, T(0), {}}, p.gelu};
+    } else {
+      arguments.epilogue.thread = {{}, {bias_ptr, T(0), {}}, {}};
+    }
     arguments.hw_info.sm_count = p.multiprocessors;
     using Order = decltype(arguments.scheduler.raster_order);
-    arguments.scheduler.raster_order = p.by_rows ? Order::AlongN : Order::AlongM;
+    arguments.scheduler.raster_order = Order::AlongN;
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess) return false;
     const void* kernel = reinterpret_cast<const void*>(cutlass::device_kernel<Kernel>);
     if (ask_for_shared(kernel, Kernel::SharedStorageSize) != cudaSuccess) return false;
@@ -104,13 +114,11 @@ struct Product {
   }
 };
 
-template <int kRows, int kOutputs, int kClusterRows, int kClusterOutputs>
-bool launch_product(const GeluParams& params, Dtype dtype, cudaStream_t stream) {
-  using Tile = cute::Shape<cute::Int<kRows>, cute::Int<kOutputs>, cute::_64>;
-  using Cluster = cute::Shape<cute::Int<kClusterRows>, cute::Int<kClusterOutputs>, cute::_1>;
-  if (dtype == Dtype::kHalf) return Product<cutlass::half_t, Tile, Cluster>::launch(params, stream);
-  return Product<cutlass::bfloat16_t, Tile, Cluster>::launch(params, stream);
+template <int kTileOutputs, bool kHasGelu>
+bool launch_product(const ProductParams& params, Dtype dtype, cudaStream_t stream) {
+  if (dtype == Dtype::kHalf) return Product<cutlass::half_t, kTileOutputs, kHasGelu>::launch(params, stream);
+  return Product<cutlass::bfloat16_t, kTileOutputs, kHasGelu>::launch(params, stream);
 }
 
 }  // namespace
-}  // namespace tome::gelu_ops
+}  // namespace tome::products

@@ -1,0 +1,7 @@
+#include "hopper_product.cuh"
+
+namespace tome::products {
+bool launch_hopper_linear_wide(const ProductParams& params, Dtype dtype, cudaStream_t stream) {
+  return launch_product<kWideOutputs, false>(params, dtype, stream);
+}
+}  // namespace tome::products
