@@ -212,8 +212,12 @@ def attend_half(
     weight, bias = (None, None) if qkv_linear is None else qkv_linear
     norm_dtype = norm_dtype or x.dtype
     if drop is not None or (torch.is_grad_enabled() and _requires_grad(x, *qkv, weight, bias, *proj, gamma, *norm[:2])):
-        numbers = training.Numbers(heads, tokens, prefix, is_weighted, scale, norm[2], norm_dtype)
-        return training.attend_half(x, qkv, _constant(size), slot, qkv_linear, proj, gamma, norm, drop, numbers)
+        q, k, v = qkv if len(qkv) == 3 else (qkv[0], None, None)
+        x, y, total, made = training.attend_half(
+            *(x, q, k, v, weight, bias, *proj, gamma, *norm[:2], _constant(size), slot, drop, heads, tokens, prefix),
+            *(is_weighted, scale, norm[2], norm_dtype, predicates.linear_dtype(q), _keeps_branch(gamma)),
+        )
+        return x, y, size if total is None else total, slot if made is None else made
     merged, y, total, made = launch(
         "attend_half", x, qkv, heads, size, slot, tokens, prefix, is_weighted, scale, weight, bias, *proj, gamma, *norm,
         norm_dtype,
@@ -238,11 +242,19 @@ def mlp_half(
 ) -> tuple[Tensor, Tensor]:
     norm_dtype = norm_dtype or x.dtype
     if drop is not None or (torch.is_grad_enabled() and _requires_grad(x, y, *fc1, *fc2, gamma, *norm[:2])):
-        return training.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, drop, norm_dtype)
+        return training.mlp_half(
+            *(x, y, *fc1, *fc2, gamma, *norm[:2], drop, GELUS[gelu], norm[2], norm_dtype),
+            *(predicates.linear_dtype(y), _keeps_branch(gamma)),
+        )
     if torch.is_autocast_enabled() and gelu != "quick" and predicates.without_product(y, *fc1) is None:
         y, weight, bias = _cast(y, *fc1)
         fc1 = weight, bias
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
+
+
+def _keeps_branch(gamma: Tensor | None) -> bool:
+    """Whether the way back reads a branch: for the gradient of its factor."""
+    return gamma is not None and gamma.requires_grad
 
 
 def _identity(keys: Tensor) -> Tensor:

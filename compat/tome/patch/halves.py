@@ -108,7 +108,15 @@ class Halves(Patched):
         """What the block computes with; read again when anything has changed since."""
         if self._tome_kept is not None and self._tome_kept[0].holds(self):
             return self._tome_kept[1]
-        reading, row = Reading(self), self._tome_row
+        reading = Reading(self)
+        plan = self.read_plan(reading)
+        if reading.holds(self):
+            self._tome_kept = reading, plan
+        return plan
+
+    def read_plan(self, reading: Reading) -> Plan:
+        """What the block computes with now."""
+        row = self._tome_row
 
         def attention() -> AttentionParts:
             parts = row.attention.read(reading, reading.unwatched(self, row.attn))
@@ -128,10 +136,7 @@ class Halves(Patched):
                 found[i] = drop
             else:
                 drops[i] = drop
-        plan = Plan(found[0], found[1], found[2], (drops[0], drops[1]), {})
-        if reading.holds(self):
-            self._tome_kept = reading, plan
-        return plan
+        return Plan(found[0], found[1], found[2], (drops[0], drops[1]), {})
 
 
 def _or_why_not(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | str:
