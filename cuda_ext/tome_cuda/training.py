@@ -52,8 +52,8 @@ def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | No
     )
 
 
-def _attend_grad(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> Grads:
-    saved, needs = ctx.saved_tensors, ctx.needs_input_grad  # once: a checkpoint gives them out once
+def _attend_grad(ctx: Any, saved: Sequence[Any], grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> Grads:
+    needs = ctx.needs_input_grad
     if grad_x is None and grad_y is None:
         return (None,) * len(needs)
     merged, q, k = saved[0], saved[13], saved[14]
@@ -80,8 +80,8 @@ def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None,
     )
 
 
-def _mlp_grad(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> Grads:
-    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+def _mlp_grad(ctx: Any, saved: Sequence[Any], grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> Grads:
+    needs = ctx.needs_input_grad
     if grad_x is None and grad_y is None:
         return (None,) * len(needs)
     wanted = _wanted(needs[2:9], grad_y)
@@ -131,10 +131,14 @@ def _node(
 
     @once_differentiable
     def back(ctx: Any, *grads: Tensor | None) -> Grads:
+        saved = ctx.saved_tensors  # once, and with autograd: a checkpoint computes them again, and gives them out once
         with torch._C._AutoDispatchBelowAutograd():
-            return backward(ctx, *grads)
+            return backward(ctx, saved, *grads)
 
-    registration.GRADIENTS[f"{name}_training"] = backward, setup_context
+    def traced(ctx: Any, *grads: Tensor | None) -> Grads:
+        return backward(ctx, ctx.saved_tensors, *grads)
+
+    registration.GRADIENTS[f"{name}_training"] = traced, setup_context
     registration.GRADIENTS[f"{name}_backward"] = registration._no_second_gradient(name), None
     return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(back)})
 

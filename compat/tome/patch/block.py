@@ -115,7 +115,7 @@ class MergingBlock(Halves):
         s, row, attn = self._tome, self._tome_row, self._modules[self._tome_row.attn]
         watched = plain.why_watched(tokens.unadded)
         is_compiling = torch.compiler.is_compiling()
-        if is_compiling and plain.is_compiled_training():
+        if is_compiling and torch.is_grad_enabled():  # a step of training, in which each half is one operator
             plan = self.read_plan(Reading(self))
         else:
             plan = self.plan() if watched is None else Plan(watched, watched, watched, (None, None), {})

@@ -66,7 +66,7 @@ class Halves(Patched):
             parts.qkv if qkv is None else None, *parts[1:], norm[:3], norm.dtype,
         )  # fmt: skip
         # q, k and v that were made by parts may lie anyhow: nothing is known of them.
-        call = one_call(calls if qkv is None else {}, ops.attend_half, *half)
+        call = one_call(calls if qkv is None else {}, "attend_half", *half)
         return (qkv, slot), None if call is None else ops.take(call, *half, kept_of(plan.drops[0], x))
 
     def waiting_mlp(self, plan: Plan, calls: dict[str, Any], x: Tensor, y: Tensor | None, norm: Norm | None) -> Any:
@@ -77,7 +77,7 @@ class Halves(Patched):
             gated = "mlp is gated" if isinstance(parts, GatedParts) else watched
             record("mlp_half", None, parts if isinstance(parts, str) else gated)
             return None
-        call = one_call(calls, ops.mlp_half, x, y, *parts[:4], norm[:3], norm.dtype)
+        call = one_call(calls, "mlp_half", x, y, *parts[:4], norm[:3], norm.dtype)
         return None if call is None else Mlp(y, parts._replace(drop=kept_of(plan.drops[1], x)), call)
 
     def norms(self, attn: Any, to: torch.dtype | None, plan: Plan) -> tuple[Norm | None, Norm | None]:
@@ -157,7 +157,7 @@ def kept_of(drop: nn.Module | None, x: Tensor) -> Tensor | None:
     return kept.flatten()
 
 
-def one_call(known: dict[str, Any], half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[P, T] | None:
+def one_call(known: dict[str, Any], half: str, *args: Any) -> Callable[..., Any] | None:
     """As :func:`tome.ops.one_call`, which is not asked again for what is known."""
-    call = known[half.__name__] = known.get(half.__name__) or ops.one_call(half, *args, **kwargs)
+    call = known[half] = known.get(half) or ops.one_call(half, *args)
     return call

@@ -264,11 +264,6 @@ def are_awake(hooks: Mapping[int, Any]) -> bool:
     return False
 
 
-def is_compiled_training() -> bool:
-    """Whether torch.compile traces a step of training, in which each half is one operator."""
-    return torch.is_grad_enabled() and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-
 def why_watched(x: Tensor) -> str | None:
     """Who sees or asks for more than the result, so that parts have to be called one by one; None if nobody does."""
     if torch.compiler.is_compiling():
