@@ -59,7 +59,8 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
       "attend_half_training(Tensor x, Tensor q, Tensor? k, Tensor? v, Tensor? qkv_weight, Tensor? qkv_bias, "
       "Tensor proj_weight, Tensor? proj_bias, Tensor? gamma, Tensor? norm_weight, Tensor? norm_bias, "
       "Tensor? size, Tensor? slot, Tensor? drop, int heads, SymInt tokens, SymInt prefix, bool is_weighted, "
-      "float scale, float eps, ScalarType norm_dtype, ScalarType dtype, bool keeps_branch) -> (Tensor, Tensor, "
+      "float scale, float eps, ScalarType norm_dtype, ScalarType dtype, bool keeps_branch) -> (Tensor, "
+      "Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attend_half_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? slot, "

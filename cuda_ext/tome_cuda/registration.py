@@ -211,7 +211,8 @@ def _attention_grad(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple[T
 
 def split_packed(packed: Tensor, heads: int, count: int = 3) -> tuple[Tensor, ...]:
     """What lies side by side in [B, N, count * H * D], each [B, H, N, D]."""
-    return packed.unflatten(2, (count, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    parts: tuple[Tensor, ...] = packed.unflatten(2, (count, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return parts
 
 
 def _no_second_gradient(name: str) -> Callable[..., Any]:

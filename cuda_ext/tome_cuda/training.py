@@ -35,11 +35,11 @@ def mlp_half(*args: Any) -> tuple[Tensor, Tensor]:
 def _run(name: str, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     if torch.compiler.is_compiling():
         return launch(f"{name}_training", *args)  # type: ignore[no-any-return]
-    return NODES[name].apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+    return NODES[name].apply(*args)  # type: ignore[no-any-return]
 
 
 def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    x, q, k, v, weight, _, proj_weight, _, gamma, norm_weight, _, size, slot, drop, *numbers, keeps = inputs
+    x, q, k, v, weight, _, proj_weight, _, gamma, norm_weight, _, size, slot, drop, *numbers, _ = inputs
     merged, _, total, made, stats, packed, seen, lse, cast, branch = output
     ctx.heads, _, _, ctx.is_weighted, ctx.scale, _, _, dtype = numbers
     ctx.length = x.shape[1]
@@ -85,9 +85,7 @@ def _mlp_grad(ctx: Any, saved: Sequence[Any], grad_x: Tensor | None, grad_y: Ten
     if grad_x is None and grad_y is None:
         return (None,) * len(needs)
     wanted = _wanted(needs[2:9], grad_y)
-    x, y, fc1_weight, fc2_weight, vectors = launch(
-        "mlp_half_backward", grad_x, grad_y, *saved, ctx.gelu, _bits(wanted)
-    )
+    x, y, fc1_weight, fc2_weight, vectors = launch("mlp_half_backward", grad_x, grad_y, *saved, ctx.gelu, _bits(wanted))
     parameters = _distributed(wanted, fc1_weight, fc2_weight, vectors, saved[10].shape[2], saved[0].shape[2])
     return x, y, *parameters, *(None,) * (len(needs) - 9)
 
@@ -107,7 +105,8 @@ def _bits(wanted: Sequence[bool]) -> int:
 
 
 def _distributed(
-    wanted: Sequence[bool], first: Tensor | None, second: Tensor | None, vectors: Tensor | None, width: int, channels: int
+    wanted: Sequence[bool], first: Tensor | None, second: Tensor | None, vectors: Tensor | None, width: int,
+    channels: int,
 ) -> Grads:  # fmt: skip
     """The gradients of the seven parameters."""
     grads: list[Tensor | None] = [first, None, second, None, None, None, None]

@@ -1,9 +1,9 @@
 // Host side of quick_gelu, swiglu and swiglu_norm: checks, outputs, launches.
 #include "activation.h"
 
-#include "backward.h"
 #include "../norm/host.h"
 #include "../ops.h"
+#include "backward.h"
 
 namespace tome {
 namespace {

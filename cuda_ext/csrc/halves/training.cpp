@@ -1,6 +1,7 @@
-// The two halves of a block in training, each in one call each way. What they compute is what halves.cpp does;
-// on top of it they keep what the way back reads, cast parameters themselves, all of a half by one launch, and
-// multiply past torch's dispatcher: with many images on the GPU it is still the host that a step waits for.
+// The two halves of a block in training, each in one call each way. What they compute is what halves.cpp
+// does; on top of it they keep what the way back reads, cast parameters themselves, all of a half by one
+// launch, and multiply past torch's dispatcher: with many images on the GPU it is still the host that a step
+// waits for.
 #include <array>
 #include <vector>
 
@@ -136,14 +137,16 @@ Tensor weight_grad_if(bool is_wanted, const Tensor& grad, const Tensor& x,
 
 }  // namespace
 
-AttendForward attend_half_training(
-    const Tensor& x, const Tensor& q, const std::optional<Tensor>& k, const std::optional<Tensor>& v,
-    const std::optional<Tensor>& qkv_weight, const std::optional<Tensor>& qkv_bias, const Tensor& proj_weight,
-    const std::optional<Tensor>& proj_bias, const std::optional<Tensor>& gamma,
-    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-    const std::optional<Tensor>& size, const std::optional<Tensor>& slot, const std::optional<Tensor>& drop,
-    int64_t heads, int64_t tokens, int64_t prefix, bool is_weighted, double scale, double eps,
-    ScalarType norm_dtype, ScalarType dtype, bool keeps_branch) {
+AttendForward attend_half_training(const Tensor& x, const Tensor& q, const std::optional<Tensor>& k,
+                                   const std::optional<Tensor>& v, const std::optional<Tensor>& qkv_weight,
+                                   const std::optional<Tensor>& qkv_bias, const Tensor& proj_weight,
+                                   const std::optional<Tensor>& proj_bias, const std::optional<Tensor>& gamma,
+                                   const std::optional<Tensor>& norm_weight,
+                                   const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& size,
+                                   const std::optional<Tensor>& slot, const std::optional<Tensor>& drop,
+                                   int64_t heads, int64_t tokens, int64_t prefix, bool is_weighted,
+                                   double scale, double eps, ScalarType norm_dtype, ScalarType dtype,
+                                   bool keeps_branch) {
   check_tensor(x, "x", 3);
   const bool is_given = k.has_value() && v.has_value();
   TOME_CHECK(!is_given || !qkv_weight.has_value(), "q, k and v are projected already");
@@ -153,8 +156,7 @@ AttendForward attend_half_training(
   Tensor packed;
   if (qkv_weight.has_value()) packed = linear_of(as(q, dtype), layers.first_weight, layers.first_bias);
   const Heads in = is_given ? Heads{q, *k, *v} : split_heads(qkv_weight.has_value() ? packed : q, heads);
-  const auto [seen, lse] =
-      attention_training(in.q, in.k, in.v, is_weighted ? size : std::nullopt, scale);
+  const auto [seen, lse] = attention_training(in.q, in.k, in.v, is_weighted ? size : std::nullopt, scale);
   std::optional<Tensor> map = slot;
   if (!map.has_value() && tokens < length) map = bipartite_match(in.k, length - tokens, prefix);
   const int64_t width = heads * in.q.size(3);
@@ -163,19 +165,21 @@ AttendForward attend_half_training(
   const Normed out =
       merged_norm(x, branch, map, tokens, size, norm_weight, norm_bias, eps, gamma, norm_dtype, true);
   const bool is_new = map.has_value() && !slot.has_value();
-  return {out.merged, out.y,  total_of(out), is_new ? *map : Tensor(),    *out.stats, packed,
-          seen,       lse,    layers.cast,   kept(branch, keeps_branch)};
+  return {out.merged, out.y, total_of(out), is_new ? *map : Tensor(),  *out.stats, packed,
+          seen,       lse,   layers.cast,   kept(branch, keeps_branch)};
 }
 
-Gradients attend_half_backward(
-    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
-    const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
-    const std::optional<Tensor>& total, const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& gamma, const std::optional<Tensor>& branch, const std::optional<Tensor>& drop,
-    const std::optional<Tensor>& cast, const std::optional<Tensor>& qkv_weight,
-    const std::optional<Tensor>& proj_weight, const std::optional<Tensor>& y, const Tensor& q,
-    const std::optional<Tensor>& k, const std::optional<Tensor>& v, const Tensor& seen, const Tensor& lse,
-    int64_t heads, int64_t length, bool is_weighted, double scale, int64_t wanted) {
+Gradients attend_half_backward(const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y,
+                               const Tensor& merged, const Tensor& stats, const std::optional<Tensor>& slot,
+                               const std::optional<Tensor>& size, const std::optional<Tensor>& total,
+                               const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& gamma,
+                               const std::optional<Tensor>& branch, const std::optional<Tensor>& drop,
+                               const std::optional<Tensor>& cast, const std::optional<Tensor>& qkv_weight,
+                               const std::optional<Tensor>& proj_weight, const std::optional<Tensor>& y,
+                               const Tensor& q, const std::optional<Tensor>& k,
+                               const std::optional<Tensor>& v, const Tensor& seen, const Tensor& lse,
+                               int64_t heads, int64_t length, bool is_weighted, double scale,
+                               int64_t wanted) {
   check_tensor(merged, "merged", 3);
   check_tensor(seen, "seen", 4);
   const DeviceScope scope(merged);
@@ -204,12 +208,12 @@ Gradients attend_half_backward(
   return {grads.x, linear_grad(packed, first_weight), of_qkv, of_proj, sums.run()};
 }
 
-MlpForward mlp_half_training(
-    const Tensor& x, const Tensor& y, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_bias,
-    const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma,
-    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-    const std::optional<Tensor>& drop, int64_t gelu_kind, double eps, ScalarType norm_dtype, ScalarType dtype,
-    bool keeps_branch) {
+MlpForward mlp_half_training(const Tensor& x, const Tensor& y, const Tensor& fc1_weight,
+                             const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
+                             const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma,
+                             const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                             const std::optional<Tensor>& drop, int64_t gelu_kind, double eps,
+                             ScalarType norm_dtype, ScalarType dtype, bool keeps_branch) {
   check_tensor(x, "x", 3);
   check_tensor(y, "y", 3);
   TOME_CHECK(gelu_kind >= 0 && gelu_kind <= 2, "gelu must be 0, 1 or 2, got ", gelu_kind);
@@ -223,12 +227,13 @@ MlpForward mlp_half_training(
   return {out.merged, out.y, *out.stats, hidden, active, layers.cast, kept(branch, keeps_branch)};
 }
 
-Gradients mlp_half_backward(
-    const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y, const Tensor& merged,
-    const Tensor& stats, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& gamma,
-    const std::optional<Tensor>& branch, const std::optional<Tensor>& drop, const std::optional<Tensor>& cast,
-    const std::optional<Tensor>& fc1_weight, const std::optional<Tensor>& fc2_weight, const Tensor& y,
-    const Tensor& hidden, const Tensor& active, int64_t gelu_kind, int64_t wanted) {
+Gradients mlp_half_backward(const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y,
+                            const Tensor& merged, const Tensor& stats,
+                            const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& gamma,
+                            const std::optional<Tensor>& branch, const std::optional<Tensor>& drop,
+                            const std::optional<Tensor>& cast, const std::optional<Tensor>& fc1_weight,
+                            const std::optional<Tensor>& fc2_weight, const Tensor& y, const Tensor& hidden,
+                            const Tensor& active, int64_t gelu_kind, int64_t wanted) {
   check_tensor(merged, "merged", 3);
   check_tensor(hidden, "hidden", 3);
   check_tensor(y, "y", 3);
@@ -238,9 +243,8 @@ Gradients mlp_half_backward(
   ColumnSums sums;
   const Tensor first_weight = weights.next(fc1_weight, hidden.size(2), y.size(2));
   const Tensor second_weight = weights.next(fc2_weight, merged.size(2), hidden.size(2));
-  const Behind grads =
-      behind(grad_x, grad_y, merged, stats, std::nullopt, std::nullopt, std::nullopt, norm_weight, gamma,
-             branch, drop, merged.size(1), dtype, wanted, sums);
+  const Behind grads = behind(grad_x, grad_y, merged, stats, std::nullopt, std::nullopt, std::nullopt,
+                              norm_weight, gamma, branch, drop, merged.size(1), dtype, wanted, sums);
   sums.add(grads.branch, std::nullopt, std::nullopt, wants(wanted, kSecondBias), false);
   const Tensor of_fc2 = weight_grad_if(wants(wanted, kSecondWeight), grads.branch, active, fc2_weight);
   const Tensor grad = gelu_backward(linear_grad(grads.branch, second_weight), hidden, gelu_kind);

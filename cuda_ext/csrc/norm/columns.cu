@@ -1,4 +1,5 @@
-// columns_kernel: of several tensors the sums over slabs of rows. slabs_kernel: of all of them over the slabs.
+// columns_kernel: of several tensors the sums over slabs of rows. slabs_kernel: of all of them over the
+// slabs.
 #include "../launch.cuh"
 #include "any_dtype.cuh"
 #include "columns.h"

@@ -11,7 +11,8 @@ namespace tome {
 
 class ColumnSums {
  public:
-  // Of a [B, N, C], and of a * b or a * (b - mean) / standard deviation; in this order, what is wanted of them.
+  // Of a [B, N, C], and of a * b or a * (b - mean) / standard deviation; in this order, what is wanted of
+  // them.
   void add(const Tensor& a, const std::optional<Tensor>& b, const std::optional<Tensor>& stats,
            bool wants_sums, bool wants_products);
   // float32, all that was wanted one behind the other; undefined where nothing was.
