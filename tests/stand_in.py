@@ -18,7 +18,7 @@ from torch import Tensor
 
 import tome_reference
 from tome import backend
-from tome_cuda import fakes, library, predicates, registration
+from tome_cuda import library, predicates, registration
 from tome_reference import checks
 
 NAMESPACE = "tome_stand_in"
@@ -32,9 +32,9 @@ class Halves:
     def __init__(self) -> None:
         self.taken: list[str] = []
 
-    def one_call(self, half: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-        self.taken.append(half.__name__)
-        call: Callable[..., Any] = getattr(tome_reference, half.__name__)
+    def one_call(self, half: str, *args: Any) -> Callable[..., Any]:
+        self.taken.append(half)
+        call: Callable[..., Any] = getattr(tome_reference, half)
         return call
 
     def counts(self) -> tuple[int, int]:
@@ -145,10 +145,8 @@ def _merge_add_norm_backward(
 
 
 def _column_sums(a: Tensor, b: Tensor, stats: Tensor | None) -> Tensor:
-    out = a.new_zeros((fakes.slabs(a.shape[0] * a.shape[1], a.shape[2]), 2, a.shape[2]), dtype=torch.float32)
     wide = b.float() if stats is None else (b.float() - stats[:, :, :1]) * stats[:, :, 1:]
-    out[0] = torch.stack([a.float().sum((0, 1)), (a.float() * wide).sum((0, 1))])
-    return out
+    return torch.stack([a.float().sum((0, 1)), (a.float() * wide).sum((0, 1))])
 
 
 def _attend_half(x: Tensor, qkv: list[Tensor], heads: int, *others: Any) -> Any:
@@ -199,6 +197,132 @@ def _attention_backward(
     return rows[0].contiguous(), torch.cat(rows[1:], dim=2)
 
 
+def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[Tensor | None, list[Tensor | None]]:
+    """What has another dtype in one tensor, and each parameter as it is computed with."""
+    flat = [p.to(dtype).flatten() for p in parameters if p is not None and p.dtype is not dtype]
+    cast = torch.cat([F.pad(p, (0, -p.numel() % 64)) for p in flat]) if flat else None
+    return cast, [None if p is None else p.to(dtype) for p in parameters]
+
+
+def _uncast(cast: Tensor | None, at: int, weight: Tensor | None, rows: int, columns: int) -> tuple[Tensor, int]:
+    """A weight, which may lie among those that were cast, and where the next one does."""
+    if weight is not None:
+        return weight, at
+    assert cast is not None
+    count = rows * columns
+    return cast[at : at + count].view(rows, columns), at + count + -count % 64
+
+
+def _dropped(branch: Tensor, drop: Tensor | None) -> Tensor:
+    return branch if drop is None else branch * drop[:, None, None].to(branch.dtype)
+
+
+def _attend_half_training(x: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *others: Any) -> Any:
+    qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, norm_weight, norm_bias, size, slot, drop, *others = others
+    heads, tokens, prefix, is_weighted, scale, eps, norm_dtype, dtype, keeps_branch = others
+    parameters = (qkv_weight, proj_weight, qkv_bias, proj_bias)
+    cast, (first, second, first_bias, second_bias) = _cast(dtype, *parameters)
+    packed = None if first is None else F.linear(q.to(dtype), first, first_bias)
+    if k is None:
+        q, k, v = registration.split_packed(q if packed is None else packed, heads)
+    seen, lse = _attention_training(q, k, v, size if is_weighted else None, scale)
+    made = tome_reference.match(k, x.shape[1] - tokens, prefix) if slot is None and tokens < x.shape[1] else None
+    branch = _dropped(F.linear(seen.flatten(2).to(dtype), second, second_bias), drop)
+    used = slot if made is None else made
+    norm = (norm_weight, norm_bias, eps, gamma, norm_dtype, True)
+    out, y, total, stats = _merge_add_norm(x, branch, used, tokens, size, *norm)
+    total = None if used is None else total
+    return out, y, total, made, stats, packed, seen, lse, cast, branch if keeps_branch else None
+
+
+def _mlp_half_training(x: Tensor, y: Tensor, *others: Any) -> Any:
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, norm_weight, norm_bias, drop, *others = others
+    gelu, eps, norm_dtype, dtype, keeps_branch = others
+    cast, (first, second, first_bias, second_bias) = _cast(dtype, fc1_weight, fc2_weight, fc1_bias, fc2_bias)
+    hidden = F.linear(y.to(dtype), first, first_bias)
+    active = _gelu(hidden, gelu)
+    branch = _dropped(F.linear(active, second, second_bias), drop)
+    norm = (norm_weight, norm_bias, eps, gamma, norm_dtype, True)
+    out, y, _, stats = _merge_add_norm(x, branch, None, x.shape[1], None, *norm)
+    return out, y, stats, hidden, active, cast, branch if keeps_branch else None
+
+
+def _gelu(hidden: Tensor, kind: int) -> Tensor:
+    if kind == 2:
+        return tome_reference.quick_gelu(hidden).contiguous()
+    return F.gelu(hidden, approximate="tanh" if kind else "none")
+
+
+class _Backward:
+    """What both halves do on the way back."""
+
+    def __init__(self, grad_y: Tensor | None, wanted: int) -> None:
+        self.grad_y, self.wanted, self.vectors = grad_y, wanted, []
+
+    def wants(self, place: int) -> int:
+        return self.wanted >> place & 1
+
+    def ends(self, grad_x: Tensor | None, saved: tuple[Any, ...], branch: Tensor | None, *others: Any) -> Any:
+        drop, length, dtype = others
+        merged, stats, *_, gamma = saved
+        x, other = _merge_add_norm_backward(grad_x, self.grad_y, *saved, length, dtype)
+        if self.grad_y is not None:
+            sums = _column_sums(self.grad_y, merged, stats)
+            self.vectors += [sums[i] for i, place in enumerate((6, 5)) if self.wants(place)]
+        if self.wants(4):
+            self.vectors.append(_column_sums(x, branch, None)[1])
+        return x, _dropped(x if gamma is None and dtype == merged.dtype else other, drop)
+
+    def linear(self, grad: Tensor, x: Tensor, weight: Tensor, given: Tensor | None, place: int) -> Any:
+        rows = grad.flatten(0, 1)
+        if self.wants(place + 1):
+            self.vectors.append(rows.sum(0, dtype=torch.float32))
+        dtype = torch.float32 if given is None else grad.dtype
+        of_weight = (rows.T.to(dtype) @ x.flatten(0, 1).to(dtype)) if self.wants(place) else None
+        return grad @ weight, of_weight
+
+    def sums(self) -> Tensor | None:
+        return torch.cat(self.vectors) if self.vectors else None
+
+
+def _attend_half_backward(grad_x: Tensor | None, grad_y: Tensor | None, *others: Any) -> Any:
+    *saved, branch, drop, cast, qkv_weight, proj_weight, y, q, k, v, seen, lse = others[:18]
+    heads, length, is_weighted, scale, wanted = others[18:]
+    back, width = _Backward(grad_y, wanted), seen.shape[2] * seen.shape[3]
+    at = 0
+    if y is not None:
+        first, at = _uncast(cast, at, qkv_weight, 3 * width, y.shape[2])
+    second, _ = _uncast(cast, at, proj_weight, saved[0].shape[2], width)
+    x, into = back.ends(grad_x, tuple(saved), branch, drop, length, second.dtype)
+    into, of_proj = back.linear(into, seen.flatten(2).to(second.dtype), second, proj_weight, 2)
+    q, k, v = registration.split_packed(q, heads) if k is None else (q, k, v)
+    grad = into.to(seen.dtype).unflatten(2, (heads, -1)).transpose(1, 2)
+    size = saved[3] if is_weighted else None
+    packed = _attention_backward(grad, q, k, v, seen.transpose(1, 2), lse, size, scale)[1]
+    of_qkv = None
+    if y is not None:
+        packed, of_qkv = back.linear(packed, y.to(packed.dtype), first, qkv_weight, 0)
+    return x, packed, of_qkv, of_proj, back.sums()
+
+
+def _mlp_half_backward(grad_x: Tensor | None, grad_y: Tensor | None, *others: Any) -> Any:
+    merged, stats, norm_weight, gamma, branch, drop, cast, fc1_weight, fc2_weight, y, hidden, active, *others = others
+    gelu, wanted = others
+    back, width = _Backward(grad_y, wanted), hidden.shape[2]
+    first, at = _uncast(cast, 0, fc1_weight, width, y.shape[2])
+    second, _ = _uncast(cast, at, fc2_weight, merged.shape[2], width)
+    saved = (merged, stats, None, None, None, norm_weight, gamma)
+    x, into = back.ends(grad_x, saved, branch, drop, merged.shape[1], hidden.dtype)
+    into, of_fc2 = back.linear(into, active, second, fc2_weight, 2)
+    if gelu == 2:
+        share = torch.sigmoid(1.702 * hidden)
+        into = into * (share + 1.702 * hidden * share * (1 - share))
+    else:
+        into = torch.ops.aten.gelu_backward(into, hidden, approximate="tanh" if gelu else "none")
+    into, of_fc1 = back.linear(into, y.to(hidden.dtype), first, fc1_weight, 0)
+    return x, into, of_fc1, of_fc2, back.sums()
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "bipartite_match": tome_reference.match,
     "kth_match": tome_reference.kth_match,
@@ -229,4 +353,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "column_sums": _column_sums,
     "attend_half": _attend_half,
     "mlp_half": _mlp_half,
+    "attend_half_training": _attend_half_training,
+    "attend_half_backward": _attend_half_backward,
+    "mlp_half_training": _mlp_half_training,
+    "mlp_half_backward": _mlp_half_backward,
 }

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +32,7 @@ SIZE = torch.randint(1, 9, (2, 9)).float()
 TOTAL = tome_reference.merge(X, SLOT, 6, SIZE)[1]
 W, V, G = torch.randn(3, 8)
 Q = torch.randn(2, 9, 3, 2, 32).half().permute(2, 0, 3, 1, 4)
-F32 = torch.float32
+F32, F16 = torch.float32, torch.float16
 TABLE, HOME = torch.randn(8, 64), torch.tensor([[0, 1, 8, 3, 5, 5, 2, 7, 1], [0, 8, 7, 6, 5, 4, 3, 2, 1]])
 
 
@@ -73,26 +69,17 @@ def test_every_operator_has_a_fake_and_a_kernel() -> None:
     assert set(registration.GRADIENTS) <= set(fakes.FAKES)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile a formula of norm.h with")
-def test_the_fake_of_column_sums_has_as_many_slabs_as_the_kernel(tmp_path: Path) -> None:
-    header = (stand_in.BINDING.parent / "norm" / "norm.h").read_text()
-    pack = re.search(r"constexpr int kColumnPack = .*;", header)
-    body = re.search(r"inline int slabs\(int64_t rows, int channels\) \{.*?\n\}", header, re.DOTALL)
-    assert pack is not None
-    assert body is not None
-    source = tmp_path / "slabs.cpp"
-    entry = 'extern "C" int of(int64_t rows, int channels) { return slabs(rows, channels); }'
-    source.write_text("\n".join(["#include <cstdint>", pack[0], body[0], entry]))
-    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(tmp_path / "slabs.so"), str(source)], check=True)
-    kernel = ctypes.CDLL(str(tmp_path / "slabs.so")).of
-    kernel.argtypes = [ctypes.c_int64, ctypes.c_int]
-    for channels in (0, 1, 255, 256, 257, 384, 768, 1024, 1280, 4096, 10**6):
-        for rows in (0, 1, 63, 64, 65, 127, 128, 197, 12608, 49151, 49152, 49153, 10**6, 2**40):
-            assert fakes.slabs(rows, channels) == kernel(rows, channels), (rows, channels)
-
-
 STATS = torch.stack([X.mean(2), (X.var(2, correction=0) + 1e-5).rsqrt()], dim=2)
 LISTS = (torch.tensor([[1, 3, 5], [8, 2, 4]]), torch.tensor([[2, 4, 6, 7, 8], [1, 3, 5, 6, 7]]))
+LINEAR = torch.randn(8, 64).half(), None
+HALF = X, X, None, None, torch.randn(192, 8), torch.randn(192)
+PARAMETERS = torch.randn(8, 64), V, G, W, V
+NUMBERS = 2, 6, 1, True, 0.2, 1e-5
+BEHIND = X[:, 3:].clone(), STATS[:, :6], SLOT, SIZE, TOTAL, W, G, X
+LINEARS = None, None, HALF[4], PARAMETERS[0], X
+SEEN = torch.randn(2, 9, 192), None, None, torch.randn(2, 9, 2, 32), torch.randn(2, 2, 9)
+MLP = torch.randn(12, 8), torch.randn(12), torch.randn(8, 12), V
+HIDDEN = torch.randn(2, 9, 12)
 OPERATORS = [
     ("bipartite_match", (KEYS, 3, 1)),
     ("kth_match", (KEYS[:, 0], 2, 1)),
@@ -136,13 +123,20 @@ OPERATORS = [
     ("merge_add_norm_backward", (None, X, X, STATS, None, None, None, W, None, 9, F32)),
     ("column_sums", (X, X, None)),
     ("column_sums", (X, X, STATS)),
+    ("attend_half_training", (*HALF, *PARAMETERS, SIZE, None, torch.ones(2), *NUMBERS, F32, F32, True)),
+    ("attend_half_training", (*HALF, *PARAMETERS, None, SLOT, None, *NUMBERS, F32, torch.bfloat16, False)),
+    ("attend_half_training", (X, *Q, None, None, *LINEAR, None, W, V, SIZE, None, None, *NUMBERS, F32, F16, False)),
+    ("attend_half_backward", (X[:, :6], X[:, :6], *BEHIND, *LINEARS, *SEEN, 2, 9, True, 0.2, 127)),
+    ("mlp_half_training", (X, X, *MLP, G, W, V, torch.ones(2), 0, 1e-5, F32, F32, True)),
+    ("mlp_half_training", (X, X, *MLP, None, None, None, None, 2, 1e-5, F32, torch.bfloat16, False)),
+    ("mlp_half_backward", (X, X, X, STATS, W, G, X, None, None, MLP[0], MLP[2], X, HIDDEN, HIDDEN, 1, 127)),
 ]
 
 
 DIFFERENTIABLE = (
-    *("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "merge_add_norm", "attention_training"),
+    *("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "linear_gelu", "merge_add_norm"),
+    *("attend_half_training", "mlp_half_training"),
 )
-DIFFERENTIABLE = ("merge", "unmerge", "merge_backward", "unmerge_backward", "rotate", "linear_gelu", "merge_add_norm")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_attend_half_is_its_parts(device, case):
     attend, _ = case.build(device)
     x, qkv, heads, size, slot, tokens, prefix, is_weighted, scale, linear, proj, gamma, norm, norm_dtype = attend
     with torch.no_grad():
-        if tome.get_backend() == "cuda" and ops.one_call(ops.attend_half, *attend) is None:
+        if tome.get_backend() == "cuda" and ops.one_call("attend_half", *attend) is None:
             with pytest.raises(tome.BackendError, match="cannot run attend_half"):
                 ops.attend_half(*attend)
             return

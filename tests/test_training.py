@@ -7,8 +7,10 @@ import copy
 import pytest
 import stand_in
 import torch
+from functorch.compile import make_boxed_func
 from models import images, make
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import tome
 from tome import recording
@@ -135,3 +137,30 @@ def test_stochastic_depth_draws_the_numbers_of_the_host(kernels):
         outcomes.append(each(images()))
     torch.testing.assert_close(outcomes[1], outcomes[0], **CLOSE)
     assert "attend_half" in names(twin)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_compiled_step_is_one_operator_a_half_each_way(host, kernels):
+    """And has the gradients of an eager one."""
+    graphs: list[list[str]] = []
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if stand_in.NAMESPACE in str(node.target)])
+        return make_boxed_func(graph)
+
+    model = trained(host)
+    for module in model.modules():
+        if type(module).__name__ == "DropPath":
+            module.drop_prob = 0.0  # which a compiled model draws otherwise
+    expected = gradients(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    model.zero_grad()
+    with torch.enable_grad():
+        compiled(images()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], **CLOSE, msg=name)
+    forward, backward = ([name.split(".")[1] for name in graph] for graph in graphs)
+    assert forward.count("attend_half_training") == backward.count("attend_half_backward") == 3
+    assert forward.count("mlp_half_training") == backward.count("mlp_half_backward") == 2
+    assert not {"attention_training", "attention_backward"} & {*forward, *backward}

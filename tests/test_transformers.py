@@ -436,8 +436,8 @@ def test_recorders_sleep_until_they_are_asked(host, monkeypatch):
     model.r = 4
 
     def one_call(half, *args):
-        compute = getattr(tome_reference, half.__name__)
-        return lambda *args: calls.append(half.__name__) or compute(*args)
+        compute = getattr(tome_reference, half)
+        return lambda *args: calls.append(half) or compute(*args)
 
     def counts():
         counted = calls.count("attend_half"), calls.count("mlp_half")

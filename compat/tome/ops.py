@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -81,31 +81,31 @@ def _operation(definition: Callable[P, T], checks_first: bool = True) -> Callabl
     return run
 
 
-def one_call(half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[P, T] | None:
+def one_call(half: str, *args: Any, **kwargs: Any) -> Callable[..., Any] | None:
     """What computes a half of a block in one call, for :func:`take`; None where its parts have to be called; recorded.
 
     Args:
-        half: :func:`attend_half` or :func:`mlp_half`.
+        half: "attend_half" or "mlp_half".
         *args: its arguments.
         **kwargs: likewise.
 
     """
     kernels, reason = extension(args[0])
     if kernels is not None:
-        reason = kernels.PREDICATES[half.__name__](*args, **kwargs)  # why_not, in less of the host's time
+        reason = kernels.PREDICATES[half](*args, **kwargs)  # why_not, in less of the host's time
     if kernels is None or reason is not None:
-        record(half.__name__, None, reason)
+        record(half, None, reason)
         return None
     if is_recording():
-        record(
-            half.__name__, "cuda", " ".join(filter(None, ("one call", kernels.remark(half.__name__, *args, **kwargs))))
-        )
-    call: Callable[P, T] = getattr(kernels, half.__name__)
+        record(half, "cuda", " ".join(filter(None, ("one call", kernels.remark(half, *args, **kwargs)))))
+    call: Callable[..., Any] = getattr(kernels, half)
     return call
 
 
 def take(call: Callable[..., T], *args: object) -> T:
     """Do what :func:`one_call` gave, with the arguments that it was asked about, or their like."""
+    if torch.compiler.is_compiling():
+        return call(*args)
     try:
         return call(*args)
     except Exception:

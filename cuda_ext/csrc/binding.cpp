@@ -56,6 +56,29 @@ STABLE_TORCH_LIBRARY(tome_cuda, m) {
       "merge_add_norm_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? slot, "
       "Tensor? size, Tensor? total, Tensor? weight, Tensor? gamma, SymInt length, ScalarType branch_dtype)"
       " -> (Tensor, Tensor)");
+  m.def(
+      "attend_half_training(Tensor x, Tensor q, Tensor? k, Tensor? v, Tensor? qkv_weight, Tensor? qkv_bias, "
+      "Tensor proj_weight, Tensor? proj_bias, Tensor? gamma, Tensor? norm_weight, Tensor? norm_bias, "
+      "Tensor? size, Tensor? slot, Tensor? drop, int heads, SymInt tokens, SymInt prefix, bool is_weighted, "
+      "float scale, float eps, ScalarType norm_dtype, ScalarType dtype, bool keeps_branch) -> (Tensor, "
+      "Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attend_half_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? slot, "
+      "Tensor? size, Tensor? total, Tensor? norm_weight, Tensor? gamma, Tensor? branch, Tensor? drop, "
+      "Tensor? cast, Tensor? qkv_weight, Tensor? proj_weight, Tensor? y, Tensor q, Tensor? k, Tensor? v, "
+      "Tensor seen, Tensor lse, int heads, SymInt length, bool is_weighted, float scale, int wanted) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mlp_half_training(Tensor x, Tensor y, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
+      "Tensor? fc2_bias, Tensor? gamma, Tensor? norm_weight, Tensor? norm_bias, Tensor? drop, int gelu, "
+      "float eps, ScalarType norm_dtype, ScalarType dtype, bool keeps_branch) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mlp_half_backward(Tensor? grad_x, Tensor? grad_y, Tensor merged, Tensor stats, Tensor? norm_weight, "
+      "Tensor? gamma, Tensor? branch, Tensor? drop, Tensor? cast, Tensor? fc1_weight, Tensor? fc2_weight, "
+      "Tensor y, Tensor hidden, Tensor active, int gelu, int wanted) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def("column_sums(Tensor a, Tensor b, Tensor? stats) -> Tensor");
 }
 
@@ -84,6 +107,10 @@ STABLE_TORCH_LIBRARY_IMPL(tome_cuda, CUDA, m) {
   m.impl("attend_half", TORCH_BOX(&tome::attend_half));
   m.impl("mlp_half", TORCH_BOX(&tome::mlp_half));
   m.impl("merge_add_norm_backward", TORCH_BOX(&tome::merge_add_norm_backward));
+  m.impl("attend_half_training", TORCH_BOX(&tome::attend_half_training));
+  m.impl("attend_half_backward", TORCH_BOX(&tome::attend_half_backward));
+  m.impl("mlp_half_training", TORCH_BOX(&tome::mlp_half_training));
+  m.impl("mlp_half_backward", TORCH_BOX(&tome::mlp_half_backward));
   m.impl("column_sums", TORCH_BOX(&tome::column_sums));
 }
 

@@ -108,7 +108,58 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
     const Tensor& stats, const std::optional<Tensor>& slot, const std::optional<Tensor>& size,
     const std::optional<Tensor>& total, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& gamma, int64_t length, ScalarType branch_dtype);
-// [slabs, 2, C]: sums over rows of a, and of a * b or a * (b - mean) / standard deviation.
+// [2, C]: sums over rows of a, and of a * b or a * (b - mean) / standard deviation.
 Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats);
+
+// From the gradient of gelu(x) to that of x. kind: 0 by erf, 1 by tanh, 2 quick.
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind);
+
+// The halves in training: what attend_half and mlp_half return, and behind it what the way back reads.
+// Undefined tensors stand for what there is none of. Linear layers compute in `dtype`; `cast` holds the
+// parameters that have another one. drop [B]: what each image's branch is multiplied by. keeps_branch: gamma
+// wants a gradient.
+//   merged, y, total, slot, stats, packed, seen, lse, cast, branch
+using AttendForward =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+AttendForward attend_half_training(const Tensor& x, const Tensor& q, const std::optional<Tensor>& k,
+                                   const std::optional<Tensor>& v, const std::optional<Tensor>& qkv_weight,
+                                   const std::optional<Tensor>& qkv_bias, const Tensor& proj_weight,
+                                   const std::optional<Tensor>& proj_bias, const std::optional<Tensor>& gamma,
+                                   const std::optional<Tensor>& norm_weight,
+                                   const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& size,
+                                   const std::optional<Tensor>& slot, const std::optional<Tensor>& drop,
+                                   int64_t heads, int64_t tokens, int64_t prefix, bool is_weighted,
+                                   double scale, double eps, ScalarType norm_dtype, ScalarType dtype,
+                                   bool keeps_branch);
+//   merged, y, stats, hidden, active, cast, branch
+using MlpForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+MlpForward mlp_half_training(const Tensor& x, const Tensor& y, const Tensor& fc1_weight,
+                             const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
+                             const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma,
+                             const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                             const std::optional<Tensor>& drop, int64_t gelu, double eps,
+                             ScalarType norm_dtype, ScalarType dtype, bool keeps_branch);
+// The gradients of x, of q (as packed, or of the y that it was projected from), of the two weights, and one
+// behind the other float32 of norm bias and weight, gamma, the second and the first layer's bias. wanted: a
+// bit for each of the first layer's weight and bias, the second's, gamma, norm weight and bias. A weight that
+// was cast is not given again.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+Gradients attend_half_backward(const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y,
+                               const Tensor& merged, const Tensor& stats, const std::optional<Tensor>& slot,
+                               const std::optional<Tensor>& size, const std::optional<Tensor>& total,
+                               const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& gamma,
+                               const std::optional<Tensor>& branch, const std::optional<Tensor>& drop,
+                               const std::optional<Tensor>& cast, const std::optional<Tensor>& qkv_weight,
+                               const std::optional<Tensor>& proj_weight, const std::optional<Tensor>& y,
+                               const Tensor& q, const std::optional<Tensor>& k,
+                               const std::optional<Tensor>& v, const Tensor& seen, const Tensor& lse,
+                               int64_t heads, int64_t length, bool is_weighted, double scale, int64_t wanted);
+Gradients mlp_half_backward(const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y,
+                            const Tensor& merged, const Tensor& stats,
+                            const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& gamma,
+                            const std::optional<Tensor>& branch, const std::optional<Tensor>& drop,
+                            const std::optional<Tensor>& cast, const std::optional<Tensor>& fc1_weight,
+                            const std::optional<Tensor>& fc2_weight, const Tensor& y, const Tensor& hidden,
+                            const Tensor& active, int64_t gelu, int64_t wanted);
 
 }  // namespace tome

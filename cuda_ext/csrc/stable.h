@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -96,19 +97,19 @@ inline Tensor view_of(const Tensor& tensor, std::initializer_list<int64_t> sizes
 }
 
 template <size_t kArguments>
-Tensor call(const char* name, std::array<StableIValue, kArguments> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+Tensor call(const char* name, const char* overload, std::array<StableIValue, kArguments> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
-  return call<3>("aten::linear", {from(x), from(weight), from(bias)});
+  return call<3>("aten::linear", "", {from(x), from(weight), from(bias)});
 }
 
 inline Tensor gelu(const Tensor& x, bool is_tanh) {
   using torch::stable::detail::from;
-  return call<2>("aten::gelu", {from(x), from(std::string(is_tanh ? "tanh" : "none"))});
+  return call<2>("aten::gelu", "", {from(x), from(std::string(is_tanh ? "tanh" : "none"))});
 }
 
 // A length as the kernels count; the eighth of the range leaves room for padding and sums.

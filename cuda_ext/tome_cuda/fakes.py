@@ -155,13 +155,7 @@ def _merge_add_norm_backward(
 
 
 def _column_sums(a: Tensor, b: Tensor, stats: Tensor | None) -> Tensor:
-    batch, rows, channels = a.shape
-    return a.new_empty((slabs(batch * rows, channels), 2, channels), dtype=torch.float32)
-
-
-def slabs(rows: int, channels: int) -> int:
-    """How many partial sums each column has; csrc/norm/norm.h says the same."""
-    return max(1, min(-(-rows // 64), max(1, 768 // (channels // 256 + 1))))
+    return a.new_empty((2, a.shape[2]), dtype=torch.float32)
 
 
 def _attend_half(
@@ -219,6 +213,158 @@ def _mlp_half(
     return x, y
 
 
+def _attend_half_training(
+    x: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    qkv_weight: Tensor | None,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    gamma: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    size: Tensor | None,
+    slot: Tensor | None,
+    drop: Tensor | None,
+    heads: int,
+    tokens: int,
+    prefix: int,
+    is_weighted: bool,
+    scale: float,
+    eps: float,
+    norm_dtype: torch.dtype,
+    dtype: torch.dtype,
+    keeps_branch: bool,
+) -> tuple[Tensor | None, ...]:
+    batch, n, channels = x.shape
+    width = proj_weight.shape[1]
+    cast = _cast(dtype, qkv_weight, proj_weight, qkv_bias, proj_bias)
+    packed = None if qkv_weight is None else x.new_empty((batch, n, 3 * width), dtype=dtype)
+    seen = x.new_empty((batch, n, heads, width // heads), dtype=q.dtype if packed is None else dtype)
+    lse = x.new_empty((batch, heads, n), dtype=torch.float32)
+    made = _match(x, batch, n, width // heads) if slot is None and tokens < n else None
+    branch = x.new_empty((batch, n, channels), dtype=dtype)
+    used = slot if made is None else made
+    out, y, total, stats = _merge_add_norm(x, branch, used, tokens, size, None, None, eps, gamma, norm_dtype, True)
+    kept = branch if keeps_branch else None
+    return out, y, None if used is None else total, made, stats, packed, seen, lse, cast, kept
+
+
+def _attend_half_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    merged: Tensor,
+    stats: Tensor,
+    slot: Tensor | None,
+    size: Tensor | None,
+    total: Tensor | None,
+    norm_weight: Tensor | None,
+    gamma: Tensor | None,
+    branch: Tensor | None,
+    drop: Tensor | None,
+    cast: Tensor | None,
+    qkv_weight: Tensor | None,
+    proj_weight: Tensor | None,
+    y: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seen: Tensor,
+    lse: Tensor,
+    heads: int,
+    length: int,
+    is_weighted: bool,
+    scale: float,
+    wanted: int,
+) -> tuple[Tensor | None, ...]:
+    (batch, _, channels), width = merged.shape, seen.shape[2] * seen.shape[3]
+    x = merged.new_empty((batch, length, channels))
+    dtype = (proj_weight if cast is None else cast).dtype  # type: ignore[union-attr]
+    of_branch = merged.new_empty((batch, length, channels), dtype=dtype)
+    of_proj = _weight_grad(wanted & 4, of_branch, channels, width, proj_weight)
+    seen.new_empty((batch, length, width))
+    packed = seen.new_empty((batch, length, 3 * width))
+    vectors = _vectors(merged, wanted, 3 * width, channels)
+    if y is None:
+        return x, packed, None, of_proj, vectors
+    of_qkv = _weight_grad(wanted & 1, packed, 3 * width, y.shape[2], qkv_weight)
+    return x, packed.new_empty(y.shape), of_qkv, of_proj, vectors
+
+
+def _mlp_half_training(
+    x: Tensor,
+    y: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    gamma: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    drop: Tensor | None,
+    gelu: int,
+    eps: float,
+    norm_dtype: torch.dtype,
+    dtype: torch.dtype,
+    keeps_branch: bool,
+) -> tuple[Tensor | None, ...]:
+    cast = _cast(dtype, fc1_weight, fc2_weight, fc1_bias, fc2_bias)
+    hidden = x.new_empty((*y.shape[:2], fc1_weight.shape[0]), dtype=dtype)
+    active = torch.empty_like(hidden)
+    branch = x.new_empty(x.shape, dtype=dtype)
+    out, y, _, stats = _merge_add_norm(x, branch, None, x.shape[1], None, None, None, eps, gamma, norm_dtype, True)
+    return out, y, stats, hidden, active, cast, branch if keeps_branch else None
+
+
+def _mlp_half_backward(
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    merged: Tensor,
+    stats: Tensor,
+    norm_weight: Tensor | None,
+    gamma: Tensor | None,
+    branch: Tensor | None,
+    drop: Tensor | None,
+    cast: Tensor | None,
+    fc1_weight: Tensor | None,
+    fc2_weight: Tensor | None,
+    y: Tensor,
+    hidden: Tensor,
+    active: Tensor,
+    gelu: int,
+    wanted: int,
+) -> tuple[Tensor | None, ...]:
+    channels, width = merged.shape[2], hidden.shape[2]
+    x = merged.new_empty(merged.shape)
+    of_branch = merged.new_empty(merged.shape, dtype=hidden.dtype)
+    of_fc2 = _weight_grad(wanted & 4, of_branch, channels, width, fc2_weight)
+    of_active = hidden.new_empty(hidden.shape)
+    of_hidden = torch.empty_like(of_active)
+    del of_active
+    of_fc1 = _weight_grad(wanted & 1, of_hidden, width, y.shape[2], fc1_weight)
+    return x, hidden.new_empty(y.shape), of_fc1, of_fc2, _vectors(merged, wanted, width, channels)
+
+
+def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> Tensor | None:
+    """Those of another dtype, each filled up to 64 elements."""
+    cast = [p for p in parameters if p is not None and p.dtype is not dtype]
+    count = sum((p.numel() + 63) // 64 * 64 for p in cast)
+    return cast[0].new_empty((count,), dtype=dtype) if cast else None
+
+
+def _weight_grad(is_wanted: int, grad: Tensor, rows: int, columns: int, weight: Tensor | None) -> Tensor | None:
+    """Of a weight that was cast in float32."""
+    dtype = torch.float32 if weight is None else grad.dtype
+    return grad.new_empty((rows, columns), dtype=dtype) if is_wanted else None
+
+
+def _vectors(like: Tensor, wanted: int, width: int, channels: int) -> Tensor | None:
+    count = sum(width if i == 1 else channels for i in (1, 3, 4, 5, 6) if wanted >> i & 1)
+    return like.new_empty((count,), dtype=torch.float32) if count else None
+
+
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     kind = x.device.type
     is_cast = kind == "cuda" and torch.is_autocast_enabled(kind)
@@ -263,5 +409,9 @@ FAKES = {
     ),
     "column_sums": Fake(_column_sums, lambda args: 0),
     "attend_half": Fake(_attend_half, lambda args: 3 * args[0].numel()),
+    "attend_half_training": Fake(_attend_half_training, lambda args: 3 * args[0].numel()),
+    "attend_half_backward": Fake(_attend_half_backward, lambda args: 3 * args[18].numel()),
+    "mlp_half_training": Fake(_mlp_half_training, lambda args: 4 * args[0].numel()),
+    "mlp_half_backward": Fake(_mlp_half_backward, lambda args: args[12].numel()),
     "mlp_half": Fake(_mlp_half, lambda args: 4 * args[0].numel()),
 }

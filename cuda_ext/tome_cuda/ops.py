@@ -146,7 +146,7 @@ def swiglu_norm(gate: Tensor, x: Tensor, width: int, weight: Tensor | None, bias
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     if predicates.without_product(x, weight, bias) is not None:
         return F.gelu(F.linear(x, weight, bias), approximate=approximate)
-    x, weight, bias = _cast(x, weight, bias)
+    x, (weight, bias) = _cast(x), _cast_layer(weight, bias)
     out = launch("linear_gelu", _rows(x), weight, bias, approximate == "tanh", -1)
     return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
@@ -212,8 +212,16 @@ def attend_half(
     weight, bias = (None, None) if qkv_linear is None else qkv_linear
     norm_dtype = norm_dtype or x.dtype
     if drop is not None or (torch.is_grad_enabled() and _requires_grad(x, *qkv, weight, bias, *proj, gamma, *norm[:2])):
-        numbers = training.Numbers(heads, tokens, prefix, is_weighted, scale, norm[2], norm_dtype)
-        return training.attend_half(x, qkv, _constant(size), slot, qkv_linear, proj, gamma, norm, drop, numbers)
+        q, k, v = qkv if len(qkv) == 3 else (qkv[0], None, None)
+        x, y, total, made = training.attend_half(
+            *(x, q, k, v, weight, bias, *proj, gamma, *norm[:2], _constant(size), slot, drop, heads, tokens, prefix),
+            *(is_weighted, scale, norm[2], norm_dtype, predicates.linear_dtype(q), _keeps_branch(gamma)),
+        )
+        return x, y, size if total is None else total, slot if made is None else made
+    if torch.compiler.is_compiling() and torch.is_autocast_enabled():  # outside of which compiled code runs
+        proj = _cast_layer(*proj)
+        if weight is not None:
+            qkv, (weight, bias) = (_cast(qkv[0]),), _cast_layer(weight, bias)
     merged, y, total, made = launch(
         "attend_half", x, qkv, heads, size, slot, tokens, prefix, is_weighted, scale, weight, bias, *proj, gamma, *norm,
         norm_dtype,
@@ -238,11 +246,21 @@ def mlp_half(
 ) -> tuple[Tensor, Tensor]:
     norm_dtype = norm_dtype or x.dtype
     if drop is not None or (torch.is_grad_enabled() and _requires_grad(x, y, *fc1, *fc2, gamma, *norm[:2])):
-        return training.mlp_half(x, y, fc1, gelu, fc2, gamma, norm, drop, norm_dtype)
-    if torch.is_autocast_enabled() and gelu != "quick" and predicates.without_product(y, *fc1) is None:
-        y, weight, bias = _cast(y, *fc1)
-        fc1 = weight, bias
+        return training.mlp_half(
+            *(x, y, *fc1, *fc2, gamma, *norm[:2], drop, GELUS[gelu], norm[2], norm_dtype),
+            *(predicates.linear_dtype(y), _keeps_branch(gamma)),
+        )
+    if torch.is_autocast_enabled():
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling or (gelu != "quick" and predicates.without_product(y, *fc1) is None):
+            y, fc1 = _cast(y), _cast_layer(*fc1)
+        fc2 = _cast_layer(*fc2) if is_compiling else fc2
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
+
+
+def _keeps_branch(gamma: Tensor | None) -> bool:
+    """Whether the way back reads a branch: for the gradient of its factor."""
+    return gamma is not None and gamma.requires_grad
 
 
 def _identity(keys: Tensor) -> Tensor:
@@ -255,10 +273,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x[None, None] if x.dim() == 1 else x.flatten(0, -2)[None]
 
 
-def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _cast(x: Tensor) -> Tensor:
     """What autocast does for F.linear, and for no operator of others."""
-    dtype = predicates.linear_dtype(x)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled() else x
+
+
+def _cast_layer(weight: Tensor, bias: Tensor | None) -> Linear:
+    return _cast(weight), None if bias is None else _cast(bias)
 
 
 def _constant(size: S) -> S:

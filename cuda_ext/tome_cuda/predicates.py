@@ -111,7 +111,8 @@ def _attend_half(
         dtype, head_dim = written, qkv_linear[0].shape[0] // (3 * heads)
     elif len(qkv) == 1:
         head_dim //= 3 * heads
-    reason = _lacks_heads(dtype, head_dim, scale)
+    lacks = _lacks_attention if torch.compiler.is_compiling() else _lacks_heads
+    reason = lacks(dtype, head_dim, scale)
     if reason is not None:
         return reason
     if x.dtype is not written and x.dtype is not torch.float32:
@@ -303,7 +304,7 @@ def _lacks_attention(dtype: torch.dtype, head_dim: int, scale: float | None) -> 
     return None
 
 
-_lacks_heads = functools.cache(_lacks_attention)  # torch.compile asks for none of the halves, and reads no cache
+_lacks_heads = functools.cache(_lacks_attention)  # torch.compile reads no cache
 
 
 def _lacks_addition(branch: torch.dtype, x: torch.dtype) -> str:
@@ -313,7 +314,7 @@ def _lacks_addition(branch: torch.dtype, x: torch.dtype) -> str:
 def _is_watched(x: Tensor) -> str | None:
     """Whether someone wants to see each operation by itself."""
     if torch.compiler.is_compiling():
-        return "torch.compile arranges the parts itself"
+        return None
     if x.__class__ is not Tensor:
         return f"the tokens are a {type(x).__name__}, which sees each operation"
     if _len_torch_dispatch_stack() or _len_torch_function_stack():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,50 +169,20 @@ def _merge_add_norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(merged, stats, slot, size, None if slot is None else total, weight, gamma, factor)
 
 
-class NormGrads(NamedTuple):
-    """What is left of merge_add_norm for the way back, and the gradients that are wanted."""
-
-    merged: Tensor
-    stats: Tensor
-    slot: Tensor | None
-    size: Tensor | None
-    total: Tensor | None
-    weight: Tensor | None
-    gamma: Tensor | None
-    branch: Tensor | None  # where the gradient of gamma is wanted
-
-    def of_inputs(
-        self, grad_x: Tensor | None, grad_y: Tensor | None, length: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Those of x and of the branch, which has that dtype."""
-        saved = (self.merged, self.stats, self.slot, self.size, self.total, self.weight, self.gamma)
-        x, branch = launch("merge_add_norm_backward", grad_x, grad_y, *saved, length, dtype)
-        return x, x if self.gamma is None and dtype == self.merged.dtype else branch
-
-    # Sums of rows: first in slabs, then over these, both in a fixed order.
-
-    def of_gamma(self, grad_x: Tensor, dtype: torch.dtype) -> Tensor:
-        """From the gradient of x as it was."""
-        return launch("column_sums", grad_x, self.branch, None)[:, 1].sum(0).to(dtype)  # type: ignore[no-any-return]
-
-    def of_norm(self, grad_y: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of weight and bias, float32."""
-        shift, scale = launch("column_sums", grad_y, self.merged, self.stats).sum(0)
-        return scale, shift
-
-
 def _merge_add_norm_grad(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    saved, needs = NormGrads(*ctx.saved_tensors), ctx.needs_input_grad
-    has_branch = ctx.branch_dtype is not None
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+    merged, stats, *_, gamma, branch = saved
     grads: list[Tensor | None] = [None] * 11
     if needs[0] or needs[1] or needs[8]:
-        dtype = ctx.branch_dtype or saved.merged.dtype
-        into, branch = saved.of_inputs(grad_x if has_branch else None, grad_y, ctx.length, dtype)
-        grads[:2] = into, branch[:, ctx.skip :] if has_branch else None
+        dtype, has_branch = ctx.branch_dtype or merged.dtype, ctx.branch_dtype is not None
+        ends = launch("merge_add_norm_backward", grad_x if has_branch else None, grad_y, *saved[:7], ctx.length, dtype)
+        grads[0] = ends[0]
+        if has_branch:
+            grads[1] = (ends[0] if gamma is None and dtype == merged.dtype else ends[1])[:, ctx.skip :]
         if needs[8]:
-            grads[8] = saved.of_gamma(into[:, ctx.skip :], ctx.dtypes[2])
+            grads[8] = launch("column_sums", ends[0][:, ctx.skip :], branch, None)[1].to(ctx.dtypes[2])
     if grad_y is not None and (needs[5] or needs[6]):
-        scale, shift = saved.of_norm(grad_y)
+        shift, scale = launch("column_sums", grad_y, merged, stats)
         grads[5] = scale.to(ctx.dtypes[0]) if needs[5] else None
         grads[6] = shift.to(ctx.dtypes[1]) if needs[6] else None
     return tuple(grads)
@@ -229,32 +199,21 @@ def _attention_grad(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple[T
     q, k, v, out, lse, size = ctx.saved_tensors
     if grad.stride(3) != 1:  # of a sum, say: one number for all
         grad = grad.contiguous()
-    grads = attention_grads(grad.transpose(1, 2), (q, k, v), out.transpose(1, 2), lse, size, ctx.scale)[:3]
+    grad_q, rest = launch(
+        "attention_backward", grad.transpose(1, 2), q, k, v, out.transpose(1, 2), lse, size, ctx.scale
+    )
+    heads = q.shape[1]
+    if q.shape[2] == k.shape[2]:
+        grads = split_packed(rest, heads)
+    else:
+        grads = (grad_q.unflatten(2, (heads, -1)).transpose(1, 2), *split_packed(rest, heads, 2))
     return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-def attention_grads(
-    grad: Tensor, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, size: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, and what they are slices of: of as many queries as keys a packed projection's.
-
-    Args:
-        grad: [B, H, Nq, D], likewise out.
-        qkv: q, k and v.
-        out: what attention gave.
-        lse: float32 [B, H, Nq], the log-sum-exp of every row.
-        size: float32 [B, N] or None.
-        scale: of the scores.
-
-    """
-    q, k, _ = qkv
-    grad_q, packed = launch("attention_backward", grad, *qkv, out, lse, size, scale)
-    batch, count, keys, dim = k.shape
-    is_packed = q.shape[2] == keys
-    grads = packed.view(batch, keys, 3 if is_packed else 2, count, dim).permute(2, 0, 3, 1, 4).unbind()
-    if not is_packed:
-        grads = (grad_q.view(batch, q.shape[2], count, dim).transpose(1, 2), *grads)
-    return *grads, packed
+def split_packed(packed: Tensor, heads: int, count: int = 3) -> tuple[Tensor, ...]:
+    """What lies side by side in [B, N, count * H * D], each [B, H, N, D]."""
+    parts: tuple[Tensor, ...] = packed.unflatten(2, (count, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return parts
 
 
 def _no_second_gradient(name: str) -> Callable[..., Any]:

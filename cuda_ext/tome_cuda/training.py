@@ -1,217 +1,148 @@
-"""The halves of a block with gradients: one node of autograd each, of whose parts the host asks for one by one.
+"""The halves of a block with gradients: an operator each way, and one node of autograd.
 
-Autograd would keep a node for each part, and what they cost the host is more than what a GPU computes in them.
+The nodes cost the host least; under torch.compile there are none, and what the operators have registered is traced: the
+same functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tome_cuda.predicates import Linear, Norm, linear_dtype
-from tome_cuda.registration import NormGrads, attention_grads, launch
+from tome_cuda import registration
+from tome_cuda.registration import launch, split_packed
 
-APPROXIMATE = {"erf": "none", "tanh": "tanh"}
 Grads = tuple[Tensor | None, ...]
+# A half's parameters are its first layer's weight and bias, its second's, gamma, and the norm's weight and bias. The
+# gradients of vectors come one behind the other:
+VECTORS = (6, 5, 4, 3, 1)
 
 
-class Numbers(NamedTuple):
-    """What attend_half is told beside tensors."""
-
-    heads: int
-    tokens: int
-    prefix: int
-    is_weighted: bool
-    scale: float
-    eps: float
-    norm_dtype: torch.dtype
+def attend_half(*args: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of the arguments of the operator: x merged, its norm, and sizes and slot map where they are new."""
+    return _run("attend_half", args)[:4]  # type: ignore[return-value]
 
 
-def attend_half(
-    x: Tensor, qkv: Sequence[Tensor], size: Tensor | None, slot: Tensor | None, qkv_linear: Linear | None, proj: Linear,
-    gamma: Tensor | None, norm: Norm, drop: Tensor | None, numbers: Numbers,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """As ``tome_cuda.attend_half``."""
-    q, k, v = qkv if len(qkv) == 3 else (qkv[0], None, None)
-    weight, bias = (None, None) if qkv_linear is None else qkv_linear
-    merged, y, total, made = _AttendHalf.apply(
-        x, q, k, v, weight, bias, *proj, gamma, *norm[:2], size, slot, drop, numbers
-    )
-    return merged, y, size if made is None else total, made
+def mlp_half(*args: Any) -> tuple[Tensor, Tensor]:
+    """Of the arguments of the operator: x and its norm."""
+    return _run("mlp_half", args)[:2]  # type: ignore[return-value]
 
 
-def mlp_half(
-    x: Tensor, y: Tensor, fc1: Linear, gelu: str, fc2: Linear, gamma: Tensor | None, norm: Norm, drop: Tensor | None,
-    norm_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As ``tome_cuda.mlp_half``."""
-    return _MlpHalf.apply(  # type: ignore[no-any-return]
-        x, y, *fc1, *fc2, gamma, *norm[:2], drop, gelu, norm[2], norm_dtype
+def _run(name: str, args: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    if torch.compiler.is_compiling():
+        return launch(f"{name}_training", *args)  # type: ignore[no-any-return]
+    return NODES[name].apply(*args)  # type: ignore[no-any-return]
+
+
+def _attend_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    x, q, k, v, weight, _, proj_weight, _, gamma, norm_weight, _, size, slot, drop, *numbers, _ = inputs
+    merged, _, total, made, stats, packed, seen, lse, cast, branch = output
+    ctx.heads, _, _, ctx.is_weighted, ctx.scale, _, _, dtype = numbers
+    ctx.length = x.shape[1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in output[2:] if t is not None))
+    y = None if packed is None else q
+    ctx.save_for_backward(
+        *(merged, stats, slot if made is None else made, size, total, norm_weight, gamma, branch, drop, cast),
+        *(_uncast(weight, dtype), _uncast(proj_weight, dtype), y, q if packed is None else packed, k, v, seen, lse),
     )
 
 
-class _AttendHalf(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-        proj_weight: Tensor, proj_bias: Tensor | None, gamma: Tensor | None, norm_weight: Tensor | None,
-        norm_bias: Tensor | None, size: Tensor | None, slot: Tensor | None, drop: Tensor | None, numbers: Numbers,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        with torch._C._AutoDispatchBelowAutograd():
-            dtype = linear_dtype(q)
-            given: Sequence[Tensor] = (q,) if k is None or v is None else (q, k, v)
-            made_by = None if weight is None else weight.to(dtype)
-            if made_by is not None:
-                given = (F.linear(q.to(dtype), made_by, None if bias is None else bias.to(dtype)),)
-            heads = _heads(given, numbers.heads)
-            weights = size if numbers.is_weighted else None
-            seen, lse = launch("attention_training", *heads, weights, numbers.scale)
-            length = x.shape[1]
-            if slot is None and numbers.tokens < length:
-                slot = launch("bipartite_match", heads[1], length - numbers.tokens, numbers.prefix)
-            cast = proj_weight.to(dtype)
-            branch = _dropped(F.linear(seen.flatten(2), cast, None if proj_bias is None else proj_bias.to(dtype)), drop)
-            merged, out, total, stats = launch(
-                "merge_add_norm", x, branch, slot, numbers.tokens, size, norm_weight, norm_bias, numbers.eps, gamma,
-                numbers.norm_dtype, True,
-            )  # fmt: skip
-        ctx.numbers, ctx.length, ctx.dtype, ctx.is_three = numbers, length, dtype, len(given) == 3
-        ctx.parameters = weight, bias, proj_weight, proj_bias, gamma, norm_weight, norm_bias
-        ctx.set_materialize_grads(False)
-        total = None if slot is None else total
-        ctx.mark_non_differentiable(*(t for t in (total, slot) if t is not None))
-        kept = branch if gamma is not None and ctx.needs_input_grad[8] else None
-        y = None if made_by is None else q
-        ctx.save_for_backward(
-            *(merged, stats, slot, size, total, norm_weight, gamma, kept, y, made_by, cast, seen, lse, drop), *given
-        )
-        return merged, out, total, slot
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> Grads:
-        numbers, needs = ctx.numbers, ctx.needs_input_grad
-        tensors = ctx.saved_tensors  # once: a checkpoint gives them out once
-        *norm, y, made_by, cast, seen, lse, drop = tensors[:14]
-        given, saved = tensors[14:], NormGrads(*norm)
-        weight, bias, proj_weight, proj_bias, gamma, norm_weight, norm_bias = ctx.parameters
-        grads: list[Tensor | None] = [None] * 15
-        if grad_x is None and grad_y is None:
-            return tuple(grads)
-        into, branch = saved.of_inputs(grad_x, grad_y, ctx.length, ctx.dtype)
-        grads[0] = into
-        grads[8], grads[9], grads[10] = _norm_grads(saved, into, grad_y, gamma, norm_weight, norm_bias, needs[8:11])
-        branch = _dropped(branch, drop)
-        into, grads[6], grads[7] = _linear_grads(branch, seen.flatten(2), cast, proj_weight, proj_bias, needs[6:8])
-        batch, count = into.shape[:2]
-        into = into.view(batch, count, numbers.heads, -1).transpose(1, 2)
-        size = saved.size if numbers.is_weighted else None
-        *three, packed = attention_grads(
-            into, _heads(given, numbers.heads), seen.transpose(1, 2), lse, size, numbers.scale
-        )
-        if ctx.is_three:
-            grads[1:4] = three
-        elif weight is not None:
-            grads[1], grads[4], grads[5] = _linear_grads(packed, y, made_by, weight, bias, needs[4:6])
-        else:
-            grads[1] = packed
-        return tuple(grads)
+def _attend_grad(ctx: Any, saved: Sequence[Any], grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> Grads:
+    needs = ctx.needs_input_grad
+    if grad_x is None and grad_y is None:
+        return (None,) * len(needs)
+    merged, q, k = saved[0], saved[13], saved[14]
+    wanted = _wanted(needs[4:11], grad_y)
+    x, into, weight, proj_weight, vectors = launch(
+        "attend_half_backward", grad_x, grad_y, *saved, ctx.heads, ctx.length, ctx.is_weighted, ctx.scale, _bits(wanted)
+    )
+    three: Sequence[Tensor | None] = (into, None, None)
+    if k is not None:
+        three = split_packed(into, q.shape[1])
+    channels, width = merged.shape[2], q.shape[2] if k is None else 0
+    parameters = _distributed(wanted, weight, proj_weight, vectors, width, channels)
+    return x, *three, *parameters, *(None,) * (len(needs) - 11)
 
 
-class _MlpHalf(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor,
-        fc2_bias: Tensor | None, gamma: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-        drop: Tensor | None, gelu: str, eps: float, norm_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        with torch._C._AutoDispatchBelowAutograd():
-            dtype = linear_dtype(y)
-            first, second = fc1_weight.to(dtype), fc2_weight.to(dtype)
-            hidden = F.linear(y.to(dtype), first, None if fc1_bias is None else fc1_bias.to(dtype))
-            active = _gelu(hidden, gelu)
-            branch = _dropped(F.linear(active, second, None if fc2_bias is None else fc2_bias.to(dtype)), drop)
-            merged, out, _, stats = launch(
-                "merge_add_norm", x, branch, None, x.shape[1], None, norm_weight, norm_bias, eps, gamma, norm_dtype,
-                True,
-            )  # fmt: skip
-        ctx.gelu, ctx.dtype = gelu, dtype
-        ctx.parameters = fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, norm_weight, norm_bias
-        ctx.set_materialize_grads(False)
-        kept = branch if gamma is not None and ctx.needs_input_grad[6] else None
-        ctx.save_for_backward(
-            merged, stats, None, None, None, norm_weight, gamma, kept, y, hidden, active, first, second, drop
-        )
-        return merged, out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, grad_y: Tensor | None) -> Grads:
-        *norm, y, hidden, active, first, second, drop = ctx.saved_tensors
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, norm_weight, norm_bias = ctx.parameters
-        needs, saved = ctx.needs_input_grad, NormGrads(*norm)
-        grads: list[Tensor | None] = [None] * 13
-        if grad_x is None and grad_y is None:
-            return tuple(grads)
-        into, branch = saved.of_inputs(grad_x, grad_y, hidden.shape[1], ctx.dtype)
-        grads[0] = into
-        grads[6], grads[7], grads[8] = _norm_grads(saved, into, grad_y, gamma, norm_weight, norm_bias, needs[6:9])
-        branch = _dropped(branch, drop)
-        into, grads[4], grads[5] = _linear_grads(branch, active, second, fc2_weight, fc2_bias, needs[4:6])
-        into = _gelu_grad(into, hidden, ctx.gelu)
-        grads[1], grads[2], grads[3] = _linear_grads(into, y, first, fc1_weight, fc1_bias, needs[2:4])
-        return tuple(grads)
+def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    _, y, fc1_weight, _, fc2_weight, _, gamma, norm_weight, _, drop, ctx.gelu, _, _, dtype, _ = inputs
+    merged, _, stats, hidden, active, cast, branch = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for t in output[2:] if t is not None))
+    ctx.save_for_backward(
+        *(merged, stats, norm_weight, gamma, branch, drop, cast),
+        *(_uncast(fc1_weight, dtype), _uncast(fc2_weight, dtype), y, hidden, active),
+    )
 
 
-def _heads(given: Sequence[Tensor], heads: int) -> Sequence[Tensor]:
-    """Q, k and v [B, H, N, D] as they are, or slices of one tensor [B, N, 3 * H * D]."""
-    if len(given) == 3:
-        return given
-    q, k, v = given[0].unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    return q, k, v
+def _mlp_grad(ctx: Any, saved: Sequence[Any], grad_x: Tensor | None, grad_y: Tensor | None, *_: None) -> Grads:
+    needs = ctx.needs_input_grad
+    if grad_x is None and grad_y is None:
+        return (None,) * len(needs)
+    wanted = _wanted(needs[2:9], grad_y)
+    x, y, fc1_weight, fc2_weight, vectors = launch("mlp_half_backward", grad_x, grad_y, *saved, ctx.gelu, _bits(wanted))
+    parameters = _distributed(wanted, fc1_weight, fc2_weight, vectors, saved[10].shape[2], saved[0].shape[2])
+    return x, y, *parameters, *(None,) * (len(needs) - 9)
 
 
-def _dropped(branch: Tensor, drop: Tensor | None) -> Tensor:
-    """A branch times what each image has of it."""
-    return branch if drop is None else branch * drop[:, None, None].to(branch.dtype)
+def _uncast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A weight that the way back reads itself, and not as it was cast."""
+    return weight if weight is not None and weight.dtype is dtype else None
 
 
-def _gelu(hidden: Tensor, kind: str) -> Tensor:
-    if kind == "quick":
-        return hidden * torch.sigmoid(1.702 * hidden)
-    return F.gelu(hidden, approximate=APPROXIMATE[kind])
+def _wanted(needs: Sequence[bool], grad_y: Tensor | None) -> Sequence[bool]:
+    """Of which of the seven parameters there is a gradient."""
+    return needs if grad_y is not None else (*needs[:5], False, False)
 
 
-def _gelu_grad(grad: Tensor, hidden: Tensor, kind: str) -> Tensor:
-    if kind == "quick":
-        share = torch.sigmoid(1.702 * hidden)
-        return grad * (share + 1.702 * hidden * share * (1 - share))
-    return torch.ops.aten.gelu_backward(grad, hidden, approximate=APPROXIMATE[kind])  # type: ignore[no-any-return]
+def _bits(wanted: Sequence[bool]) -> int:
+    return sum(1 << i for i in range(7) if wanted[i])
 
 
-def _linear_grads(
-    grad: Tensor, x: Tensor, cast: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of a linear layer: of its input, its weight, which was computed with as ``cast``, and its bias."""
-    rows = grad.flatten(0, 1)
-    of_weight = rows.t().mm(x.flatten(0, 1).to(cast.dtype)).to(weight.dtype) if needs[0] else None
-    of_bias = rows.sum(0, dtype=torch.float32).to(bias.dtype) if bias is not None and needs[1] else None
-    return grad.matmul(cast), of_weight, of_bias
-
-
-def _norm_grads(
-    saved: NormGrads, grad: Tensor, grad_y: Tensor | None, gamma: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, needs: Sequence[bool],
+def _distributed(
+    wanted: Sequence[bool], first: Tensor | None, second: Tensor | None, vectors: Tensor | None, width: int,
+    channels: int,
 ) -> Grads:  # fmt: skip
-    """Of gamma, and of the norm's weight and bias; ``grad`` is that of x."""
-    of_gamma = saved.of_gamma(grad, gamma.dtype) if gamma is not None and needs[0] else None
-    if grad_y is None or not (needs[1] or needs[2]):
-        return of_gamma, None, None
-    scale, shift = saved.of_norm(grad_y)
-    of_weight = scale.to(weight.dtype) if weight is not None and needs[1] else None
-    return of_gamma, of_weight, shift.to(bias.dtype) if bias is not None and needs[2] else None
+    """The gradients of the seven parameters."""
+    grads: list[Tensor | None] = [first, None, second, None, None, None, None]
+    if vectors is not None:
+        places = [i for i in VECTORS if wanted[i]]
+        for i, grad in zip(places, vectors.split([width if i == 1 else channels for i in places]), strict=True):
+            grads[i] = grad
+    return tuple(grads)
+
+
+def _node(
+    name: str, outputs: int, setup_context: Callable[..., None], backward: Callable[..., Grads]
+) -> type[torch.autograd.Function]:
+    """The node of a half, of whose operator's results so many are a caller's; the operator is told of the same."""
+
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            made = launch(f"{name}_training", *args)
+        setup_context(ctx, args, made)
+        return made[:outputs]  # type: ignore[no-any-return]
+
+    @once_differentiable
+    def back(ctx: Any, *grads: Tensor | None) -> Grads:
+        saved = ctx.saved_tensors  # once, and with autograd: a checkpoint computes them again, and gives them out once
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(ctx, saved, *grads)
+
+    def traced(ctx: Any, *grads: Tensor | None) -> Grads:
+        return backward(ctx, ctx.saved_tensors, *grads)
+
+    registration.GRADIENTS[f"{name}_training"] = traced, setup_context
+    registration.GRADIENTS[f"{name}_backward"] = registration._no_second_gradient(name), None
+    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(back)})
+
+
+NODES = {
+    "attend_half": _node("attend_half", 4, _attend_context, _attend_grad),
+    "mlp_half": _node("mlp_half", 2, _mlp_context, _mlp_grad),
+}

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -65,6 +67,16 @@ inline AOTITorchError get_stream(int32_t, void** stream) {
   return AOTI_TORCH_SUCCESS;
 }
 
+// A product of halves that is left in float32.
+inline AOTITorchError multiply_wide(AtenTensorHandle out, AtenTensorHandle a, AtenTensorHandle b, int32_t) {
+  const auto wide = [](AtenTensorHandle handle) {
+    AtenTensorHandle own = nullptr;
+    aoti_torch_new_tensor_handle(handle, &own);
+    return torch::stable::to(torch::stable::Tensor(own), torch::headeronly::ScalarType::Float);
+  };
+  return aoti_torch_cpu_mm_out(out, wide(a).get(), wide(b).get());
+}
+
 }  // namespace emulator
 
 namespace torch::stable::accelerator {
@@ -79,6 +91,9 @@ inline DeviceIndex emulated_device() { return -1; }  // that of the CPU
 #define getCurrentDeviceIndex emulated_device
 #define aoti_torch_get_current_cuda_stream emulator::get_stream
 #define aoti_torch_empty_strided emulator::empty_strided
+#define aoti_torch_cuda_mm_out aoti_torch_cpu_mm_out
+#define aoti_torch_cuda_addmm_out aoti_torch_cpu_addmm_out
+#define aoti_torch_cuda_mm_dtype_out emulator::multiply_wide
 #define launch_gather emulated_launch_gather
 #define launch_norm emulated_launch_norm
 #define launch_restore emulated_launch_restore

@@ -16,7 +16,7 @@ from torch import Tensor
 from tome import backend, ops
 from tome.patch import plain
 from tome.patch.halves import Halves
-from tome.patch.plain import Plan, has_hooks, through
+from tome.patch.plain import Plan, Reading, has_hooks, through
 from tome.patch.row import NOTHING, Beside, Place, Qkv
 from tome.patch.swap import UnsupportedModelError
 from tome.recording import PART, is_recording, record
@@ -122,7 +122,11 @@ class MergingBlock(Halves):
     def _merged(self, tokens: Tokens, beside: Beside) -> Tokens:
         s, row, attn = self._tome, self._tome_row, self._modules[self._tome_row.attn]
         watched = plain.why_watched(tokens.unadded)
-        plan = self.plan() if watched is None else Plan(watched, watched, watched, (None, None), {})
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:
+            plan = self.read_plan(Reading(self))
+        else:
+            plan = self.plan() if watched is None else Plan(watched, watched, watched, (None, None), {})
         autocast = plain.autocast_dtype(tokens.device_type())
         norm1, norm2 = self.norms(attn, autocast, plan)
         tokens, y = tokens.enter(norm1)
@@ -132,8 +136,8 @@ class MergingBlock(Halves):
         place = Place(beside.given, tokens.home)
         amount, left = s.model.matching.plan(s.entry, x.shape[1], s.prefix)
         # Of a plan's parts the verdict on one call depends on no more than this.
-        kind = x.dtype, x.get_device(), autocast, backend.get_backend()
-        calls = {} if is_recording() else plan.calls.setdefault(kind, {})
+        kind = None if is_compiling else (x.dtype, x.get_device(), autocast, backend.get_backend())
+        calls = {} if is_compiling or is_recording() else plan.calls.setdefault(kind, {})
         made, done = self.attend_half(plan, calls, attn, tokens, y, place, amount, left, norm2)
         if done is None:
             branch, slot = self._attention(attn, tokens, y, *made, place, amount, left)
@@ -145,7 +149,7 @@ class MergingBlock(Halves):
         return tokens.after(x, Counts(size), slot, waiting, row.attention.is_placed)
 
     def _normed(self, x: Tensor, norm: Norm | None, watched: str | None) -> Tensor:
-        if norm is not None and watched is None and backend.takes_kernels(x):
+        if norm is not None and backend.takes_kernels(x) and (watched is None or torch.compiler.is_compiling()):
             return ops.merge_add_norm(x, None, None, x.shape[1], None, *norm[:3], None, norm.dtype)[1]
         normed: Tensor = getattr(self, self._tome_row.norm1)(x)
         return normed
@@ -182,8 +186,6 @@ class MergingBlock(Halves):
     def _mlp(self, plan: Plan, x: Tensor, y: Tensor | None) -> Branch | Mlp:
         """What the MLP adds to x, part by part; y is x normed, if that is done."""
         row, parts = self._tome_row, plan.mlp
-        if torch.compiler.is_compiling():
-            parts = self.mlp_alone()  # for the operators, which the compiler would not find by itself
         norm2 = getattr(self, row.norm2)
         y = y if y is not None else x if row.is_post else norm2(x)
         # Activations that the library's modules compute in several passes are one of ours.

@@ -66,7 +66,7 @@ class Halves(Patched):
             parts.qkv if qkv is None else None, *parts[1:], norm[:3], norm.dtype,
         )  # fmt: skip
         # q, k and v that were made by parts may lie anyhow: nothing is known of them.
-        call = one_call(calls if qkv is None else {}, ops.attend_half, *half)
+        call = one_call(calls if qkv is None else {}, "attend_half", *half)
         return (qkv, slot), None if call is None else ops.take(call, *half, kept_of(plan.drops[0], x))
 
     def waiting_mlp(self, plan: Plan, calls: dict[str, Any], x: Tensor, y: Tensor | None, norm: Norm | None) -> Any:
@@ -77,7 +77,7 @@ class Halves(Patched):
             gated = "mlp is gated" if isinstance(parts, GatedParts) else watched
             record("mlp_half", None, parts if isinstance(parts, str) else gated)
             return None
-        call = one_call(calls, ops.mlp_half, x, y, *parts[:4], norm[:3], norm.dtype)
+        call = one_call(calls, "mlp_half", x, y, *parts[:4], norm[:3], norm.dtype)
         return None if call is None else Mlp(y, parts._replace(drop=kept_of(plan.drops[1], x)), call)
 
     def norms(self, attn: Any, to: torch.dtype | None, plan: Plan) -> tuple[Norm | None, Norm | None]:
@@ -96,10 +96,6 @@ class Halves(Patched):
             plain.norm(row.norm2, second, to if self.mlp_reads_linearly() else None),
         )
 
-    def mlp_alone(self) -> MlpParts | GatedParts | str:
-        """What the MLP computes with, without what stands behind it."""
-        return _or_why_not(self._read_mlp, Reading(self))
-
     def _read_mlp(self, reading: Reading) -> MlpParts | GatedParts:
         module = reading.unwatched(self, self._tome_row.mlp)
         return plain.GATED.get(type(module), self.mlp_parts)(reading, module)
@@ -108,7 +104,15 @@ class Halves(Patched):
         """What the block computes with; read again when anything has changed since."""
         if self._tome_kept is not None and self._tome_kept[0].holds(self):
             return self._tome_kept[1]
-        reading, row = Reading(self), self._tome_row
+        reading = Reading(self)
+        plan = self.read_plan(reading)
+        if reading.holds(self):
+            self._tome_kept = reading, plan
+        return plan
+
+    def read_plan(self, reading: Reading) -> Plan:
+        """What the block computes with now."""
+        row = self._tome_row
 
         def attention() -> AttentionParts:
             parts = row.attention.read(reading, reading.unwatched(self, row.attn))
@@ -128,10 +132,7 @@ class Halves(Patched):
                 found[i] = drop
             else:
                 drops[i] = drop
-        plan = Plan(found[0], found[1], found[2], (drops[0], drops[1]), {})
-        if reading.holds(self):
-            self._tome_kept = reading, plan
-        return plan
+        return Plan(found[0], found[1], found[2], (drops[0], drops[1]), {})
 
 
 def _or_why_not(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | str:
@@ -152,7 +153,7 @@ def kept_of(drop: nn.Module | None, x: Tensor) -> Tensor | None:
     return kept.flatten()
 
 
-def one_call(known: dict[str, Any], half: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Callable[P, T] | None:
+def one_call(known: dict[str, Any], half: str, *args: Any) -> Callable[..., Any] | None:
     """As :func:`tome.ops.one_call`, which is not asked again for what is known."""
-    call = known[half.__name__] = known.get(half.__name__) or ops.one_call(half, *args, **kwargs)
+    call = known[half] = known.get(half) or ops.one_call(half, *args)
     return call

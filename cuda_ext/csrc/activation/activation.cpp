@@ -3,6 +3,7 @@
 
 #include "../norm/host.h"
 #include "../ops.h"
+#include "backward.h"
 
 namespace tome {
 namespace {
@@ -46,6 +47,29 @@ Tensor activate(const Tensor& x, const std::optional<Tensor>& gate) {
 Tensor quick_gelu(const Tensor& x) { return activate(x, std::nullopt); }
 
 Tensor swiglu(const Tensor& gate, const Tensor& x) { return activate(x, gate); }
+
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind) {
+  TOME_CHECK(kind >= 0 && kind <= 2, "gelu must be 0, 1 or 2, got ", kind);
+  check_tensor(x, "x", 3);
+  check_like(grad, "grad", x, x.scalar_type());
+  TOME_CHECK(x.is_contiguous() && grad.is_contiguous() && grad.numel() == x.numel(),
+             "grad and x must be contiguous and of one shape");
+  const Dtype dtype = floating_dtype(x, "x");
+  const DeviceScope scope(x);
+  Tensor out = new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  const activation::GeluBackwardParams p{grad.const_data_ptr(), x.const_data_ptr(), out.mutable_data_ptr(),
+                                         x.numel()};
+  if (p.count == 0) return out;
+  const auto is_aligned_list = [&](const void* data_ptr) {
+    return is_aligned(data_ptr, element_size(dtype), 1, p.count, {});
+  };
+  check_grid(p.count / activation::kThreads + 1);
+  activation::launch_gelu_backward(p, static_cast<activation::GeluKind>(kind), dtype,
+                                   is_aligned_list(p.grad_ptr) && is_aligned_list(p.x_ptr),
+                                   current_stream(x));
+  check_launch();
+  return out;
+}
 
 Tensor swiglu_norm(const Tensor& gate, const Tensor& x, int64_t width, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, double eps) {

@@ -5,13 +5,9 @@
 #include <vector>
 
 #include "../ops.h"
+#include "heads.h"
 
 namespace tome {
-namespace {
-
-struct Heads {
-  Tensor q, k, v;  // [B, H, N, D]
-};
 
 Heads split_heads(const Tensor& qkv, int64_t heads) {
   TOME_CHECK(qkv.dim() == 3, "qkv must be [B, N, 3 * H * D]");
@@ -26,6 +22,8 @@ Heads split_heads(const Tensor& qkv, int64_t heads) {
   };
   return {part(0), part(1), part(2)};
 }
+
+namespace {
 
 // Three tensors as they are, or one that holds all three, or with a weight what they are projected from.
 Heads heads_of(const std::vector<Tensor>& qkv, int64_t heads, const std::optional<Tensor>& weight,

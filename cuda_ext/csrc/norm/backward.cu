@@ -3,11 +3,10 @@
 //   of x'      e = g + rstd * (d - mean(d) - xhat * mean(d * xhat))
 //   of x_i     size_i / total_m * e[m] for m = slot i; of branch_i gamma times that
 //   of weight  sum of h * xhat over all rows, of bias sum of h, of gamma sum of branch_i times the gradient
-//   of x_i
+//   of x_i: columns.cu
 //
 // backward_kernel: one warp per token, which reads the row of its slot, twice: the second time from the L1
-// cache. columns_kernel: sums over rows, in a fixed order; slabs of rows in different blocks are added by the
-// caller.
+// cache.
 #include "../launch.cuh"
 #include "any_dtype.cuh"
 
@@ -101,67 +100,6 @@ __global__ __launch_bounds__(kThreads) void backward_kernel(const BackwardParams
   }
 }
 
-// A block takes 32 packs of channels and one slab of rows, a warp every eighth of them.
-template <int kCount>
-__global__ __launch_bounds__(kThreads) void columns_kernel(const ColumnParams p) {
-  constexpr int kStep = kWarpSize * kCount;
-  static __shared__ float partial[2][kWarps / 2][kStep];
-  const int warp = threadIdx.x / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
-  const int slab = blockIdx.x % p.slabs;
-  const int channel = static_cast<int>(blockIdx.x / p.slabs) * kStep + lane * kCount;
-  const unsigned rows = static_cast<unsigned>(p.batch) * p.rows;  // an int's worth at most
-  const unsigned slab_rows = (rows + p.slabs - 1) / p.slabs;
-  const unsigned end = min(rows, (slab + 1) * slab_rows);
-  float sum[2][kCount];
-#pragma unroll
-  for (int c = 0; c < kCount; ++c) sum[0][c] = sum[1][c] = 0.0f;
-  if (channel < p.channels) {
-#pragma unroll 4
-    for (unsigned row = slab * slab_rows + warp; row < end; row += kWarps) {
-      const int64_t i = row / p.rows, j = row % p.rows;
-      const int64_t a_stride = kCount == 1 ? p.a.channel_stride : 1;
-      const int64_t b_stride = kCount == 1 ? p.b.channel_stride : 1;
-      float a[kCount], b[kCount];
-      load_as(p.a_dtype, p.a.data_ptr, i * p.a.batch_stride + j * p.a.row_stride + channel * a_stride, a);
-      load_as(p.b_dtype, p.b.data_ptr, i * p.b.batch_stride + j * p.b.row_stride + channel * b_stride, b);
-      const float2 stats = p.stats_ptr == nullptr ? make_float2(0.0f, 1.0f) : __ldg(p.stats_ptr + row);
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) {
-        sum[0][c] += a[c];
-        sum[1][c] = fmaf(a[c], (b[c] - stats.x) * stats.y, sum[1][c]);
-      }
-    }
-  }
-#pragma unroll 1
-  for (int half = kWarps / 2; half > 0; half /= 2) {
-    if (warp >= half && warp < 2 * half) {
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) {
-        partial[0][warp - half][c * kWarpSize + lane] = sum[0][c];
-        partial[1][warp - half][c * kWarpSize + lane] = sum[1][c];
-      }
-    }
-    __syncthreads();
-    if (warp < half) {
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) {
-        sum[0][c] += partial[0][warp][c * kWarpSize + lane];
-        sum[1][c] += partial[1][warp][c * kWarpSize + lane];
-      }
-    }
-    __syncthreads();
-  }
-  if (warp > 0 || channel >= p.channels) return;
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    Pack<float, kCount> pack;
-#pragma unroll
-    for (int c = 0; c < kCount; ++c) pack.value[c] = sum[k][c];
-    store_pack(p.out_ptr + (static_cast<int64_t>(slab) * 2 + k) * p.channels + channel, pack);
-  }
-}
-
 }  // namespace
 
 void launch_backward(const BackwardParams& p, Dtype dtype, bool aligned, cudaStream_t stream) {
@@ -171,15 +109,6 @@ void launch_backward(const BackwardParams& p, Dtype dtype, bool aligned, cudaStr
     const auto kernel = aligned ? backward_kernel<T, kPackSize<T>> : backward_kernel<T, 1>;
     launch_kernel(kernel, blocks, kThreads, 0, 0, stream, p);
   });
-}
-
-void launch_columns(const ColumnParams& p, bool aligned, cudaStream_t stream) {
-  const auto launch = [&](auto kernel, int step) {
-    const int64_t tiles = (p.channels + step - 1) / step;
-    launch_kernel(+kernel, tiles * p.slabs, kThreads, 0, 0, stream, p);
-  };
-  aligned ? launch(columns_kernel<kColumnPack>, kWarpSize * kColumnPack)
-          : launch(columns_kernel<1>, kWarpSize);
 }
 
 }  // namespace tome::norm

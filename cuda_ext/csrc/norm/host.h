@@ -17,6 +17,9 @@ norm::Vector vector(const std::optional<Tensor>& tensor, const char* name, const
 bool is_aligned_vector(const norm::Vector& vector);
 bool is_aligned_like(const View& view, Dtype dtype, Dtype x_dtype, int64_t channels);
 
+// Mean and 1 / standard deviation of every row, as merged_norm makes them: kernels read them as they lie.
+const float2* stats_of(const Tensor& stats, const Tensor& like, int64_t batch, int64_t rows);
+
 // A branch of x [B, N, C]: of its shape and dtype, or of any where x is float32. The dtype.
 Dtype check_branch(const Tensor& branch, const Tensor& x);
 

@@ -9,7 +9,6 @@
 namespace tome {
 
 using norm::BackwardParams;
-using norm::ColumnParams;
 using norm::NormParams;
 using norm::Vector;
 
@@ -39,9 +38,6 @@ Dtype check_branch(const Tensor& branch, const Tensor& x) {
   return floating_dtype(branch, "branch");
 }
 
-namespace {
-
-// Mean and 1 / standard deviation of every row, as merged_norm makes them: kernels read them as they lie.
 const float2* stats_of(const Tensor& stats, const Tensor& like, int64_t batch, int64_t rows) {
   check_like(stats, "stats", like, ScalarType::Float);
   TOME_CHECK(stats.dim() == 3 && stats.size(0) == batch && stats.size(1) == rows && stats.size(2) == 2,
@@ -49,8 +45,6 @@ const float2* stats_of(const Tensor& stats, const Tensor& like, int64_t batch, i
   TOME_CHECK(stats.is_contiguous(), "stats must be contiguous");
   return static_cast<const float2*>(stats.const_data_ptr());
 }
-
-}  // namespace
 
 Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const std::optional<Tensor>& slot,
                    int64_t tokens, const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
@@ -171,34 +165,6 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
     check_launch();
   }
   return {x_out, branch_out};
-}
-
-Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats) {
-  check_tensor(a, "a", 3);
-  check_tensor(b, "b", 3);
-  check_like(b, "b", a, b.scalar_type());
-  for (int64_t dim = 0; dim < 3; ++dim) TOME_CHECK(a.size(dim) == b.size(dim), "a and b must have one shape");
-  const DeviceScope scope(a);
-  ColumnParams p{};
-  p.a = view(a);
-  p.b = view(b);
-  p.a_dtype = floating_dtype(a, "a");
-  p.b_dtype = floating_dtype(b, "b");
-  if (stats.has_value()) p.stats_ptr = stats_of(*stats, a, a.size(0), a.size(1));
-  p.batch = a.size(0);
-  p.rows = to_int(a.size(1), "the number of rows");
-  p.channels = to_int(a.size(2), "the number of channels");
-  check_grid(2 * p.batch * p.rows);  // the kernel counts rows in 32 bits, and rounds them up to slabs
-  const bool aligned = p.channels % norm::kColumnPack == 0 && is_aligned_view(p.a, p.a_dtype, p.channels) &&
-                       is_aligned_view(p.b, p.b_dtype, p.channels);
-  p.slabs = norm::slabs(p.batch * p.rows, p.channels);
-  Tensor out = new_empty(a, {p.slabs, 2, p.channels}, ScalarType::Float);
-  p.out_ptr = static_cast<float*>(out.mutable_data_ptr());
-  if (p.channels > 0) {
-    norm::launch_columns(p, aligned, current_stream(a));
-    check_launch();
-  }
-  return out;
 }
 
 }  // namespace tome

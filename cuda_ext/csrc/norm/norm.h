@@ -53,28 +53,4 @@ struct BackwardParams {
 
 void launch_backward(const BackwardParams& params, Dtype dtype, bool aligned, cudaStream_t stream);
 
-// Sums over all rows, in slabs of rows: out[slab][0] of a, out[slab][1] of a * b, where b is normalised first
-// if there are statistics.
-struct ColumnParams {
-  View a, b;                // [batch, rows, channels]
-  const float2* stats_ptr;  // [batch, rows] or null
-  float* out_ptr;           // [slabs, 2, channels]
-  Dtype a_dtype, b_dtype;
-  int64_t batch;
-  int rows, channels, slabs;
-};
-
-constexpr int kColumnPack = 8;  // channels per thread where aligned
-
-// Some hundreds of blocks whatever the GPU, so that every GPU adds in the same order.
-inline int slabs(int64_t rows, int channels) {
-  constexpr int64_t kBlocks = 768, kLeastRows = 64;
-  const int64_t tiles = channels / (32 * kColumnPack) + 1;
-  const int64_t most = (rows + kLeastRows - 1) / kLeastRows;
-  const int64_t wanted = kBlocks / tiles > 1 ? kBlocks / tiles : 1;
-  return static_cast<int>(most < 1 ? 1 : most < wanted ? most : wanted);
-}
-
-void launch_columns(const ColumnParams& params, bool aligned, cudaStream_t stream);
-
 }  // namespace tome::norm
