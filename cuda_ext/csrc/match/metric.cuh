@@ -78,7 +78,7 @@ __device__ __forceinline__ void add_heads(const T* row_ptr, int64_t head_stride,
 }
 
 // Sum over heads of channels [channel, channel + 8) of one token; channels past the end count as zero.
-template <class T, bool kAligned, bool kOnce>
+template <class T, bool kAligned, bool kOnce, int kMost = kOnce ? kMostHeads : kHeadsInFlight>
 __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, int channel,
                                           float (&sum)[kLaneChannels]) {
   const T* row_ptr = static_cast<const T*>(p.keys_ptr) + b * p.batch_stride + position * p.token_stride;
@@ -89,9 +89,9 @@ __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, 
     row_ptr += channel;
     const bool is_whole = channel + kPackSize<T> < p.channels;
     int heads = p.heads;
-    if constexpr (kOnce && sizeof(T) == 2) {
-      if (heads > kHeadsInFlight && heads <= kMostHeads) {
-        add_heads<T, kMostHeads, false, kOnce>(row_ptr, p.head_stride, heads, is_whole, sum);
+    if constexpr (kMost > kHeadsInFlight && sizeof(T) == 2) {
+      if (heads > kHeadsInFlight && heads <= kMost) {
+        add_heads<T, kMost, false, kOnce>(row_ptr, p.head_stride, heads, is_whole, sum);
         return;
       }
     }
