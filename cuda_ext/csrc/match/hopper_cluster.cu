@@ -2,12 +2,14 @@
 // idle: what takes one of them long is to load all heads of all keys.
 //
 // A block makes unit vectors of its share of the sources, for itself, and of the targets, which it writes
-// into the shared memory of all blocks. It scores its sources with all targets; the first block selects.
+// into the shared memory of all blocks. It scores its sources with all targets; the first block selects. What
+// blocks write to each other counts as bytes, which barriers wait for: a fence would wait for device memory.
 //
 // Shared memory of each: its sources, all targets, one packed best per source (of the first block only), and
 // those of its own sources.
 #include <cute/arch/cluster_sm90.hpp>
 
+#include "../hopper/async.cuh"
 #include "../launch.cuh"
 #include "select.cuh"
 
@@ -51,17 +53,9 @@ int64_t shared_bytes(const Params& p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define TOME_CLUSTER __cluster_dims__(kBlocks)
 
-// The same place in the shared memory of another block.
-template <class N>
-__device__ __forceinline__ N* of_block(N* ptr, int rank) {
-  N* other;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(ptr), "r"(rank));
-  return other;
-}
-
 template <class T, bool kAligned>
 __device__ __forceinline__ void load_share(const Params& p, int b, const ClusterShare& share,
-                                           char* sources_ptr, char* targets_ptr) {
+                                           char* sources_ptr, char* targets_ptr, uint32_t barrier) {
   const int stride = row_bytes(p.padded);
   const int rows = share.sources + share.targets;
   const int warp_rows = kWarpSize / p.row_lanes;
@@ -80,16 +74,21 @@ __device__ __forceinline__ void load_share(const Params& p, int b, const Cluster
     sum_heads<T, kAligned, false, kClusterHeads>(p, b, row_position(p, b, min(row, p.rows() - 1)), channel,
                                                  x);
     normalise(x, p.row_lanes);
-    if (is_first) cute::cluster_wait();  // all blocks have begun, so their memory can be written
+    if (is_first) cute::cluster_wait();  // all blocks have begun, and their barriers too
     is_first = false;
     if (local < rows && channel < p.padded) {
       if (is_source) {
         store_split(reinterpret_cast<__half*>(sources_ptr + at * stride), channel, p.padded, x);
       } else {
-        char* const to = targets_ptr + (share.first_target + at - share.sources) * stride;
+        const Split split(x);
+        const uint32_t to = sm90::shared_address(
+            targets_ptr + (share.first_target + at - share.sources) * stride + channel * 2);
 #pragma unroll
         for (int rank = 0; rank < kBlocks; ++rank) {
-          store_split(reinterpret_cast<__half*>(of_block(to, rank)), channel, p.padded, x);
+          const uint32_t other = sm90::of_block(barrier, rank);
+          const uint32_t high = sm90::of_block(to, rank);
+          sm90::store_async(other, high, *reinterpret_cast<const uint4*>(&split.high));
+          sm90::store_async(other, high + 2 * p.padded, *reinterpret_cast<const uint4*>(&split.low));
         }
       }
     }
@@ -130,6 +129,7 @@ __global__ __launch_bounds__(kThreads, kMultiprocessorBlocks) TOME_CLUSTER
     void match_cluster_kernel(const Params p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   static __shared__ SelectStorage storage;
+  static __shared__ uint64_t barriers[2];  // for the targets; for the best of all sources, in the first block
   const int b = blockIdx.x / kBlocks;
   const int rank = blockIdx.x % kBlocks;
   const ClusterShare share(p, rank);
@@ -138,22 +138,31 @@ __global__ __launch_bounds__(kThreads, kMultiprocessorBlocks) TOME_CLUSTER
   auto* best = reinterpret_cast<unsigned long long*>(targets_ptr + p.targets * row_bytes(p.padded));
   unsigned long long* const own_best = best + p.sources;
   for (int i = threadIdx.x; i < share.most_sources; i += kThreads) own_best[i] = pack_best(-INFINITY, 0);
+  const uint32_t barrier[2] = {sm90::shared_address(barriers), sm90::shared_address(barriers + 1)};
+  if (threadIdx.x == 0) {
+    sm90::barrier_init(barrier[0], 1);
+    sm90::barrier_init(barrier[1], 1);
+    sm90::barrier_fence();
+    sm90::barrier_arrive_expecting(barrier[0], p.targets * 4 * p.padded);
+    sm90::barrier_arrive_expecting(barrier[1], p.sources * 8);
+  }
+  __syncthreads();
   cute::cluster_arrive_relaxed();
   await_previous();
   write_fixed(p, b, rank * kThreads + threadIdx.x, kBlocks * kThreads);
   __syncwarp();
-  load_share<T, kAligned>(p, b, share, sources_ptr, targets_ptr);
-  cute::cluster_arrive();
-  cute::cluster_wait();
+  load_share<T, kAligned>(p, b, share, sources_ptr, targets_ptr, barrier[0]);
+  __syncthreads();
+  sm90::barrier_wait(barrier[0], 0);
   score_share(p, share, sources_ptr, targets_ptr, own_best);
   __syncthreads();
-  unsigned long long* const first_best = of_block(best, 0);
-  for (int i = threadIdx.x; i < share.sources; i += kThreads)
-    first_best[share.first_source + i] = own_best[i];
-  __syncwarp();
-  cute::cluster_arrive();
-  cute::cluster_wait();
-  if (rank == 0) write_sources<kThreads>(p, b, best, storage);
+  const uint32_t all_best = sm90::of_block(sm90::shared_address(best), 0);
+  for (int i = threadIdx.x; i < share.sources; i += kThreads) {
+    sm90::store_async(sm90::of_block(barrier[1], 0), all_best + 8 * (share.first_source + i), own_best[i]);
+  }
+  if (rank != 0) return;
+  sm90::barrier_wait(barrier[1], 0);
+  write_sources<kThreads>(p, b, best, storage);
 #endif
 }
 

@@ -146,18 +146,26 @@ __device__ __forceinline__ void normalise(float (&x)[kLaneChannels], int lanes) 
   for (int c = 0; c < kLaneChannels; ++c) x[c] = divide(x[c], norm, per_norm);
 }
 
-// Write 8 channels of a unit vector as two float16 halves, `padded` elements apart.
+// 8 channels of a unit vector as two float16 halves.
+struct Split {
+  Pack<__half, kLaneChannels> high, low;
+
+  __device__ __forceinline__ explicit Split(const float (&x)[kLaneChannels]) {
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) {
+      const float scaled = x[c] * kMetricScale;
+      high.value[c] = __float2half_rn(scaled);
+      low.value[c] = __float2half_rn(scaled - __half2float(high.value[c]));
+    }
+  }
+};
+
+// Write them, the halves `padded` elements apart.
 __device__ __forceinline__ void store_split(__half* row_ptr, int channel, int padded,
                                             const float (&x)[kLaneChannels]) {
-  Pack<__half, kLaneChannels> high, low;
-#pragma unroll
-  for (int c = 0; c < kLaneChannels; ++c) {
-    const float scaled = x[c] * kMetricScale;
-    high.value[c] = __float2half_rn(scaled);
-    low.value[c] = __float2half_rn(scaled - __half2float(high.value[c]));
-  }
-  store_pack(row_ptr + channel, high);
-  store_pack(row_ptr + padded + channel, low);
+  const Split split(x);
+  store_pack(row_ptr + channel, split.high);
+  store_pack(row_ptr + padded + channel, split.low);
 }
 
 }  // namespace tome::match
