@@ -38,9 +38,10 @@ inline cudaError_t ask_for_shared(const void* kernel, int bytes) {
   return error;
 }
 
-// For kernels that follow each other: the first lets the second start while its own last blocks run, the
-// second waits for its end before it reads what the first wrote. Without compute capability 9.0, or a launch
-// that asks for it, both mean nothing.
+// A launch that starts early is prepared while the last blocks of the kernel before it end, or from where
+// each of its blocks has let it. Until then it may touch nothing in device memory, as memory is used again in
+// the order of the stream: every thread waits first. Whoever comes later relies on that too, as for it this
+// kernel alone counts. Without compute capability 9.0, or a launch that asks for it, both mean nothing.
 __device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -52,9 +53,26 @@ __device__ __forceinline__ void await_previous() {
 #endif
 }
 
+// In a graph an early launch becomes an edge of its own kind, which only kernels have: where branches meet,
+// or nothing was launched yet, it stays an ordinary one.
+inline bool may_start_early(cudaStream_t stream) {
+  thread_local std::map<int, int> majors;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  int& major = majors[device];
+  if (major == 0) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (major < 9) return false;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  size_t before = 1;
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, nullptr, nullptr, &before);
+  return error == cudaSuccess && (status == cudaStreamCaptureStatusNone || before == 1);
+}
+
 // `most_shared_bytes`: the most that any launch of this kernel on this GPU may need. The whole of it is asked
 // for, so that a smaller launch can't take back what another one was promised. CUDA keeps what went wrong for
-// check_launch(), which the caller's host code calls right after.
+// check_launch(), which the caller's host code calls right after. `starts_early`: for kernels that
+// await_previous().
 template <class Params>
 void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes,
                    int most_shared_bytes, cudaStream_t stream, const Params& params,
@@ -69,7 +87,7 @@ void launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int shar
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute{};
-  if (starts_early) {
+  if (starts_early && may_start_early(stream)) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;

@@ -18,7 +18,9 @@ void launch_attention(const AttentionParams& p, Dtype dtype, cudaStream_t stream
   const auto attribute = [device](cudaDeviceAttr name) { return device_attribute(name, device); };
   const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
   if (runs_hopper(device)) {
-    if (hopper::fits_resident(p)) return hopper::launch_resident(p, dtype, multiprocessors, stream);
+    if (hopper::fits_resident(p, multiprocessors)) {
+      return hopper::launch_resident(p, dtype, multiprocessors, stream);
+    }
     // A head of fewer keys leaves its consumers without work.
     const bool is_long = p.keys > 64;
     if (is_long && launch_attention_hopper(p, dtype, multiprocessors, stream)) return;

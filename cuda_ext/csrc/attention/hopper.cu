@@ -108,6 +108,7 @@ __global__ __launch_bounds__(Plan::kThreads, 1) TOME_CLUSTER
     for (int group = 0; group < Plan::kGroups; ++group) barrier_init(shared.queries_full(group), 1);
     barrier_fence();
   }
+  await_previous();
   __syncthreads();
   if (threadIdx.x >= Plan::kGroups * kWarpgroupThreads) {
     cutlass::arch::warpgroup_reg_dealloc<Plan::kProducerRegisters>();
@@ -175,7 +176,7 @@ bool launch_tail(const AttentionParams& params, int multiprocessors, cudaStream_
   p.passes = static_cast<int>(params.batch * params.heads * p.head_passes);
   const int64_t clusters = divide_up(std::min(p.passes, multiprocessors), kClusterBlocks);
   launch_kernel(attention_hopper_kernel<Shape>, clusters * kClusterBlocks, Shape::kThreads, Shape::kUsedBytes,
-                Shape::kUsedBytes, stream, p);
+                Shape::kUsedBytes, stream, p, true);
   return true;
 }
 

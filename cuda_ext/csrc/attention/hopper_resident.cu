@@ -17,6 +17,8 @@ namespace tome::attention_ops {
 namespace hopper {
 namespace {
 
+constexpr int kSplitBlocks = 2;  // of a multiprocessor, until which the queries of a head are split
+
 template <class T, int kKeys>
 __global__ __launch_bounds__(kThreads, ResidentPlan<kKeys>::kBlocks) void attention_hopper_resident_kernel(
     const HopperResidentParams plan) {
@@ -33,26 +35,36 @@ void launch(const HopperResidentParams& plan, cudaStream_t stream) {
     if (plan.attention.keys > kKeys) return launch<T, kKeys + kTileRows>(plan, stream);
     launch_kernel(attention_hopper_resident_kernel<T, kKeys>,
                   plan.attention.batch * plan.attention.heads * plan.splits, kThreads,
-                  ResidentPlan<kKeys>::kSharedBytes, ResidentPlan<kKeys>::kSharedBytes, stream, plan);
+                  ResidentPlan<kKeys>::kSharedBytes, ResidentPlan<kKeys>::kSharedBytes, stream, plan, true);
   }
 }
 
 }  // namespace
 
-bool fits_resident(const AttentionParams& p) {
+// Few heads take hardly longer for more keys than they have, but a kernel whose code the multiprocessors must
+// first fetch takes twice as long as one that they have just run. So all layers share one.
+static bool is_few(const AttentionParams& p, int multiprocessors) {
+  return p.batch * p.heads <= multiprocessors;
+}
+
+bool fits_resident(const AttentionParams& p, int multiprocessors) {
   const float unit = unit_of(p.scale);
-  return p.is_aligned && p.head_dim == kDim && p.keys > kLeastKeys && p.keys <= kMostKeys &&
-         unit >= kLeastUnit && unit <= kMostUnit;
+  const int least = is_few(p, multiprocessors) ? 0 : kLeastKeys;
+  return p.is_aligned && p.head_dim == kDim && p.keys > least && p.keys <= kMostKeys && unit >= kLeastUnit &&
+         unit <= kMostUnit;
 }
 
 void launch_resident(const AttentionParams& p, Dtype dtype, int multiprocessors, cudaStream_t stream) {
   const int64_t tiles = (p.queries + kWarpgroupRows - 1) / kWarpgroupRows;
   const int64_t splits =
-      std::max<int64_t>(1, std::min<int64_t>(tiles, multiprocessors / (p.batch * p.heads)));
+      std::max<int64_t>(1, std::min<int64_t>(tiles, kSplitBlocks * multiprocessors / (p.batch * p.heads)));
   const float unit = unit_of(p.scale);
   const HopperResidentParams plan{p, static_cast<int>(splits), unit, 1.0f / (p.scale * unit)};
-  dispatch_half(
-      dtype, [&](auto tag) { launch<typename decltype(tag)::type, kLeastKeys + kTileRows>(plan, stream); });
+  dispatch_half(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    is_few(p, multiprocessors) ? launch<T, kFewKeys>(plan, stream)
+                               : launch<T, kLeastKeys + kTileRows>(plan, stream);
+  });
 }
 
 }  // namespace hopper

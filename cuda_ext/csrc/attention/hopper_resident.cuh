@@ -16,6 +16,7 @@ namespace tome::attention_ops::hopper {
 
 constexpr int kDim = 64;
 constexpr int kBiasBytes = 16;  // of a key
+constexpr int kFewKeys = 208;   // and more: these kernels take fewer keys too, where heads are few
 
 struct HopperResidentParams {
   AttentionParams attention;
@@ -33,6 +34,8 @@ template <int kKeys>
 struct ResidentPlan {
   using Tile = sm90::Tile<kDim, kKeys>;
   static constexpr int kBlocks = kKeys > 224 ? 2 : kKeys > 112 ? 3 : 4;
+  // How many of the last keys may be missing.
+  static constexpr int kPadded = kKeys < kFewKeys ? kTileRows : kKeys;
   static constexpr int kValues = Tile::kBytes;
   // Not the last: compute-sanitizer takes what the product reads of it for twice as much, as if rows had 32
   // bytes.

@@ -50,6 +50,7 @@ struct ResidentHead {
 
   // Queries, keys and values start to come; returns once the first two are there, with all biases.
   __device__ __forceinline__ void start() {
+    await_previous();
     // Sizes first: what becomes of them takes longest.
     float size[kSizes];
 #pragma unroll
@@ -95,7 +96,8 @@ struct ResidentHead {
   }
 
   __device__ __forceinline__ void load_head(const Heads& heads, char* to) const {
-    copy_tile<T, kThreads, kKeys, kTileRows>(rows_address<T>(heads, b, h, 0), heads.row_stride, p.keys, to);
+    copy_tile<T, kThreads, kKeys, Plan::kPadded>(rows_address<T>(heads, b, h, 0), heads.row_stride, p.keys,
+                                                 to);
     cute::cp_async_fence();
   }
 

@@ -66,10 +66,10 @@ void dispatch_head_dim(int head_dim, F&& f) {
 
 namespace hopper {
 // The resident kernel on warpgroup products: for compute capability 9.0, head dimension 64 and up to 256
-// keys.
+// keys; few only where heads are few too.
 constexpr int kLeastKeys = 48;  // and below the kernel whose warps take heads of their own
 constexpr int kMostKeys = 256;
-bool fits_resident(const AttentionParams& params);
+bool fits_resident(const AttentionParams& params, int multiprocessors);
 void launch_resident(const AttentionParams& params, Dtype dtype, int multiprocessors, cudaStream_t stream);
 }  // namespace hopper
 

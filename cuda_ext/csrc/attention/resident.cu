@@ -57,6 +57,7 @@ __global__ __launch_bounds__(kThreads, WarpTiles<kHeadDim>::kBlocks) void attent
     copy_rows<T, kHeadDim, kRowTiles * kTileRows>(rows_ptr, p.q.row_stride, p.queries - tile * kTileRows,
                                                   p.is_aligned, queries());
   };
+  await_previous();
   load_queries();
   {
     const Place place(plan, team());
@@ -141,7 +142,7 @@ void launch_resident(const ResidentParams& plan, Dtype dtype, int max_shared_byt
     using T = typename decltype(tag)::type;
     dispatch_head_dim(plan.attention.head_dim, [&](auto head_dim) {
       launch_kernel(attention_resident_kernel<T, decltype(head_dim)::value>, blocks, kThreads, bytes,
-                    max_shared_bytes, stream, plan);
+                    max_shared_bytes, stream, plan, true);
     });
   });
 }

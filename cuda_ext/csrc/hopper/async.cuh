@@ -68,6 +68,24 @@ __device__ __forceinline__ void store_async(uint32_t barrier, uint32_t shared, f
       : "memory");
 }
 
+__device__ __forceinline__ void store_async(uint32_t barrier, uint32_t shared, uint4 x) {
+  store_async(barrier, shared, __uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z),
+              __uint_as_float(x.w));
+}
+
+__device__ __forceinline__ void store_async(uint32_t barrier, uint32_t shared, unsigned long long x) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %2, [%1];" ::"r"(shared),
+               "r"(barrier), "l"(x)
+               : "memory");
+}
+
+// The same address in the shared memory of another block of the cluster.
+__device__ __forceinline__ uint32_t of_block(uint32_t shared, int rank) {
+  uint32_t other;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(shared), "r"(rank));
+  return other;
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

@@ -74,6 +74,7 @@ __global__ __launch_bounds__(kThreads, 2) void match_fused_kernel(const Params p
   char* shared = dynamic_shared();
   auto* best = reinterpret_cast<unsigned long long*>(shared + p.rows() * row_bytes(p.padded));
   const int b = blockIdx.x;
+  await_previous();
   for (int i = threadIdx.x; i < p.sources; i += kThreads) best[i] = pack_best(-INFINITY, 0);
   write_fixed(p, b, threadIdx.x, kThreads);
   load_metric<T, kAligned>(p, b, shared);
@@ -87,7 +88,7 @@ template <class T, bool kAligned>
 void launch(const Params& p, int max_shared_bytes, cudaStream_t stream) {
   const int bytes = static_cast<int>(shared_bytes(p));
   const int most = max_shared_bytes - kStorageBytes;
-  launch_kernel(match_fused_kernel<T, kAligned>, p.batch, kThreads, bytes, most, stream, p);
+  launch_kernel(match_fused_kernel<T, kAligned>, p.batch, kThreads, bytes, most, stream, p, true);
 }
 
 }  // namespace

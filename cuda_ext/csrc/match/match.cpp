@@ -49,8 +49,11 @@ Tensor run(Params p, const Tensor& keys) {
   const int device = keys.get_device_index();
   const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int multiprocessor_bytes = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   if (match::fits_one_block(p, limit, multiprocessor_bytes)) {
-    match::launch_fused(p, dtype, aligned, limit, stream);
+    const bool launched =
+        runs_hopper(device) && match::launch_cluster(p, dtype, aligned, limit, multiprocessors, stream);
+    if (!launched) match::launch_fused(p, dtype, aligned, limit, stream);
     check_launch();
     return slot;
   }
@@ -63,7 +66,6 @@ Tensor run(Params p, const Tensor& keys) {
   p.metric_ptr = reinterpret_cast<__half*>(scratch_ptr);
   p.best_ptr = reinterpret_cast<unsigned long long*>(scratch_ptr + metric_bytes);
   p.done_ptr = reinterpret_cast<int*>(scratch_ptr + metric_bytes + best_bytes);
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
   match::launch_metric(p, dtype, aligned, stream);
   const bool launched = (runs_hopper(device) && match::launch_hopper(p, stream)) ||
                         match::launch_tiled(p, limit, multiprocessors, stream);
@@ -100,7 +102,8 @@ Tensor kth_match(const Tensor& keys, int64_t k, int64_t prefix) {
   return run(p, keys);
 }
 
-Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r, int64_t prefix) {
+Tensor listed_match(const Tensor& keys, const Tensor& sources, const Tensor& targets, int64_t r,
+                    int64_t prefix) {
   Params p = key_params(keys, prefix);
   for (const auto& [tensor, name] : {std::pair{&sources, "sources"}, std::pair{&targets, "targets"}}) {
     check_like(*tensor, name, keys, ScalarType::Long);

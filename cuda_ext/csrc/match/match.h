@@ -59,6 +59,10 @@ inline void set_layout(Params& params) {
 // other scores. The two limits are the GPU's: bytes per block and bytes per multiprocessor.
 bool fits_one_block(const Params& params, int max_shared_bytes, int multiprocessor_bytes);
 void launch_fused(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes, cudaStream_t stream);
+// On compute capability 9.0, with code for 90a: a cluster of blocks per image, where images are few and fit
+// one block. False for all others.
+bool launch_cluster(const Params& params, Dtype dtype, bool aligned, int max_shared_bytes,
+                    int multiprocessors, cudaStream_t stream);
 // Longer images take two launches: the metric into device memory, then scores and selection.
 void launch_metric(const Params& params, Dtype dtype, bool aligned, cudaStream_t stream);
 // False where the GPU has too little shared memory for even the smallest tile.

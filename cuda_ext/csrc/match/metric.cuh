@@ -78,7 +78,7 @@ __device__ __forceinline__ void add_heads(const T* row_ptr, int64_t head_stride,
 }
 
 // Sum over heads of channels [channel, channel + 8) of one token; channels past the end count as zero.
-template <class T, bool kAligned, bool kOnce>
+template <class T, bool kAligned, bool kOnce, int kMost = kOnce ? kMostHeads : kHeadsInFlight>
 __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, int channel,
                                           float (&sum)[kLaneChannels]) {
   const T* row_ptr = static_cast<const T*>(p.keys_ptr) + b * p.batch_stride + position * p.token_stride;
@@ -89,9 +89,9 @@ __device__ __forceinline__ void sum_heads(const Params& p, int b, int position, 
     row_ptr += channel;
     const bool is_whole = channel + kPackSize<T> < p.channels;
     int heads = p.heads;
-    if constexpr (kOnce && sizeof(T) == 2) {
-      if (heads > kHeadsInFlight && heads <= kMostHeads) {
-        add_heads<T, kMostHeads, false, kOnce>(row_ptr, p.head_stride, heads, is_whole, sum);
+    if constexpr (kMost > kHeadsInFlight && sizeof(T) == 2) {
+      if (heads > kHeadsInFlight && heads <= kMost) {
+        add_heads<T, kMost, false, kOnce>(row_ptr, p.head_stride, heads, is_whole, sum);
         return;
       }
     }
@@ -146,18 +146,26 @@ __device__ __forceinline__ void normalise(float (&x)[kLaneChannels], int lanes) 
   for (int c = 0; c < kLaneChannels; ++c) x[c] = divide(x[c], norm, per_norm);
 }
 
-// Write 8 channels of a unit vector as two float16 halves, `padded` elements apart.
+// 8 channels of a unit vector as two float16 halves.
+struct Split {
+  Pack<__half, kLaneChannels> high, low;
+
+  __device__ __forceinline__ explicit Split(const float (&x)[kLaneChannels]) {
+#pragma unroll
+    for (int c = 0; c < kLaneChannels; ++c) {
+      const float scaled = x[c] * kMetricScale;
+      high.value[c] = __float2half_rn(scaled);
+      low.value[c] = __float2half_rn(scaled - __half2float(high.value[c]));
+    }
+  }
+};
+
+// Write them, the halves `padded` elements apart.
 __device__ __forceinline__ void store_split(__half* row_ptr, int channel, int padded,
                                             const float (&x)[kLaneChannels]) {
-  Pack<__half, kLaneChannels> high, low;
-#pragma unroll
-  for (int c = 0; c < kLaneChannels; ++c) {
-    const float scaled = x[c] * kMetricScale;
-    high.value[c] = __float2half_rn(scaled);
-    low.value[c] = __float2half_rn(scaled - __half2float(high.value[c]));
-  }
-  store_pack(row_ptr + channel, high);
-  store_pack(row_ptr + padded + channel, low);
+  const Split split(x);
+  store_pack(row_ptr + channel, split.high);
+  store_pack(row_ptr + padded + channel, split.low);
 }
 
 }  // namespace tome::match

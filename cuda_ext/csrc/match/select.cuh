@@ -1,7 +1,8 @@
 // From each source's best target to the slot map of one image, by one block.
 //
-// The r-th largest score is found by its digits (four histograms of 8 bits), then one ordered pass counts the
-// merged and the kept sources before each source. Integer counts only: the result depends on no timing.
+// The r-th largest score is found by its digits (four histograms of 8 bits), or where sources are few by what
+// each of them is below; then one ordered pass counts the merged and the kept sources before each source.
+// Integer counts only: the result depends on no timing.
 #pragma once
 
 #include "score.cuh"
@@ -63,6 +64,30 @@ __device__ __forceinline__ uint32_t find_threshold(const unsigned long long* bes
   return threshold;
 }
 
+// The same where sources are at most half of the threads: two of them count who is before a source.
+template <int kThreads>
+__device__ __forceinline__ uint32_t count_to_threshold(const unsigned long long* best, int sources, int r,
+                                                       SelectStorage& shared, int& equal) {
+  const int i = min(static_cast<int>(threadIdx.x / 2), sources - 1);
+  const uint32_t mine = best_order(best[i]);
+  int above = 0, before = 0;
+#pragma unroll 8
+  for (int j = threadIdx.x % 2; j < sources; j += 2) {
+    const uint32_t other = best_order(best[j]);
+    above += other > mine;
+    before += other == mine && j < i;
+  }
+  above += __shfl_xor_sync(kFullWarp, above, 1);
+  before += __shfl_xor_sync(kFullWarp, before, 1);
+  if (above + before == r - 1) {  // the last that merges; whoever else says so says the same
+    shared.digit = static_cast<int>(mine);
+    shared.above = before + 1;
+  }
+  __syncthreads();
+  equal = shared.above;
+  return static_cast<uint32_t>(shared.digit);
+}
+
 // Slots that no score decides: the prefix and the targets of image b. This thread does its share of them.
 __device__ __forceinline__ void write_fixed(const Params& p, int b, int first, int step) {
   int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
@@ -90,7 +115,9 @@ __device__ __forceinline__ void write_sources(const Params& p, int b, const unsi
 
   int32_t* slot_ptr = p.slot_ptr + static_cast<int64_t>(b) * p.tokens;
   int equal = 0;
-  const uint32_t threshold = find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
+  const uint32_t threshold = p.sources <= kThreads / 2
+                                 ? count_to_threshold<kThreads>(best, p.sources, p.merged, shared, equal)
+                                 : find_threshold<kThreads>(best, p.sources, p.merged, shared, equal);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   int2 before = make_int2(0, 0);

@@ -71,8 +71,9 @@ __global__ __launch_bounds__(kBlockThreads,
 template <class T, int kCount, int kPacks>
 void launch(const GatherParams& p, cudaStream_t stream) {
   const int64_t blocks = (p.tokens + p.block_outputs - 1) / p.block_outputs * p.batch;
-  constexpr int kBytes = ring_bytes<PlainRows<T, kCount>, kPacks>();
-  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kBlockThreads, kBytes, kBytes, stream, p);
+  const auto bytes = ring_bytes<PlainRows<T, kCount>, kPacks>;
+  launch_kernel(gather_kernel<T, kCount, kPacks>, blocks, kBlockThreads, bytes(is_few(p)), bytes(true),
+                stream, p);
 }
 
 }  // namespace

@@ -102,13 +102,14 @@ __device__ __forceinline__ bool is_listed(const Storage& shared, int output) {
   return static_cast<unsigned>(shared.count[output]) - 1u < static_cast<unsigned>(kShortGroup);
 }
 
-// The outputs that this warp sums: consecutive ones, with about as many members as those of any other warp.
-// `count(output)`: its members, or 0 for one that no warp is to have.
+// The outputs that this warp sums: consecutive ones, with about as many members as those of any other warp,
+// or one, if there are no more. `count(output)`: its members, or 0 for one that no warp is to have.
 template <class Count>
-__device__ __forceinline__ Outputs share_outputs(Count&& count) {
+__device__ __forceinline__ Outputs share_outputs(int outputs, Count&& count) {
   const int lane = lane_output();
   const int warp = threadIdx.x / kWarpSize;
   const int here = count(lane);
+  if (outputs <= kBlockWarps) return __ballot_sync(kFullWarp, here > 0 && lane == warp);
   int end = here;
 #pragma unroll
   for (int step = 1; step < kWarpSize; step *= 2) {

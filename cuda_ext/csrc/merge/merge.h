@@ -47,11 +47,11 @@ struct SpreadParams {
 
 constexpr int kMaxBlockOutputs = 32;  // so that a bit for each fits a word
 
-// Few rows: small blocks, so that a single image still reaches many multiprocessors. Many rows: larger
+// Few rows: a warp for each, so that a single image still reaches many multiprocessors. Many rows: larger
 // blocks, so that the scan of the slots is shared by more of them, all alike; the largest only where
 // there is much to scan, as a grid of few blocks ends unevenly. Without a map nothing is scanned.
 inline int block_outputs(int64_t batch, int64_t length, int64_t tokens, bool has_map) {
-  constexpr int64_t kFewRows = 1024, kManyRows = 8192, kLong = 2048;
+  constexpr int64_t kFewRows = 1584, kManyRows = 8192, kLong = 2048;
   const int64_t rows = batch * tokens;
   if (rows <= kManyRows || !has_map) return rows <= kFewRows ? 4 : 8;
   const int64_t most = length > kLong ? kMaxBlockOutputs : kMaxBlockOutputs / 2;

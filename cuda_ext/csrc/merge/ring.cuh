@@ -45,9 +45,19 @@ constexpr int ring_depth() {
   return kFit < 1 ? 1 : kFit > kMostMembers ? kMostMembers : kFit;
 }
 
+// Blocks of few outputs do not fill a multiprocessor: more members travel, as the largest group is waited
+// for.
+// The widest rows have no register left for the choice.
 template <class Rows, int kPacks>
-constexpr int ring_bytes() {
-  return kBlockWarps * ring_depth<Rows, kPacks>() * kPacks * Rows::kPackBytes;
+constexpr int few_times() {
+  return kPacks * Rows::kPackBytes <= 5 << 10 ? 2 : 1;
+}
+__host__ __device__ inline bool is_few(const GatherParams& p) { return p.block_outputs <= kBlockWarps; }
+
+template <class Rows, int kPacks>
+__host__ __device__ constexpr int ring_bytes(bool is_few) {
+  return kBlockWarps * ring_depth<Rows, kPacks>() * (is_few ? few_times<Rows, kPacks>() : 1) * kPacks *
+         Rows::kPackBytes;
 }
 
 // Rows of up to kPacks packs. The members of a warp's rows form one stream through a ring in shared memory,
@@ -58,25 +68,27 @@ __device__ __forceinline__ void merge_stream(const GatherParams& p, const Rows& 
                                              Outputs mine, char* ring, Begin&& begin) {
   constexpr int kCount = Rows::kCount;
   constexpr int kDepth = ring_depth<Rows, kPacks>();
+  constexpr int kFewDepth = kDepth * few_times<Rows, kPacks>();
   constexpr int kStageBytes = kPacks * Rows::kPackBytes;
+  const auto ring_end = [&] { return (is_few(p) ? kFewDepth : kDepth) * kStageBytes; };
   const int channel = lane_channel<kCount>();
-  char* const stages = ring + threadIdx.x / kWarpSize * (kDepth * kStageBytes);
+  char* const stages = ring + threadIdx.x / kWarpSize * ring_end();
   MemberCursor ahead{mine}, now{mine};
-  const auto copy_next = [&](int stage) {
+  const auto copy_next = [&](int at) {
     if (ahead.left != 0) {
       const int token = shared.list[ahead.output()][ahead.member].token;
 #pragma unroll
       for (int k = 0; k < kPacks; ++k) {
         if (is_inside<kCount, kPacks>(k, channel, p.channels))
           rows.copy(token & ~kLastMember, channel + k * kWarpSize * kCount,
-                    stages + stage * kStageBytes + k * Rows::kPackBytes);
+                    stages + at + k * Rows::kPackBytes);
       }
       ahead.step(token < 0);
     }
     cute::cp_async_fence();  // an empty group behind the last member keeps the count of groups the same
   };
-#pragma unroll
-  for (int stage = 0; stage < kDepth; ++stage) copy_next(stage);
+#pragma unroll 1
+  for (int at = 0; at < ring_end(); at += kStageBytes) copy_next(at);
   begin();
   RowPart<kPacks, kCount> sum;
   const auto reset = [&] {
@@ -87,26 +99,29 @@ __device__ __forceinline__ void merge_stream(const GatherParams& p, const Rows& 
     }
   };
   reset();
-  int stage = 0;
+  int at = 0;  // in the ring
 #pragma unroll 1
   while (now.left != 0) {
     const int output = now.output();
     const Member member = shared.list[output][now.member];
-    cute::cp_async_wait<kDepth - 1>();
+    if (is_few(p)) {
+      cute::cp_async_wait<kFewDepth - 1>();
+    } else {
+      cute::cp_async_wait<kDepth - 1>();
+    }
     __syncwarp();  // nothing below is read before
 #pragma unroll
     for (int k = 0; k < kPacks; ++k) {
       if (is_inside<kCount, kPacks>(k, channel, p.channels)) {
         float x[kCount];
-        rows.value(rows.arrived(stages + stage * kStageBytes + k * Rows::kPackBytes),
-                   channel + k * kWarpSize * kCount, x);
+        rows.value(rows.arrived(stages + at + k * Rows::kPackBytes), channel + k * kWarpSize * kCount, x);
 #pragma unroll
         for (int c = 0; c < kCount; ++c) sum[k][c] = fmaf(member.weight, x[c], sum[k][c]);
       }
     }
     __syncwarp();  // and nothing above later
-    copy_next(stage);
-    stage = stage + 1 == kDepth ? 0 : stage + 1;
+    copy_next(at);
+    at = at + kStageBytes == ring_end() ? 0 : at + kStageBytes;
     if (member.token < 0) {
       rows.template finish<kPacks>(output, sum);
       reset();

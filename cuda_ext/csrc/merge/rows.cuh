@@ -115,7 +115,7 @@ __device__ __forceinline__ void merge_rows(const GatherParams& p, const Rows& ro
                                            int64_t b, int first, int outputs, char* ring) {
   const bool has_map = p.slot.data_ptr != nullptr;
   if (has_map) list_members(p, b, first, outputs, shared);
-  const Outputs mine = share_outputs([&](int output) {
+  const Outputs mine = share_outputs(outputs, [&](int output) {
     if (!has_map) return output < outputs ? 1 : 0;
     return output < outputs && is_listed(shared, output) ? shared.count[output] : 0;
   });

@@ -33,10 +33,12 @@ __global__ __launch_bounds__(kThreads,
   // Rows of any width read the parameters from memory each time: they would not fit.
   if constexpr (kPacks > 0) {
     constexpr int kChannels = kPacks * kWarpSize * kCount;
-    staged.weight = reinterpret_cast<float*>(dynamic_shared() + merge_ops::ring_bytes<Rows, kPacks>());
+    staged.weight =
+        reinterpret_cast<float*>(dynamic_shared() + merge_ops::ring_bytes<Rows, kPacks>(is_few(merge)));
     staged.bias = staged.weight + kChannels;
     staged.gamma = staged.bias + kChannels;
   }
+  await_previous();
   const int blocks = (merge.tokens + merge.block_outputs - 1) / merge.block_outputs;  // per image
   const int64_t b = blockIdx.x / blocks;
   const int first = static_cast<int>(blockIdx.x % blocks) * merge.block_outputs;
@@ -60,10 +62,10 @@ void launch(const NormParams& p, bool aligned, cudaStream_t stream) {
     constexpr int kPacks = decltype(packs)::value;
     // gamma's place comes last, so that without it the block takes less.
     const int vectors = p.gamma.data_ptr == nullptr ? 2 : 3;
-    constexpr int kRing = merge_ops::ring_bytes<NormRows<T, U, kCount, (kPacks > 0)>, kPacks>();
+    const auto ring = merge_ops::ring_bytes<NormRows<T, U, kCount, (kPacks > 0)>, kPacks>;
     constexpr int kVector = kPacks * kWarpSize * kCount * static_cast<int>(sizeof(float));
-    launch_kernel(norm_kernel<T, U, kCount, kPacks>, blocks, kThreads, kRing + vectors * kVector,
-                  kRing + 3 * kVector, stream, p);
+    launch_kernel(norm_kernel<T, U, kCount, kPacks>, blocks, kThreads,
+                  ring(is_few(merge)) + vectors * kVector, ring(true) + 3 * kVector, stream, p, true);
   });
 }
 

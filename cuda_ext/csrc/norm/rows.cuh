@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../merge/rows.cuh"
-#include "any_dtype.cuh"
+#include "staged.cuh"
 
 namespace tome::norm {
 
@@ -13,44 +13,6 @@ using merge_ops::copy_pack;
 using merge_ops::is_inside;
 using merge_ops::lane_channel;
 using merge_ops::RowPart;
-
-constexpr int kThreads = merge_ops::kBlockThreads;
-
-// gamma, weight and bias in float32, in shared memory: converted once per block, and read without bank
-// conflicts as 16 bytes of all lanes lie side by side.
-struct Staged {
-  float* gamma;
-  float* weight;
-  float* bias;
-};
-
-template <int kCount>
-__device__ __forceinline__ void stage(const Vector& from, float missing, int channels, float* to) {
-  constexpr int kFours = kCount / 4;  // per pack
-#pragma unroll 1
-  for (int four = threadIdx.x; four < channels / 4; four += kThreads) {
-    const int pack = four / kFours;
-    float v[4] = {missing, missing, missing, missing};
-    if (from.data_ptr != nullptr) load_vector(from, 4 * four, v);
-    const int at = pack / kWarpSize * kFours * kWarpSize + four % kFours * kWarpSize + pack % kWarpSize;
-    reinterpret_cast<float4*>(to)[at] = make_float4(v[0], v[1], v[2], v[3]);
-  }
-}
-
-template <int kCount>
-__device__ __forceinline__ void load_staged(const float* from, int channel, float (&v)[kCount]) {
-  static_assert(kCount % 4 == 0);
-  const int step = channel / (kWarpSize * kCount) * (kWarpSize * kCount);
-  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
-#pragma unroll
-  for (int i = 0; i < kCount / 4; ++i) {
-    const float4 four = *reinterpret_cast<const float4*>(from + step + (i * kWarpSize + lane) * 4);
-    v[4 * i] = four.x;
-    v[4 * i + 1] = four.y;
-    v[4 * i + 2] = four.z;
-    v[4 * i + 3] = four.w;
-  }
-}
 
 // The dtype of a branch that isn't there.
 struct NoBranch {};
@@ -85,9 +47,7 @@ struct NormRows {
   // gamma is needed for the first row already, weight and bias for its end.
   __device__ __forceinline__ void prepare() const {
     if constexpr (kStaged) {
-      stage<kCount>(p.weight, 1.0f, p.merge.channels, staged.weight);
-      stage<kCount>(p.bias, 0.0f, p.merge.channels, staged.bias);
-      if (p.gamma.data_ptr != nullptr) stage<kCount>(p.gamma, 1.0f, p.merge.channels, staged.gamma);
+      stage<kCount>(p, staged);
       __syncthreads();
     }
   }

@@ -39,6 +39,7 @@ __global__ __launch_bounds__(kThreads, 4) void restore_kernel(const RestoreParam
   const int64_t first = static_cast<int64_t>(blockIdx.x) * p.block_rows;
   const int64_t left = p.batch * p.length - first;
   const int rows = left < p.block_rows ? static_cast<int>(left) : p.block_rows;
+  await_previous();
   if (static_cast<int>(threadIdx.x) < rows) {
     const int64_t row = first + threadIdx.x;
     slots[threadIdx.x] = follow(p.chain, row / p.length, static_cast<int>(row % p.length));
@@ -96,7 +97,7 @@ template <class T, class U>
 void launch(const RestoreParams& p, bool aligned, cudaStream_t stream) {
   const int64_t blocks = (p.batch * p.length + p.block_rows - 1) / p.block_rows;
   launch_kernel(aligned ? restore_kernel<T, U, kPackSize<T>> : restore_kernel<T, U, 1>, blocks, kThreads, 0,
-                0, stream, p);
+                0, stream, p, true);
 }
 
 }  // namespace

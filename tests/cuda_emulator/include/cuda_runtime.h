@@ -368,6 +368,11 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = emulator::state().device;
   return cudaSuccess;
 }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus*, void*, void*, void*,
+                                            void*, size_t*) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() {
   return emulator::state().refused[0] == 0 ? cudaSuccess : cudaErrorInvalidValue;
