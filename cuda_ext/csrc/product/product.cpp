@@ -72,8 +72,6 @@ const Gelu& gelu_of(ScalarType dtype, bool is_tanh) {
   return dtype == ScalarType::Half ? kErfHalf : kErfBFloat16;
 }
 
-}  // namespace
-
 // What a launch needs but the output; nothing where the product can't run.
 std::optional<ProductParams> product_params(const Tensor& x, const Tensor& weight,
                                             const std::optional<Tensor>& bias) {
