@@ -19,7 +19,8 @@ namespace {
 template <class U, int kCount, int kPacks>
 constexpr int min_blocks() {
   if (kPacks == 0) return kCount == 1 ? 2 : 3;
-  if ((std::is_same_v<U, __half> || std::is_same_v<U, NoBranch>) && kPacks <= 6) return 5;
+  constexpr bool kIsPlain = std::is_same_v<U, __half> || std::is_same_v<U, NoBranch>;
+  if (kIsPlain && kPacks <= 6 && kCount * kPacks < 40) return 5;
   return std::is_same_v<U, float> && kCount * kPacks >= 40 ? 3 : 4;
 }
 
