@@ -181,7 +181,7 @@ def test_the_report_of_a_model_names_the_kernels():
     attend, mlp = halves = parts[2].calls
     assert attend == recording.Call("attend_half", "cuda", "one call")
     assert mlp[:2] == ("mlp_half", "cuda")
-    assert mlp.reason.startswith("one call without a product with GELU inside: there are ")
+    assert mlp.reason.startswith("one call without a product with GELU inside: the kernel ")
     assert parts[3].calls[:2] == halves
     assert [call.op for call in parts[3].calls[2:]] == ["linear_gelu", "restore"]  # of few rows, by torch
     assert parts[4].calls == (recording.Call("merge_add_norm", "cuda", None),)

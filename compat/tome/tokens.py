@@ -15,7 +15,6 @@ from torch.utils import _pytree
 
 from tome import backend, ops
 from tome_reference.halves import dropped
-from tome_reference.merging import add as add_branch
 
 Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
 # The size of a padded token: nothing beside a real one, yet a number to divide by, and one whose logarithm is finite.
@@ -319,7 +318,8 @@ def add(
     value, gamma = branch
     if norm is not None and (value.dtype is x.dtype or x.dtype is torch.float32):
         return ops.merge_add_norm(x, value, slot, tokens, size, norm.weight, norm.bias, norm.eps, gamma, norm.dtype)
-    x = add_branch(x, value, gamma)
+    value, skip = value if gamma is None else value * gamma, x.shape[1] - value.shape[1]
+    x = x + (F.pad(value, (0, 0, skip, 0)) if skip else value)
     if slot is not None:
         x, size = ops.merge(x, slot, tokens, size)
     return x, None, size

@@ -409,9 +409,9 @@ FAKES = {
     ),
     "column_sums": Fake(_column_sums, lambda args: 0),
     "attend_half": Fake(_attend_half, lambda args: 3 * args[0].numel()),
-    "attend_half_training": Fake(_attend_half_training, lambda args: 3 * args[0].numel()),
-    "attend_half_backward": Fake(_attend_half_backward, lambda args: 3 * args[18].numel()),
-    "mlp_half_training": Fake(_mlp_half_training, lambda args: 4 * args[0].numel()),
-    "mlp_half_backward": Fake(_mlp_half_backward, lambda args: args[12].numel()),
+    "attend_half_training": Fake(_attend_half_training, _first),
+    "attend_half_backward": Fake(_attend_half_backward, lambda args: args[18].numel()),
+    "mlp_half_training": Fake(_mlp_half_training, _first),
+    "mlp_half_backward": Fake(_mlp_half_backward, lambda args: args[2].numel()),
     "mlp_half": Fake(_mlp_half, lambda args: 4 * args[0].numel()),
 }

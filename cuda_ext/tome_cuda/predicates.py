@@ -217,7 +217,7 @@ def without_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, appro
         return f"the kernel of linear_gelu takes multiples of 8 channels, not {inputs} to {outputs}"
     rows, least = x.numel() // inputs, library.info().least_rows
     if rows < least:
-        return f"there are {rows} rows, and the kernel of linear_gelu is for {least} and more"
+        return f"the kernel of linear_gelu is for {least} rows and more"
     is_dense = weight.is_contiguous() and (bias is None or bias.is_contiguous())
     if not is_dense or (x.dtype is dtype and not _has_rows(x)):
         return "the kernel of linear_gelu reads rows of x at even distances of 16 bytes, and a weight without gaps"

@@ -22,6 +22,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kClusterHeads = 16;  // loads under way
 constexpr int kUnitColumns = 16;   // targets of a warp at a time, so that all warps have some
 constexpr int kMultiprocessorBlocks = 2;
+constexpr int kStaticBytes = kStorageBytes + kAccessBytes;  // with the barriers
 
 __host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 
@@ -169,7 +170,7 @@ __global__ __launch_bounds__(kThreads, kMultiprocessorBlocks) TOME_CLUSTER
 template <class T, bool kAligned>
 void launch(const Params& p, int max_shared_bytes, cudaStream_t stream) {
   launch_kernel(match_cluster_kernel<T, kAligned>, int64_t{kBlocks} * p.batch, kThreads,
-                static_cast<int>(shared_bytes(p)), max_shared_bytes - kStorageBytes, stream, p, true);
+                static_cast<int>(shared_bytes(p)), max_shared_bytes - kStaticBytes, stream, p, true);
 }
 
 }  // namespace
@@ -177,7 +178,7 @@ void launch(const Params& p, int max_shared_bytes, cudaStream_t stream) {
 bool launch_cluster(const Params& p, Dtype dtype, bool aligned, int max_shared_bytes, int multiprocessors,
                     cudaStream_t stream) {
   if (int64_t{kBlocks} * p.batch > int64_t{kMultiprocessorBlocks} * multiprocessors) return false;
-  if (p.targets == 0 || shared_bytes(p) + kStorageBytes > max_shared_bytes) return false;
+  if (p.targets == 0 || shared_bytes(p) + kStaticBytes > max_shared_bytes) return false;
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     aligned ? launch<T, true>(p, max_shared_bytes, stream) : launch<T, false>(p, max_shared_bytes, stream);

@@ -71,6 +71,8 @@ Normed merged_norm(const Tensor& x, const std::optional<Tensor>& branch, const s
   p.merge = gather_params(x, merged, slot, tokens, size);
   if (total.has_value()) p.merge.total_ptr = static_cast<float*>(total->mutable_data_ptr());
   if (branch.has_value()) p.branch = view(*branch);
+  if (branch.has_value() && branch->size(1) == 0)
+    p.branch.data_ptr = p.merge.x.data_ptr;  // of which nothing is read
   p.skip = static_cast<int>(skip);
   p.y_ptr = y.mutable_data_ptr();
   if (stats.has_value()) p.stats_ptr = static_cast<float2*>(stats->mutable_data_ptr());
