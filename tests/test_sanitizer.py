@@ -132,6 +132,30 @@ def test_linear_gelu(rows: int, k: int, j: int, tile: int, dtype: torch.dtype) -
         assert bool(found.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("gelu", ["erf", "tanh", "quick"])
+@pytest.mark.parametrize(("n", "channels"), [*product((2, 17, 70), (64, 96))])
+def test_halves_in_training(n: int, channels: int, gelu: str, dtype: torch.dtype) -> None:
+    """Parameters that are cast, with LayerScale and stochastic depth."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=generator(n)).requires_grad_()
+
+    x, y, drop = normal(3, n, channels), normal(3, n, channels), torch.tensor([0.0, 1.0, 2.0], device="cuda")
+    vectors = [normal(channels) for _ in range(4)]
+    gamma, norm = vectors[0], (vectors[1], vectors[2], 1e-5)
+    qkv, proj = (normal(3 * channels, channels), normal(3 * channels)), (normal(channels, channels), vectors[3])
+    fc1, fc2 = (normal(4 * channels, channels), normal(4 * channels)), (normal(channels, 4 * channels), None)
+    with torch.autocast("cuda", dtype):
+        left = n - (n - 1) // 4
+        attend = x, (y.to(dtype),), channels // 32, None, None, left, 1, True, None, qkv, proj, gamma, norm, dtype, drop
+        merged, normed, _, _ = tome_cuda.attend_half(*attend)
+        outs = tome_cuda.mlp_half(merged, normed, fc1, gelu, fc2, gamma, norm, dtype, drop)
+    sum(out.float().sum() for out in outs).backward()
+    leaves = (x, y, *vectors, *qkv, *proj, *fc1, fc2[0])
+    assert all(bool(leaf.grad.isfinite().all()) for leaf in leaves)
+
+
 def heads(n: int, d: int, dtype: torch.dtype, layout: str, seed: int) -> Tensor:
     return strided(torch.randn(2, 3, n, d, device="cuda", generator=generator(seed)).to(dtype), layout)
 
