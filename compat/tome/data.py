@@ -44,6 +44,9 @@ class Source(Protocol):
     def name(self, i: int) -> str:
         """What to call image i in a message."""
 
+    def checksum(self) -> int:
+        """A number that tells them from others: of their names where they have some, else how many there are."""
+
     def read(self, i: int) -> tuple[Image.Image, int]:
         """Image i and its label, -1 if it has none; raises whatever a broken image makes PIL raise."""
 
@@ -111,7 +114,8 @@ class Pixels:
     Bytes travel from the loader's processes to the device, where :meth:`normalised` makes of them what a model takes.
 
     Args:
-        config: what :func:`timm.data.create_transform` takes: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        config: what :func:`timm.data.create_transform` takes: input_size, mean, std, interpolation, crop_pct,
+            crop_mode.
 
     """
 
@@ -157,7 +161,7 @@ class Batch(NamedTuple):
 
     x: Tensor  # [B, C, H, W]
     label: Tensor  # int64 [B], -1 without one
-    index: Tensor  # int64 [B], on the CPU: their places in the dataset
+    index: Tensor  # type: ignore[assignment]  # int64 [B], on the CPU: their places in the dataset
     broken: list[str]  # those that cannot be read, by name and reason, are not among the B
     positions: list[int]  # of all, broken ones included
 

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import operator
 import os
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -74,7 +75,7 @@ class Folder:
         if self.classes is None:
             deeper = next((each for each in folders if any(map(_is_image, _walk(folder, each)))), None)
             if deeper is not None:
-                raise DataError(f"{folder} has images of its own ({own[0]}, ...) beside the folder {deeper}: {EXPECTED}")
+                raise DataError(f"{folder} has images ({own[0]}, ...) beside those of its folder {deeper}: {EXPECTED}")
             self.names = Names(own)
             self.labels.extend([-1] * len(own))
         else:
@@ -105,6 +106,10 @@ class Folder:
     def name(self, i: int) -> str:
         """The path."""
         return str(self.folder / self.names[i])
+
+    def checksum(self) -> int:
+        """Of the names."""
+        return zlib.crc32(self.names.joined)
 
     def read(self, i: int) -> tuple[Image.Image, int]:
         """Decoded."""
@@ -148,6 +153,10 @@ class TorchvisionDataset:
         """The number within the dataset."""
         return f"{self.kind}[{i}]"
 
+    def checksum(self) -> int:
+        """How many there are."""
+        return len(self)
+
     def read(self, i: int) -> tuple[Image.Image, int]:
         """As the dataset gives it."""
         image, label = self.dataset[i]
@@ -170,6 +179,10 @@ class Digits:
     def name(self, i: int) -> str:
         """The number among them."""
         return f"digits[{i}]"
+
+    def checksum(self) -> int:
+        """How many there are."""
+        return len(self)
 
     def read(self, i: int) -> tuple[Image.Image, int]:
         """Grey."""
