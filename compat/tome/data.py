@@ -182,17 +182,17 @@ def batches(
         batch_size: images of a batch; the last may be smaller, and so is one with broken images.
         workers: processes that read ahead; with 0 images are read when they are asked for.
         device: where they go.
-        rank: of ``world`` processes the one that this is; it reads every ``world``-th image, and none is read twice.
+        rank: of ``world`` processes the one that this is; it reads every ``world``-th batch, so that batches, and what
+            depends on them in the last digit, are those of one process.
         world: how many processes share the images.
         order: places in the dataset to read instead of all.
 
     """
-    mine = (range(len(images.dataset)) if order is None else order)[rank::world]
+    every = range(len(images.dataset)) if order is None else order
     transform = images.dataset.transform
     loader = DataLoader(
         images.dataset,
-        batch_size=batch_size,
-        sampler=mine,
+        batch_sampler=_Chunks(every, batch_size, rank, world),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
@@ -222,6 +222,20 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     labels = torch.tensor(data.target)
     train, test = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=data.target)
     return (images[train], labels[train]), (images[test], labels[test])
+
+
+class _Chunks:
+    """The places of each batch of one process."""
+
+    def __init__(self, every: Sequence[int], batch_size: int, rank: int, world: int) -> None:
+        self.every, self.batch_size = every, batch_size
+        self.starts = range(rank * batch_size, len(every), world * batch_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self.every[start : start + self.batch_size]) for start in self.starts)
 
 
 def _collate(items: list[tuple[Tensor, int, int] | Broken]) -> Batch:

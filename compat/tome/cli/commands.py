@@ -109,7 +109,7 @@ def bench(
 @cli.command(epilog=EVALUATE)
 @click.argument("model", metavar="MODEL")
 @click.option("--data", required=True,
-              help="A folder of images, or of a folder for each class; a dataset of torchvision; or digits.")  # fmt: skip
+              help="A folder of images, or of folders, one a class; a dataset of torchvision; or digits.")  # fmt: skip
 @click.option("--root", type=click.Path(path_type=Path), help="Where the dataset of torchvision's lies.")
 @arguments.schedules
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images, spread over all.")

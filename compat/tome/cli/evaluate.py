@@ -87,10 +87,14 @@ def _evaluate(options: Options, place: processes.Place) -> None:
             click.echo(f"tome: {min(done, count)} of {count} images are kept: --resume goes on", err=True)
         raise
     tallies = place.gathered(total)
+    if not any(each.images for each in tallies):
+        writer.remove()
+        name = next(name for each in tallies for name in each.broken)
+        raise click.UsageError(f"none of the images of {options.data} can be read: {name}, ...")
     if not place.rank:
         for other in tallies[1:]:
             total.add(other)
-        _report(options, setup, total, conditions, place.world)
+        _report(options, setup, total, conditions, sum(bool(each.images) for each in tallies))
     place.gathered(None)  # nothing is removed before the results are there
     writer.remove()
 
@@ -110,16 +114,14 @@ def _resumed(gathered: list[list[dict[str, Any]]], count: int) -> tuple[evaluate
     return total, array("l", (i for i in range(count) if not done[i]))
 
 
-def _report(options: Options, setup: Setup, total: evaluate.Tally, conditions: dict[str, Any], world: int) -> None:
-    if not total.images:
-        raise click.UsageError(f"none of the images of {options.data} can be read: {total.broken[0]}, ...")
+def _report(options: Options, setup: Setup, total: evaluate.Tally, conditions: dict[str, Any], busy: int) -> None:
     rows = dict(zip(setup.calls, evaluate.results(total, setup.classes, setup.labelled), strict=True))
     run = {
         "images": total.images,
         "broken": sorted(total.broken),
         "ignored": len(setup.images.dataset.source.ignored),
         "model_images_per_second": total.images / total.model_seconds(),
-        "run_images_per_second": world * total.images / total.seconds,
+        "run_images_per_second": busy * total.images / total.seconds,
         "waited": total.waited / total.seconds,
     }
     tables.show(rows, {r: plan.tokens for r, plan in setup.plans.items()}, run, conditions)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -44,30 +44,29 @@ class Writer:
     """
 
     def __init__(self, target: Path | None, header: dict[str, Any], rank: int) -> None:
-        self.target = target
-        if target is None:
-            return
-        self.file = target.with_name(f"{target.name}.partial{f'-{rank}' if rank else ''}.jsonl")
-        try:
-            self.stream = self.file.open("ab")
-            whole = self.file.read_bytes().rfind(b"\n") + 1
-            self.stream.truncate(whole)
-            if not whole:
-                self._write(header)
-        except OSError as error:
-            raise click.ClickException(f"cannot write {self.file}: {error.strerror}") from error
+        self.target, self.header = target, header
+        self.stream: BinaryIO | None = None
+        self.name = f".partial{f'-{rank}' if rank else ''}.jsonl"
 
     def write(self, positions: list[int], tally: Tally) -> None:
-        """The sums of the images in these places."""
-        if self.target is not None:
-            try:
-                self._write({"positions": positions, **asdict(tally)})
-            except OSError as error:
-                raise click.ClickException(f"cannot write {self.file}: {error.strerror}") from error
+        """The sums of the images in these places; the first makes the file."""
+        if self.target is None:
+            return
+        file = self.target.with_name(self.target.name + self.name)
+        try:
+            if self.stream is None:
+                self.stream = file.open("ab")
+                whole = file.read_bytes().rfind(b"\n") + 1
+                self.stream.truncate(whole)
+                if not whole:
+                    self._append(self.header)
+            self._append({"positions": positions, **asdict(tally)})
+        except OSError as error:
+            raise click.ClickException(f"cannot write {file}: {error.strerror}") from error
 
     def close(self) -> None:
         """Nothing more is written."""
-        if self.target is not None:
+        if self.stream is not None:
             self.stream.close()
 
     def remove(self) -> None:
@@ -76,7 +75,8 @@ class Writer:
             for file in files.partial(self.target):
                 file.unlink(missing_ok=True)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self.stream is not None
         self.stream.write(json.dumps(line).encode() + b"\n")
         self.stream.flush()
 

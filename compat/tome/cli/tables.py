@@ -82,11 +82,12 @@ def _about(rows: dict[str, Result], run: dict[str, Any]) -> list[str]:
         more = ", ..." if len(broken) > NAMED else ""
         seen += f"; {len(broken)} broken and left out: {', '.join(broken[:NAMED])}{more}"
     if run["ignored"]:
-        seen += f"; {run['ignored']} other files are no images"
+        seen += f"; files that are no images: {run['ignored']}"
     lines.append(seen)
+    alone, whole = run["model_images_per_second"], run["run_images_per_second"]
     lines.append(
-        f"images/s through all {len(rows)} in turn: {run['model_images_per_second']:.5g} of the models alone, "
-        f"{run['run_images_per_second']:.5g} of the whole run; it waited for images for {100 * run['waited']:.1f}% of its time"
+        f"all {len(rows)} in turn: {alone:.5g} images/s of the models alone, {whole:.5g} of the whole run, which "
+        f"waited for images for {100 * run['waited']:.1f}% of its time"
     )
     lines += [f"r {name}: {row.nonfinite} images gave no finite output" for name, row in rows.items() if row.nonfinite]
     return lines
