@@ -21,8 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits, load_sample_image
-from sklearn.model_selection import train_test_split
+from sklearn.datasets import load_sample_image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -30,6 +29,7 @@ import tome
 from tome import cost, measure, patch, schedule, vis
 from tome.cli.models import create_model
 from tome.cli.visualize import see
+from tome.data import digits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -47,19 +47,10 @@ PHOTO_SCHEDULE = (16, -1.0)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo_output"))
 def main(out: Path) -> None:
     """Run the demonstration and write its pictures to OUT."""
-    out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    train, test = digits()
-    weights = out / "digits_vit.pt"
-    model = VisionTransformer(**ARCHITECTURE)
-    if weights.exists():
-        model.load_state_dict(torch.load(weights, weights_only=True))
-        console.print(f"trained weights: {weights} (remove the file to train again)", soft_wrap=True)
-    else:
-        seconds = fit(model, *train)
-        torch.save(model.state_dict(), weights)
-        console.print(f"trained for {EPOCHS} epochs in {seconds:.0f} s; weights: {weights}", soft_wrap=True)
-    rows = evaluate(model.eval(), *test)
+    model = trained(out, console)
+    _, test = digits()
+    rows = evaluate(model, *test)
     console.print(table(rows))
     console.print(", ".join(f"{k} {v}" for k, v in measure.machine(torch.device("cpu")).items()), soft_wrap=True)
     plot(rows, out / "accuracy_throughput.png")
@@ -70,14 +61,21 @@ def main(out: Path) -> None:
         raise click.ClickException(f"the model reaches only {rows[0]['accuracy']:.1f} % without merging, expected 95")
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images [N, 1, 16, 16] in [-1, 1], labels [N]) for training and for testing."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    images = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear")
-    labels = torch.tensor(data.target)
-    train, test = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=data.target)
-    return (images[train], labels[train]), (images[test], labels[test])
+def trained(out: Path = Path("demo_output"), console: Console | None = None) -> VisionTransformer:
+    """The model of the demonstration, from its output folder or trained into it: for ``tome evaluate``, too."""
+    out.mkdir(parents=True, exist_ok=True)
+    console = console or Console(stderr=True)
+    weights = out / "digits_vit.pt"
+    model: Any = VisionTransformer(**ARCHITECTURE)
+    model.pretrained_cfg = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        console.print(f"trained weights: {weights} (remove the file to train again)", soft_wrap=True)
+    else:
+        seconds = fit(model, *digits()[0])
+        torch.save(model.state_dict(), weights)
+        console.print(f"trained for {EPOCHS} epochs in {seconds:.0f} s; weights: {weights}", soft_wrap=True)
+    return model.eval()
 
 
 def fit(model: VisionTransformer, images: Tensor, labels: Tensor) -> float:

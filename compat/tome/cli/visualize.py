@@ -12,10 +12,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from tome import backend, cost, ops, schedule, vis
+from tome import backend, cost, data, ops, schedule, vis
 from tome.cli import files, models
 from tome.patch.model import patched_in
 from tome.tokens import kept
@@ -120,14 +119,14 @@ def see(
     if any(word in type(inner).__name__ for word in SHUFFLED):
         raise GridError(f"{type(inner).__name__} hides patches and shuffles the others")
     height, width = image_size or cost.input_size(model)[1:]
-    config = {**resolve_model_data_config(inner), **(told or {}), "input_size": (CHANNELS, height, width)}
-    pixels = create_transform(**config, is_training=False)(photo)
+    transform = data.pixels(model, told, (CHANNELS, height, width))
+    shown = transform(photo)
     options = {}
     if image_size is not None and "interpolate_pos_encoding" in inspect.signature(inner.forward).parameters:
         options["interpolate_pos_encoding"] = True
     with torch.inference_mode(), kept() as found:
         try:
-            model(pixels[None], **options)
+            model(transform.normalised(shown[None]), **options)
         except (AssertionError, ValueError, RuntimeError) as error:
             if image_size is None or isinstance(error, backend.BackendError):
                 raise
@@ -140,10 +139,12 @@ def see(
         raise GridError(
             f"{n - prefix} patches behind {prefix} prefix tokens tile no image of {width} x {height} pixels"
         )
-    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    shown = (pixels * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     slots = [ops.follow(tokens.steps[: i + 1])[0] for i in range(len(tokens.steps))]
-    return Seen(Image.fromarray(shown.numpy()), (rows, columns), slots or [torch.arange(n, dtype=torch.int32)])
+    return Seen(
+        Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy()),
+        (rows, columns),
+        slots or [torch.arange(n, dtype=torch.int32)],
+    )
 
 
 def _set_size(model: Any, size: tuple[int, int]) -> None:
