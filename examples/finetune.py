@@ -531,7 +531,7 @@ def command(**options: Any) -> None:
     finetune(SimpleNamespace(**options))
 
 
-for each in reversed(OPTIONS):
+for each in OPTIONS:
     command = each(command)
 
 

@@ -201,6 +201,14 @@ def test_checkpointing_of_activations_changes_nothing(finetune, one):
     assert_same_curve(logged("thrifty"), one)
 
 
+def test_a_compiled_step_gives_the_same_curve(finetune, one, monkeypatch):
+    compiled = torch.compile
+    # Others test the compiler; this one keeps the numbers that are drawn.
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled(model, backend="eager", dynamic=dynamic))
+    assert finetune.main([*RECIPE, "--grad-accum-steps", "4", "--torchcompile", "--output", "compiled"]) == 0
+    assert_same_curve(logged("compiled"), one)
+
+
 def test_weights_fit_the_unpatched_model_and_back(one, folder, finetune):
     import my_models
 
