@@ -164,10 +164,10 @@ class TorchvisionDataset:
 
 
 class Digits:
-    """The digits of :func:`tome.data.digits` that are for testing, grey images of 16 x 16."""
+    """The digits of :func:`tome.data.digits`, those for testing unless told otherwise, grey images of 16 x 16."""
 
-    def __init__(self) -> None:
-        _, (images, labels) = digits()
+    def __init__(self, train: bool = False) -> None:
+        images, labels = digits()[0 if train else 1]
         self.images = ((images[:, 0] + 1) * 127.5).round().byte().numpy()
         self.labels = labels.tolist()
         self.classes: list[str] | None = [str(i) for i in range(10)]
