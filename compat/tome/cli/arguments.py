@@ -23,20 +23,27 @@ RANDOM_WEIGHTS = "--random-weights"
 
 
 class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in older versions of click
-    """``8``, ``8,-1.0``, ``[8,8,4]`` or ``0.05``."""
+    """``8``, ``8,-1.0``, ``[8,8,4]``, ``0.05``, or a JSON file that :func:`tome.schedule.load` reads."""
 
     name = "schedule"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> schedule.Schedule:
         if not isinstance(value, str):
             return cast(schedule.Schedule, value)
+        if value.endswith(".json"):
+            try:
+                return schedule.load(value)
+            except OSError as error:
+                self.fail(f"{value}: {error.strerror}", param, ctx)
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
         try:
             r = ast.literal_eval(value)
             # Any depth serves to check the form; the model's own is checked once it is known.
             schedule.per_layer(len(r) if isinstance(r, list) else 12, r)
         except (ValueError, TypeError, SyntaxError) as error:
             reason = str(error) if "r" in str(error)[:2] or "inflection" in str(error) else "not a schedule"
-            self.fail(f"{value!r}: {reason} (forms: 8 or 8,-1.0 or [8,8,4] or 0.05)", param, ctx)
+            self.fail(f"{value!r}: {reason} (forms: 8 or 8,-1.0 or [8,8,4] or 0.05 or a .json file)", param, ctx)
         return cast(schedule.Schedule, r)
 
 

@@ -1,0 +1,215 @@
+"""The search: from a few shapes of schedules to the best of them, which then trades tokens between layers.
+
+A trade lets one layer merge more and another fewer, in the same time. Which trades are worth a pass is told by what the
+error and the time do when each layer alone merges more or fewer.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TypeAlias
+
+from torch import Tensor
+
+from tome import schedule
+
+R: TypeAlias = tuple[int, ...]
+
+STARTS = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3)  # of the depth: the first layer that merges
+SLOPES = (-1.0, 0.0, 1.0)  # falling to nothing, even, rising from nothing
+
+
+@dataclass
+class Problem:
+    """A model's layers, and what schedules do to it."""
+
+    depth: int
+    tokens: int
+    prefix: int
+    time: Callable[[schedule.Plan], float]
+    errors: Callable[[R], Tensor]  # of each image 1 - cosine
+    rebase: Callable[[R], None]
+    work: Callable[[], float]  # passes so far
+    seen: dict[R, Tensor] = field(default_factory=dict)
+
+    def effective(self, r: Sequence[int]) -> R:
+        """What layers really merge, none more than half of its free tokens."""
+        return schedule.plan(list(r), self.depth, self.tokens, self.prefix).r
+
+    def seconds(self, r: Sequence[int]) -> float:
+        """A pass with that schedule, by the table."""
+        return self.time(schedule.plan(list(r), self.depth, self.tokens, self.prefix))
+
+    def chords(self, r: R) -> Tensor:
+        """Of each image the distance between the features, as unit vectors; measured once."""
+        if r not in self.seen:
+            self.seen[r] = (2 * self.errors(r).double().clamp(min=0)).sqrt()
+        return self.seen[r]
+
+    def error(self, r: R) -> float:
+        """The mean distance. It is the root of 1 - cosine, in whose mean a few images would drown the rest."""
+        return float(self.chords(r).mean())
+
+    def is_better(self, new: R, old: R) -> bool:
+        """Whether the error fell by more than chance, which is what the images' disagreement tells."""
+        change = self.chords(new) - self.chords(old)
+        chance = float(change.std()) / len(change) ** 0.5
+        return float(change.mean()) < -max(chance, 1e-3 * self.error(old))
+
+
+def shapes(depth: int) -> Iterator[list[float]]:
+    """Late starts, falling, even and rising: weights of layers."""
+    for start in sorted({int(share * depth) for share in STARTS}):
+        left = depth - start
+        for slope in SLOPES:
+            yield [0.0] * start + [1 + slope * (2 * (i + 0.5) / left - 1) for i in range(left)]
+
+
+def scaled(problem: Problem, shape: Sequence[float], factor: float) -> R:
+    """So many times the weights, in whole tokens; what rounding takes from a layer the next one gets."""
+    r, carried = [], 0.0
+    for weight in shape:
+        wanted = factor * weight + carried
+        r.append(max(int(wanted + 0.5), 0) if weight else 0)
+        carried = wanted - r[-1] if weight else carried
+    return problem.effective(r)
+
+
+def fitted(problem: Problem, shape: Sequence[float], enough: Callable[[R], bool]) -> R | None:
+    """The least multiple of a shape that is enough, where more of it is always enough too; None: none is."""
+    low, high = 0.0, 1.0
+    free = problem.tokens - problem.prefix
+    top = free / min((weight for weight in shape if weight > 0), default=1.0)
+    while not enough(scaled(problem, shape, high)):
+        if high > top:
+            return None
+        low, high = high, 2 * high
+    while high - low > 0.25 / max(shape) / problem.depth:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(scaled(problem, shape, middle)) else (middle, high)
+    return scaled(problem, shape, high)
+
+
+def in_time(problem: Problem, shape: Sequence[float], seconds: float) -> R | None:
+    """The least multiple of a shape that takes no longer than that."""
+    return fitted(problem, shape, lambda r: problem.seconds(r) <= seconds)
+
+
+def best_shape(problem: Problem, seconds: float, others: Sequence[Sequence[float]] = ()) -> R | None:
+    """Of all shapes the one with the least error in that time."""
+    fits = [in_time(problem, shape, seconds) for shape in (*shapes(problem.depth), *others)]
+    return min({r for r in fits if r is not None}, key=problem.error, default=None)
+
+
+def fastest(problem: Problem) -> R:
+    """The schedule of least time."""
+    free = problem.tokens - problem.prefix
+    found = [problem.effective([0] * start + [free] * (problem.depth - start)) for start in range(problem.depth + 1)]
+    found += [scaled(problem, shape, free / 2**k) for shape in shapes(problem.depth) for k in range(8)]
+    return min(found, key=problem.seconds)
+
+
+def improved(problem: Problem, r: R, seconds: float, until: float, tell: Callable[[R], None]) -> R:
+    """Move tokens between layers, in ever smaller amounts, as long as the error falls.
+
+    Args:
+        problem: what is searched.
+        r: takes ``seconds`` or less.
+        seconds: what a pass may take.
+        until: how many passes there may have been.
+        tell: called with the best so far.
+
+    """
+    step = max((problem.tokens - problem.prefix) // 8, 1)
+    while step and problem.work() < until:
+        better = _moved(problem, r, seconds, step, until)
+        if problem.is_better(better, r):
+            r = better
+            tell(r)
+        else:
+            step //= 2
+    return r
+
+
+def _moved(problem: Problem, r: R, seconds: float, step: int, until: float) -> R:
+    """Look at what each layer alone does to the error, and go where the sum of that is least."""
+    problem.rebase(r)
+    curves = []
+    for i in range(problem.depth):
+        curves.append({r[i]: problem.error(r)})
+        for change in (-step, -(step // 2), step // 2, step, 2 * step, 4 * step):
+            changed = _changed(problem, r, {i: change})
+            if changed[i] not in curves[i]:
+                curves[i][changed[i]] = problem.error(changed)
+        if problem.work() >= until:
+            return r
+    guess = _Guess(problem, seconds, [_rising(curve) for curve in curves])
+    goal = guess.best(r, step)
+    best = r
+    for share in (1.0, 0.5, 0.25):  # the sum is nearer to the truth for less of a change
+        way = [share * b + (1 - share) * a for a, b in zip(r, goal, strict=True)]
+        between = in_time(problem, way, seconds)
+        if between is not None and problem.work() < until:
+            best = min(best, between, key=problem.error)
+    return best
+
+
+@dataclass
+class _Guess:
+    """The error as a sum over layers, and the true time."""
+
+    problem: Problem
+    seconds: float
+    curves: list[list[tuple[int, float]]]  # of each layer: tokens merged and the error, ascending
+
+    def error(self, r: R) -> float:
+        """The sum."""
+        return sum(_between(curve, count) for curve, count in zip(self.curves, r, strict=True))
+
+    def best(self, r: R, step: int) -> R:
+        """Trade between two layers, in ever smaller amounts, as long as the sum falls."""
+        while step:
+            trades = ((self.error(trade), trade) for trade in self._trades(r, step))
+            error, trade = min(trades, default=(0.0, r))
+            if trade != r and error < self.error(r) * (1 - 1e-6):
+                r = trade
+            else:
+                step //= 2
+        return r
+
+    def _trades(self, r: R, step: int) -> Iterator[R]:
+        for giver in range(self.problem.depth):
+            for taker in (None, *range(self.problem.depth)):
+                change = {} if taker is None else {taker: step}
+                low, high = 0, min(r[giver], 4 * step)
+                while taker != giver and low < high:  # as many fewer as the time allows
+                    middle = (low + high + 1) // 2
+                    trade = _changed(self.problem, r, {**change, giver: -middle})
+                    is_in_time = self.problem.seconds(trade) <= self.seconds
+                    low, high = (middle, high) if is_in_time else (low, middle - 1)
+                if low:
+                    yield _changed(self.problem, r, {**change, giver: -low})
+
+
+def _changed(problem: Problem, r: R, changes: dict[int, int]) -> R:
+    return problem.effective([max(count + changes.get(i, 0), 0) for i, count in enumerate(r)])
+
+
+def _rising(curve: dict[int, float]) -> list[tuple[int, float]]:
+    """In ascending order; more tokens do no less harm, whatever chance says."""
+    counts = sorted(curve)
+    return list(zip(counts, accumulate((curve[count] for count in counts), max), strict=True))
+
+
+def _between(curve: list[tuple[int, float]], count: int) -> float:
+    """Interpolated; beyond the last point as steep as before it, and steeper."""
+    right = min(max(bisect.bisect_left(curve, (count,)), 1), len(curve) - 1)
+    if len(curve) == 1:
+        return curve[0][1] if count == curve[0][0] else math.inf
+    (low, a), (high, b) = curve[right - 1], curve[right]
+    share = (count - low) / (high - low)
+    return a + (b - a) * max(share, 0.0) if share <= 1 else math.inf
