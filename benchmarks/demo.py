@@ -21,8 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sklearn.datasets import load_digits, load_sample_image
-from sklearn.model_selection import train_test_split
+from sklearn.datasets import load_sample_image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -30,6 +29,7 @@ import tome
 from tome import cost, measure, patch, schedule
 from tome.cli.models import create_model
 from tome.cli.visualize import draw
+from tome.data import digits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -68,16 +68,6 @@ def main(out: Path) -> None:
         console.print(f"picture: {out / name}", soft_wrap=True)
     if rows[0]["accuracy"] < 95:
         raise click.ClickException(f"the model reaches only {rows[0]['accuracy']:.1f} % without merging, expected 95")
-
-
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(images [N, 1, 16, 16] in [-1, 1], labels [N]) for training and for testing."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
-    images = torch.nn.functional.interpolate(images, scale_factor=2, mode="bilinear")
-    labels = torch.tensor(data.target)
-    train, test = train_test_split(range(len(labels)), test_size=0.25, random_state=0, stratify=data.target)
-    return (images[train], labels[train]), (images[test], labels[test])
 
 
 def fit(model: VisionTransformer, images: Tensor, labels: Tensor) -> float:

@@ -18,6 +18,9 @@ __all__ = [
     "UnsupportedModelError",
     "backend",
     "cost",
+    "data",
+    "datasets",
+    "evaluate",
     "get_backend",
     "measure",
     "merge",
@@ -48,7 +51,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:  # what type checkers and editors see
-    from tome import backend, cost, measure, merge, ops, patch, report, schedule, utils, vis
+    from tome import backend, cost, data, datasets, evaluate, measure, merge, ops, patch, report, schedule, utils, vis
     from tome.backend import BackendError, get_backend, set_backend, use_backend
     from tome.ops import unmerge
     from tome.patch import UnsupportedModelError, merged, unpatch

@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
+T = TypeVar("T")
 
 
 def checked_device(device: torch.device | str | int) -> torch.device:
@@ -48,12 +49,28 @@ def time_calls(
         task = None if bar is None else bar.add_task("measuring", total=(warm_up + runs) * len(calls))
         for run in range(warm_up + runs):
             for name, call in calls.items():
-                elapsed = _seconds(call, device)
+                elapsed, _ = timed(call, device)
                 if run >= warm_up:
                     seconds[name].append(elapsed)
                 if bar is not None and task is not None:
                     bar.update(task, advance=1, description=f"measuring {name}".rstrip())
     return seconds
+
+
+def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds of one call, and its result."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        result = call()
+        end.record()
+        torch.cuda.synchronize(device)
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3, result
+    begin = time.perf_counter()
+    result = call()
+    return time.perf_counter() - begin, result
 
 
 def peak_memory(call: Call, device: torch.device) -> int:
@@ -120,21 +137,6 @@ def _quiet_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-def _seconds(call: Call, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        milliseconds: float = start.elapsed_time(end)
-        return milliseconds / 1e3
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def _cpu_name() -> str:

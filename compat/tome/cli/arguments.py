@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from tome.cli import STOPPED
 BACKENDS = ("auto", "reference", "cuda")  # as in tome.backend, which loads PyTorch
 DTYPES = ("float32", "float16", "bfloat16")
 RANDOM_WEIGHTS = "--random-weights"
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in older versions of click
@@ -58,6 +60,42 @@ class DeviceType(click.ParamType):  # type: ignore[type-arg]
         return cast(str, value)
 
 
+class CountOrAutoType(click.ParamType):  # type: ignore[type-arg]
+    """A number from 1 on, or auto, which is None."""
+
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value in (None, "auto") else click.IntRange(min=1).convert(value, param, ctx)
+
+
+class NumbersType(click.ParamType):  # type: ignore[type-arg]
+    """``0.5``, for all channels, or ``0.485,0.456,0.406``."""
+
+    name = "numbers"
+
+    def __init__(self, positive: bool = False) -> None:
+        self.positive = positive
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            numbers = tuple(float(part) for part in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+            self.fail(f"{value!r} is neither one number nor three (forms: 0.5 or 0.485,0.456,0.406)", param, ctx)
+        if self.positive and min(numbers) <= 0:
+            self.fail(f"{value!r} must be positive", param, ctx)
+        return numbers
+
+
+schedules = click.option(
+    "--r",
+    "schedules",
+    type=ScheduleType(),
+    multiple=True,
+    help="Schedule: 8 or 8,-1.0 or [8,8,4] or 0.05. Repeat it for several. [default: 8, 16 and 16,-1.0 if they fit]",
+)
 batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 dtype = click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 autocast = click.option("--autocast", type=click.Choice(DTYPES[1:]), help="Run under autocast.")
@@ -67,6 +105,12 @@ checkpoint = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Weights of MODEL in a file: .safetensors, or what torch.save wrote.",
 )
+
+
+def check_weights(checkpoint: Path | None, random_weights: bool) -> None:
+    """Refuse weights that are both given and random."""
+    if checkpoint is not None and random_weights:
+        raise click.UsageError(f"choose one of --checkpoint and {RANDOM_WEIGHTS}")
 
 
 def check_dtypes(dtype: str, autocast: str | None) -> None:

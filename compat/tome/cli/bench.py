@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
 
 import click
 import torch
@@ -21,7 +19,7 @@ from rich.table import Table
 from timm.layers import set_fused_attn
 from torch import nn
 
-from tome import backend, cost, measure, patch, schedule
+from tome import backend, cost, evaluate, measure, patch, schedule
 from tome.cli import files, models
 
 DEFAULT: tuple[schedule.Schedule, ...] = (8, 16, (16, -1.0))
@@ -155,15 +153,7 @@ def _variants(
     for mode in modes:
         yield Variant("none", "", mode), model
     for r, name, mode in product(schedules, backends, modes):
-        yield Variant(str(r), name, mode), _patched(model, r)
-
-
-def _patched(model: nn.Module, r: schedule.Schedule) -> nn.Module:
-    """A patched copy that shares the weights."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    variant: Any = patch.auto(copy.deepcopy(model, shared))
-    variant.r = r
-    return cast(nn.Module, variant)
+        yield Variant(str(r), name, mode), evaluate.twin(model, r)
 
 
 def _call(

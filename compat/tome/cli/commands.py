@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,6 +22,13 @@ Examples:
   tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0
   tome bench vit_base_patch16_224 --r 16 --batch-size 256 --dtype float16 --device cuda --compile
   tome bench vit_tiny_patch16_224 --r 0.05 --batch-size 1 --device cuda --cuda-graph --json out.json --plot out.png
+"""
+EVALUATE = """\b
+Examples:
+  tome evaluate vit_small_patch16_224 --data photos/ --r 8 --r 16 --r 16,-1.0
+  tome evaluate my_models:digits_vit --data digits --mean 0.5 --std 0.5 --crop 1.0 --json out.json --plot out.png
+  tome evaluate vit_base_patch16_224 --data ImageNet --root /data/imagenet --dtype float16 --device cuda
+  torchrun --nproc-per-node 8 -m tome evaluate vit_base_patch16_224 --data val/ --json out.json --resume
 """
 HOSTS = """\b
 Examples:
@@ -50,13 +58,7 @@ def cli() -> None:
 
 @cli.command(epilog=BENCH)
 @click.argument("model", metavar="MODEL")
-@click.option(
-    "--r",
-    "schedules",
-    type=arguments.ScheduleType(),
-    multiple=True,
-    help="Schedule: 8 or 8,-1.0 or [8,8,4] or 0.05. Repeat it for several. [default: 8, 16 and 16,-1.0 if they fit]",
-)
+@arguments.schedules
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @arguments.dtype
 @arguments.autocast
@@ -95,17 +97,55 @@ def bench(
     arguments.check_dtypes(dtype, autocast)
     if cuda_graph and device == "cpu":
         raise click.BadParameter("needs --device cuda, not cpu", param_hint="--cuda-graph")
-    if json_file is not None:
-        files.check(json_file, "--json")
-    if plot_file is not None:
-        files.check(plot_file, "--plot")
-        files.check_picture(plot_file, "--plot")
+    files.check_outputs(json_file, plot_file)
     with arguments.loading():
         from tome.cli import bench as work
     work.run(
         model, schedules, batch_size, dtype, autocast, device, checkpoint, backends, compiled, cuda_graph, runs,
         warm_up, json_file, plot_file,
     )  # fmt: skip
+
+
+@cli.command(epilog=EVALUATE)
+@click.argument("model", metavar="MODEL")
+@click.option("--data", required=True,
+              help="A folder of images, or of folders, one a class; a dataset of torchvision; or digits.")  # fmt: skip
+@click.option("--root", type=click.Path(path_type=Path), help="Where the dataset of torchvision's lies.")
+@arguments.schedules
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images, spread over all.")
+@click.option("--no-labels", "labels", flag_value=False, default=True, help="Folders are no classes: agreement only.")
+@click.option("--batch-size", type=arguments.CountOrAutoType(), default="auto", show_default=True,
+              help="auto: on a GPU the largest that fits, on a CPU 16.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=0),
+              help="Processes that read images. [default: the cores where there is a GPU, else none]")  # fmt: skip
+@arguments.dtype
+@arguments.autocast
+@click.option("--compile", "compiled", is_flag=True, help="Run everything under torch.compile.")
+@arguments.device
+@arguments.checkpoint
+@click.option(arguments.RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download.")
+@click.option("--image-size", type=click.IntRange(min=1), help="Instead of the model's own, where it can take others.")
+@click.option("--mean", type=arguments.NumbersType(), help="0.5 or 0.485,0.456,0.406, instead of the model's.")
+@click.option("--std", type=arguments.NumbersType(positive=True), help="Likewise.")
+@click.option("--crop", type=click.FloatRange(0, 1, min_open=True), help="What is left of the shorter edge.")
+@click.option("--interpolation", type=click.Choice(arguments.INTERPOLATIONS), help="How images are resized.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw accuracy or agreement against speed.")
+@click.option("--resume", is_flag=True, help="Go on where a run with the same --json was interrupted.")
+def evaluate(**options: Any) -> None:
+    """Measure what merging does to MODEL's answers and to its speed, on images, against the unpatched model.
+
+    Top-1 and top-5 where there are labels, and agreement with the unpatched model: cosine of the pooled features, the
+    same answer, KL divergence of the logits. Under torchrun the processes share the images.
+    """
+    arguments.check_dtypes(options["dtype"], options["autocast"])
+    arguments.check_weights(options["checkpoint"], options["random_weights"])
+    files.check_outputs(options["json_file"], options["plot_file"])
+    files.check_partial(options["json_file"], options["resume"])
+    with arguments.loading():
+        from tome.cli import evaluate as work
+        from tome.cli.setup import Options
+    work.run(Options(**options))
 
 
 @cli.command(epilog=INFO)
@@ -172,8 +212,7 @@ def visualize(
 
     Writes NAME_merged.png for each image; pretrained weights are the default.
     """
-    if checkpoint is not None and random_weights:
-        raise click.UsageError(f"choose one of --checkpoint and {arguments.RANDOM_WEIGHTS}")
+    arguments.check_weights(checkpoint, random_weights)
     files.make_folder(out, "--out")
     targets = _targets(images, out)
     for target in targets:

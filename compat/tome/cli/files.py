@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import tempfile
@@ -30,10 +31,42 @@ def check(file: Path, option: str) -> None:
             raise click.BadParameter(f"{file} is a folder", param_hint=option)
         if file.exists() and not os.access(file, os.W_OK):
             raise click.BadParameter(f"cannot write {file}: Permission denied", param_hint=option)
-        if not _is_written_directly(file):
+        if not is_written_directly(file):
             tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise click.BadParameter(f"cannot write {file}: {error.strerror}", param_hint=option) from error
+
+
+def check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+    """Refuse a file for figures or a picture that cannot be written.
+
+    Raises:
+        click.UsageError: with the reason.
+
+    """
+    if json_file is not None:
+        check(json_file, "--json")
+    if plot_file is not None:
+        check(plot_file, "--plot")
+        check_picture(plot_file, "--plot")
+
+
+def partial(target: Path) -> list[Path]:
+    """What interrupted processes of this machine have left beside ``target``."""
+    return sorted(target.parent.glob(f"{glob.escape(target.name)}.partial*.jsonl"))
+
+
+def check_partial(target: Path | None, resume: bool) -> None:
+    """Refuse to overwrite what an interrupted run has left, and to go on with what none can leave.
+
+    Raises:
+        click.UsageError: with the reason.
+
+    """
+    if resume and target is None:
+        raise click.UsageError("--resume needs the --json of the run that was interrupted")
+    if not resume and target is not None and partial(target):
+        raise click.UsageError(f"{partial(target)[0]} is left from an interrupted run: use --resume, or remove it")
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -90,7 +123,7 @@ def replacing(file: Path) -> Iterator[Path]:
         click.ClickException: it could not be written, with the reason.
 
     """
-    direct = _is_written_directly(file)
+    direct = is_written_directly(file)
     target = file if direct else file.with_name(f".tome-{os.getpid()}{file.suffix}")
     try:
         yield target
@@ -103,6 +136,6 @@ def replacing(file: Path) -> Iterator[Path]:
             target.unlink(missing_ok=True)
 
 
-def _is_written_directly(file: Path) -> bool:
+def is_written_directly(file: Path) -> bool:
     """Whether it is a device, a pipe or a link (/dev/stdout), which a new file must not replace."""
     return file.is_symlink() or (file.exists() and not file.is_file())

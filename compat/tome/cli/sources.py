@@ -110,7 +110,11 @@ def _from_transformers(name: str, pretrained: bool) -> Made:
         found = {"mean": getattr(processor, "image_mean", None), "std": getattr(processor, "image_std", None)}
         found["interpolation"] = INTERPOLATIONS.get(getattr(processor, "resample", 3))
         cropped = getattr(processor, "do_center_crop", None)
-        return {key: value for key, value in found.items() if value} | _crop("center" if cropped else "squash")
+        crop = _crop("center" if cropped else "squash")
+        edge, left = (_edge(getattr(processor, key, None)) for key in ("size", "crop_size"))
+        if cropped and edge and left:
+            crop["crop_pct"] = min(1.0, left / edge)
+        return {key: value for key, value in found.items() if value} | crop
 
     return Made(model, pixels)
 
@@ -155,6 +159,12 @@ def _from_open_clip(name: str, pretrained: bool) -> Made:
         return {key: told[key] for key in ("mean", "std", "interpolation") if key in told} | _crop(mode)
 
     return Made(visual, pixels)
+
+
+def _edge(size: Any) -> int | None:
+    """The shorter edge of what a processor resizes or crops to."""
+    edges = [size.get(key) for key in ("shortest_edge", "height", "width")] if size else []
+    return min((edge for edge in edges if edge), default=None)
 
 
 def _crop(mode: str) -> dict[str, Any]:

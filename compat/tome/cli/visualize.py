@@ -11,9 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
-from timm.data import create_transform, resolve_model_data_config
 
-from tome import backend, cost, patch, schedule, vis
+from tome import backend, data, patch, schedule, vis
 from tome.cli import files, models
 from tome.patch.model import patched_in
 
@@ -68,13 +67,11 @@ def draw(model: Any, photo: Image.Image, told: dict[str, Any] | None = None) -> 
     inner: Any = patched_in(model)
     if any(word in type(inner).__name__ for word in SHUFFLED):
         raise GridError(f"{type(inner).__name__} hides patches and shuffles the others")
-    config = {**resolve_model_data_config(inner), **(told or {}), "input_size": cost.input_size(model)}
-    pixels = create_transform(**config, is_training=False)(photo)
+    transform = data.pixels(model, told)
+    seen = transform(photo)
     with torch.inference_mode():
-        slot = patch.merged(model, pixels[None]).slot
+        slot = patch.merged(model, transform.normalised(seen[None])).slot
     assert slot is not None
-    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    seen = (pixels * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     shown = Image.fromarray(seen.permute(1, 2, 0).contiguous().numpy())
     prefix = inner._tome_prefix()[0]
     patches = slot.shape[1] - prefix
