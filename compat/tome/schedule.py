@@ -9,7 +9,8 @@ A schedule says how many tokens each layer merges:
 ``0.05``           in each layer that share of the tokens still free
 =================  =====================================================================================
 
-:func:`load` reads one from a file. A layer never merges more than half of its free (unprotected) tokens, whatever the schedule asks for.
+A layer never merges more than half of its free (unprotected) tokens, whatever the schedule asks for.
+:func:`load` reads a schedule from a file.
 """
 
 from __future__ import annotations

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from tome import cost, schedule
+from tome import cost, evaluate, patch, schedule
 from tome.patch.model import patched_in
 from tome.tune import costs, search
 from tome.tune.hunt import Hunt
-from tome.tune.outputs import pooled
-from tome.tune.passes import Outputs, Passes
+from tome.tune.passes import Passes
 from tome.tune.proof import Row, proved
-from tome.variants import patched
 
 __all__ = ["Kind", "Row", "Tuned", "Wish", "tune"]
 
@@ -74,7 +72,6 @@ def tune(
     wish: Wish,
     batch_size: int = 16,
     labels: Tensor | None = None,
-    outputs: Outputs = pooled,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     passes: int = PASSES,
     tell: Callable[[float, str], None] = lambda done, what: None,
@@ -87,60 +84,62 @@ def tune(
         wish: what is wanted.
         batch_size: of the batch whose time counts.
         labels: int64 [N], or None.
-        outputs: what gives pooled features [B, C] and logits [B, K], called with a model and images.
         autocast: makes the context that passes run under.
         passes: how many the search may take over the images; those that begin late count as parts.
         tell: called with the share of the work that is done, and with what is being done.
 
     Raises:
         UnsupportedModelError: the model cannot be patched.
-        ValueError: too few images.
+        ValueError: too few images, or a drop is wanted of a model without a head.
 
     """
     if len(images) < 2:
         raise ValueError(f"{len(images)} images are too few to compare schedules on")
     device = next(model.parameters()).device
-    twin = patched(model)
+    x = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].to(device)
+    base = evaluate.Split(patch.unpatch(evaluate.twin(model, 0)), x[:1])
+    if base.classes is None and wish.kind == "max_drop":
+        raise ValueError("the model has no head, and so no classes that could change: ask for an agreement")
+    twin = evaluate.twin(base, 0)
     inner = patched_in(twin)
     assert inner is not None
-    shape = len(inner._tome_blocks()), cost.tokens(model, tuple(images.shape[1:])), inner._tome_prefix()[0]
-    x = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].to(device)
+    shape = len(inner._tome_blocks()), cost.tokens(inner, _size(images)), inner._tome_prefix()[0]
     tell(0.0, "measuring blocks")
-    table = costs.measured(model, x, lambda r: schedule.plan(r, *shape), autocast)
-
-    def within(a_model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast():
-            return outputs(a_model, batch)
-
-    runs = Passes(twin, images, batch_size if device.type == "cpu" else max(batch_size, 64), within, labels)
+    table = costs.measured(base, x, lambda r: schedule.plan(r, *shape), autocast)
+    at_once = batch_size if device.type == "cpu" else max(batch_size, 64)
+    runs = Passes(twin, images, at_once, labels, autocast)
     problem = search.Problem(*shape, table.total, lambda r: runs.errors(r).distances, runs.rebase, lambda: runs.work)
-    limits = {"max_drop": lambda r: runs.errors(r).drop <= wish.value}
-    limits["agreement"] = lambda r: 1 - runs.errors(r).distance >= wish.value
 
     def told(r: search.R) -> None:
-        what = f"{table.unpatched / problem.seconds(r):.2f}x with 1 - cosine {runs.errors(r).distance:.2e}"
+        what = f"{table.unpatched / problem.seconds(r):.2f}x at 1 - cosine {runs.errors(r).distance:.2e}"
         tell(min(0.05 + 0.85 * runs.work / passes, 0.9), what)
 
-    hunt = Hunt(problem, passes, told)
-    wanted = {"speedup": lambda v: table.unpatched / v, "latency_ms": lambda v: v / 1e3}
-    if wish.is_of_time:
-        limit = wanted[wish.kind](wish.value)
-        found = hunt.in_time(limit)
-    else:
-        limit = 0.0
-        found = hunt.within(limits[wish.kind])
+    def is_allowed(r: search.R) -> bool:
+        errors = runs.errors(r)
+        return errors.drop <= wish.value if wish.kind == "max_drop" else 1 - errors.distance >= wish.value
+
+    runs.tell = told
+    hunt = Hunt(problem, passes)
+    limit = table.unpatched / wish.value if wish.kind == "speedup" else wish.value / 1e3
+    found = hunt.in_time(limit) if wish.is_of_time else hunt.within(is_allowed)
     tell(0.9, "proving")
-    prove: Any = lambda r: proved(model, x, problem, runs, r, autocast)  # noqa: E731
-    rows = prove(found)
+    rows = proved(base, x, problem, runs, found, autocast)
     for _ in range(ROUNDS):
-        error = rows[-1].seconds / limit - 1 if wish.is_of_time else 0.0
-        if not hunt.is_in_reach or -2 * TOLERANCE < error < TOLERANCE / 2:
+        if wish.kind == "speedup":
+            limit = rows[0].seconds / wish.value
+        off = rows[-1].seconds / limit - 1
+        if not wish.is_of_time or not hunt.is_in_reach or -2 * TOLERANCE < off < TOLERANCE / 2:
             break
-        found = hunt.again(found, problem.seconds(found) / (1 + error))
-        rows = prove(found)
+        found = hunt.again(found, problem.seconds(found) / (1 + off))
+        rows = proved(base, x, problem, runs, found, autocast)
     if wish.is_of_time:
         is_met = rows[-1].seconds <= limit * (1 + TOLERANCE)
     else:
-        is_met = hunt.is_in_reach and any(found) and limits[wish.kind](found)
+        is_met = hunt.is_in_reach and rows[-1].speedup > 1
     tell(1.0, "done")
     return Tuned(list(found), is_met, rows, table, runs.work)
+
+
+def _size(images: Tensor) -> tuple[int, int, int]:
+    channels, height, width = images.shape[1:]
+    return channels, height, width

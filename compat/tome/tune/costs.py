@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tome import measure, schedule
+from tome import evaluate, measure, schedule
 from tome.patch.model import patched_in
 from tome.tokens import Tokens
-from tome.variants import patched
 
 SHARES = (1.0, 0.8, 0.62, 0.48, 0.36, 0.25, 0.16, 0.09, 0.04)  # of the free tokens: where blocks are measured
 CHECKED = (0.0, 0.35, 0.7)  # of the constant schedule that merges all: whole models that the table must agree with
+Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
+
 STEP = 128  # costs are multiples of the dearest block's by one over this, so that noise changes no choice
 
 
@@ -59,7 +60,7 @@ def measured(
     model: nn.Module,
     x: Tensor,
     plan: Callable[[schedule.Schedule], schedule.Plan],
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    autocast: Autocast = nullcontext,
     runs: int = 5,
 ) -> Costs:
     """Measure the table on this machine.
@@ -72,7 +73,7 @@ def measured(
         runs: of which the fastest counts.
 
     """
-    twin = patched(model)
+    twin = evaluate.twin(model, 0)
     inner = patched_in(twin)
     assert inner is not None
     prefix = inner._tome_prefix()[0]
@@ -91,7 +92,7 @@ def measured(
     depth, free = len(inner._tome_blocks()), plan(0).tokens[0] - prefix
     schedules = {str(share): round(share * free / depth) for share in CHECKED}
     for name, r in schedules.items():
-        models[name] = whole(patched(model, r), x, autocast)
+        models[name] = whole(evaluate.twin(model, r), x, autocast)
     real = _fastest(models, x.device, runs)
     raw = Costs(prefix, real[""], 0.0, tuple(sorted(entered)), **table)
     rest, scale = _line([raw.total(plan(r)) for r in schedules.values()], [real[name] for name in schedules])
@@ -106,7 +107,7 @@ class _Entered(Exception):  # noqa: N818  # no error
 
 def _entered(
     model: Any, blocks: Sequence[Any], x: Tensor, plan: Callable[[schedule.Schedule], schedule.Plan], prefix: int,
-    autocast: Callable[[], AbstractContextManager[object]],
+    autocast: Autocast,
 ) -> dict[int, tuple[Any, Any, Any]]:  # fmt: skip
     """Blocks behind others that merge, with what they are called with, by the number of their tokens."""
     found: dict[int, tuple[Any, Any, Any]] = {}
@@ -138,9 +139,7 @@ def _entered(
     return found
 
 
-def _call(
-    block: Any, args: Any, kwargs: Any, r: int, repeats: int, autocast: Callable[[], AbstractContextManager[object]]
-) -> measure.Call:
+def _call(block: Any, args: Any, kwargs: Any, r: int, repeats: int, autocast: Autocast) -> measure.Call:
     settings = block._tome._replace(ratio=(r, 1))
 
     def call() -> None:
@@ -154,7 +153,9 @@ def _call(
     return call
 
 
-def whole(model: nn.Module, x: Tensor, autocast: Callable[[], AbstractContextManager[object]]) -> measure.Call:
+def whole(model: nn.Module, x: Tensor, autocast: Autocast) -> measure.Call:
+    """A pass of a whole model."""
+
     def call() -> None:
         with autocast():
             model(x)

@@ -10,8 +10,8 @@ from tome.tune.search import Problem, R, best_shape, fastest, improved, in_time
 class Hunt:
     """Searches of one problem with one budget."""
 
-    def __init__(self, problem: Problem, passes: float, tell: Callable[[R], None]) -> None:
-        self.problem, self.passes, self.tell = problem, passes, tell
+    def __init__(self, problem: Problem, passes: float) -> None:
+        self.problem, self.passes = problem, passes
         self.is_in_reach = True  # whether anything does what was asked for
 
     def in_time(self, seconds: float) -> R:
@@ -20,15 +20,14 @@ class Hunt:
         if r is None:
             self.is_in_reach = False
             return fastest(self.problem)
-        self.tell(r)
-        return improved(self.problem, r, seconds, 0.9 * self.passes, self.tell)
+        return improved(self.problem, r, seconds, 0.9 * self.passes)
 
     def again(self, r: R, seconds: float) -> R:
         """Such a one for a time that is a little different."""
         near = in_time(self.problem, r, seconds) if any(r) else None
         if near is None:
             return self.in_time(seconds)
-        return improved(self.problem, near, seconds, self.problem.work() + 0.05 * self.passes, self.tell)
+        return improved(self.problem, near, seconds, self.problem.work() + 0.05 * self.passes)
 
     def within(self, is_allowed: Callable[[R], bool]) -> R:
         """The fastest that is allowed; what does least harm, where nothing is that merges at all."""
@@ -41,11 +40,10 @@ class Hunt:
             if found is None or (best is not None and problem.seconds(found) > 0.998 * problem.seconds(best)):
                 break
             best = found
-            self.tell(best)
             if problem.work() > 0.9 * self.passes:
                 break
             until = problem.work() + 0.3 * self.passes
-            shape = improved(problem, best, problem.seconds(best), min(until, 0.9 * self.passes), self.tell)
+            shape = improved(problem, best, problem.seconds(best), min(until, 0.9 * self.passes))
         if best is None:
             self.is_in_reach = False
             gentle = in_time(problem, [1.0] * problem.depth, slow - (slow - fast) / 50)

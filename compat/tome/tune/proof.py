@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from tome import measure, schedule
-from tome.tune.costs import whole
+from tome import evaluate, measure, schedule
+from tome.tune.costs import Autocast, whole
 from tome.tune.passes import Passes
 from tome.tune.search import Problem, R, in_time
-from tome.variants import patched
 
 SAME = 0.01  # of a time: what counts as the same speed
 ROUNDS = 3  # in which the others are brought to it
@@ -37,7 +34,7 @@ class Row:
 
 def proved(
     model: nn.Module, x: Tensor, problem: Problem, passes: Passes, r: R,
-    autocast: Callable[[], AbstractContextManager[object]],
+    autocast: Autocast,
 ) -> list[Row]:  # fmt: skip
     """Time them; constant r, in whole tokens that differ by one at most, and (r, -1) at the speed of ``r``."""
     depth = problem.depth
@@ -51,7 +48,7 @@ def proved(
                 schedules[name] = fit
         schedules[TUNED] = schedules.pop(TUNED, r)  # the last
         calls = {
-            name: whole(patched(model, list(each)) if name != "unpatched" else model, x, autocast)
+            name: whole(evaluate.twin(model, list(each)) if name != "unpatched" else model, x, autocast)
             for name, each in schedules.items()
         }
         timed = measure.time_calls(calls, x.device, 2, RUNS[x.device.type], progress=False)

@@ -58,7 +58,7 @@ class Problem:
         """Whether the error fell by more than chance, which is what the images' disagreement tells."""
         change = self.chords(new) - self.chords(old)
         chance = float(change.std()) / len(change) ** 0.5
-        return float(change.mean()) < -max(chance, 1e-3 * self.error(old))
+        return bool(float(change.mean()) < -max(chance, 1e-3 * self.error(old)))
 
 
 def shapes(depth: int) -> Iterator[list[float]]:
@@ -113,7 +113,7 @@ def fastest(problem: Problem) -> R:
     return min(found, key=problem.seconds)
 
 
-def improved(problem: Problem, r: R, seconds: float, until: float, tell: Callable[[R], None]) -> R:
+def improved(problem: Problem, r: R, seconds: float, until: float) -> R:
     """Move tokens between layers, in ever smaller amounts, as long as the error falls.
 
     Args:
@@ -121,7 +121,6 @@ def improved(problem: Problem, r: R, seconds: float, until: float, tell: Callabl
         r: takes ``seconds`` or less.
         seconds: what a pass may take.
         until: how many passes there may have been.
-        tell: called with the best so far.
 
     """
     step = max((problem.tokens - problem.prefix) // 8, 1)
@@ -129,7 +128,6 @@ def improved(problem: Problem, r: R, seconds: float, until: float, tell: Callabl
         better = _moved(problem, r, seconds, step, until)
         if problem.is_better(better, r):
             r = better
-            tell(r)
         else:
             step //= 2
     return r
