@@ -110,9 +110,12 @@ def tune(
     runs = Passes(twin, images, at_once, labels, autocast)
     problem = search.Problem(*shape, table.total, lambda r: runs.errors(r).distances, runs.rebase, lambda: runs.work)
 
+    done = 0.05
+
     def told(r: search.R) -> None:
-        what = f"{table.unpatched / problem.seconds(r):.2f}x at 1 - cosine {runs.errors(r).distance:.2e}"
-        tell(min(0.05 + 0.85 * runs.work / passes, 0.9), what)
+        nonlocal done
+        done = max(done, min(0.05 + 0.85 * runs.work / passes, 0.9))
+        tell(done, f"{table.unpatched / problem.seconds(r):.2f}x at 1 - cosine {runs.errors(r).distance:.2e}")
 
     def is_allowed(r: search.R) -> bool:
         errors = runs.errors(r)
@@ -122,7 +125,8 @@ def tune(
     hunt = Hunt(problem, passes)
     limit = table.unpatched / wish.value if wish.kind == "speedup" else wish.value / 1e3
     found = hunt.in_time(limit) if wish.is_of_time else hunt.within(is_allowed)
-    tell(0.9, "proving")
+    done = 0.9
+    tell(done, "proving")
     rows = proved(base, x, problem, runs, found, autocast)
     for _ in range(ROUNDS):
         if wish.kind == "speedup":

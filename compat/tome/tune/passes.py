@@ -129,7 +129,7 @@ class Passes:
             if self.stride == 0:
                 tensors = [leaf for leaf in _pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
                 needed = sum(t.nbytes for t in tensors) * len(self.batches) * len(self.blocks)
-                self.stride = max(1, -(-needed // self.memory))
+                self.stride = max(1, -(-needed // max(self.memory, 1)))
             if i % self.stride == 0:
                 kept[i] = out
             return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypeAlias
@@ -61,55 +61,70 @@ class Problem:
         return bool(float(change.mean()) < -max(chance, 1e-3 * self.error(old)))
 
 
-def shapes(depth: int) -> Iterator[list[float]]:
-    """Late starts, falling, even and rising: weights of layers."""
-    for start in sorted({int(share * depth) for share in STARTS}):
-        left = depth - start
-        for slope in SLOPES:
-            yield [0.0] * start + [1 + slope * (2 * (i + 0.5) / left - 1) for i in range(left)]
+def shape(depth: int, start: int, slope: float) -> list[float]:
+    """Weights of layers: nothing before ``start``, from there falling (slope -1), even (0) or rising (1)."""
+    left = depth - start
+    return [0.0] * start + [1 + slope * (2 * (i + 0.5) / left - 1) for i in range(left)]
 
 
-def scaled(problem: Problem, shape: Sequence[float], factor: float) -> R:
+def scaled(problem: Problem, weights: Sequence[float], factor: float) -> R:
     """So many times the weights, in whole tokens; what rounding takes from a layer the next one gets."""
     r, carried = [], 0.0
-    for weight in shape:
+    for weight in weights:
         wanted = factor * weight + carried
         r.append(max(int(wanted + 0.5), 0) if weight else 0)
         carried = wanted - r[-1] if weight else carried
     return problem.effective(r)
 
 
-def fitted(problem: Problem, shape: Sequence[float], enough: Callable[[R], bool]) -> R | None:
+def fitted(problem: Problem, weights: Sequence[float], enough: Callable[[R], bool]) -> R | None:
     """The least multiple of a shape that is enough, where more of it is always enough too; None: none is."""
     low, high = 0.0, 1.0
     free = problem.tokens - problem.prefix
-    top = free / min((weight for weight in shape if weight > 0), default=1.0)
-    while not enough(scaled(problem, shape, high)):
+    top = free / min((weight for weight in weights if weight > 0), default=1.0)
+    while not enough(scaled(problem, weights, high)):
         if high > top:
             return None
         low, high = high, 2 * high
-    while high - low > 0.25 / max(shape) / problem.depth:
+    while high - low > 0.25 / max(weights) / problem.depth:
         middle = (low + high) / 2
-        low, high = (low, middle) if enough(scaled(problem, shape, middle)) else (middle, high)
-    return scaled(problem, shape, high)
+        low, high = (low, middle) if enough(scaled(problem, weights, middle)) else (middle, high)
+    return scaled(problem, weights, high)
 
 
-def in_time(problem: Problem, shape: Sequence[float], seconds: float) -> R | None:
+def in_time(problem: Problem, weights: Sequence[float], seconds: float) -> R | None:
     """The least multiple of a shape that takes no longer than that."""
-    return fitted(problem, shape, lambda r: problem.seconds(r) <= seconds)
+    return fitted(problem, weights, lambda r: problem.seconds(r) <= seconds)
 
 
-def best_shape(problem: Problem, seconds: float, others: Sequence[Sequence[float]] = ()) -> R | None:
-    """Of all shapes the one with the least error in that time."""
-    fits = [in_time(problem, shape, seconds) for shape in (*shapes(problem.depth), *others)]
-    return min({r for r in fits if r is not None}, key=problem.error, default=None)
+def best_shape(problem: Problem, seconds: float) -> R | None:
+    """The shape with the least error in that time: the best of a few, then of its neighbours."""
+    depth = problem.depth
+    fits: dict[tuple[int, float], R | None] = {}
+
+    def best(places: Iterable[tuple[int, float]]) -> tuple[int, float] | None:
+        for place in places:
+            if place not in fits and 0 <= place[0] < depth and abs(place[1]) <= 1:
+                fits[place] = in_time(problem, shape(depth, *place), seconds)
+        found = {place: r for place, r in fits.items() if r is not None}
+        return min(found, key=lambda place: problem.error(found[place]), default=None)
+
+    place = best((int(start * depth), slope) for start in STARTS for slope in SLOPES)
+    stride, bend = max(depth // 12, 1), 0.5
+    while place is not None and bend > 0.2:
+        start, slope = place
+        near = best([(start - stride, slope), (start + stride, slope), (start, slope - bend), (start, slope + bend)])
+        if near == place:
+            bend /= 2
+        place = near
+    return None if place is None else fits[place]
 
 
 def fastest(problem: Problem) -> R:
     """The schedule of least time."""
     free = problem.tokens - problem.prefix
     found = [problem.effective([0] * start + [free] * (problem.depth - start)) for start in range(problem.depth + 1)]
-    found += [scaled(problem, shape, free / 2**k) for shape in shapes(problem.depth) for k in range(8)]
+    found += [scaled(problem, shape(problem.depth, 0, slope), free / 2**k) for slope in SLOPES for k in range(8)]
     return min(found, key=problem.seconds)
 
 
