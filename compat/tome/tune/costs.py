@@ -20,7 +20,7 @@ SHARES = (1.0, 0.8, 0.62, 0.48, 0.36, 0.25, 0.16, 0.09, 0.04)  # of the free tok
 CHECKED = (0.0, 0.35, 0.7)  # of the constant schedule that merges all: whole models that the table must agree with
 Autocast: TypeAlias = Callable[[], AbstractContextManager[object]]
 
-STEP = 128  # costs are multiples of the dearest block's by one over this, so that noise changes no choice
+STEP = 1024  # costs are multiples of the dearest block's by one over this: what differs by less is noise
 
 
 @dataclass(frozen=True)

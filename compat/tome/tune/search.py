@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from tome import schedule
 R: TypeAlias = tuple[int, ...]
 
 STARTS = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3)  # of the depth: the first layer that merges
+CHANCE = 0.3  # of the standard error of a change: less is none
 SLOPES = (-1.0, 0.0, 1.0)  # falling to nothing, even, rising from nothing
 
 
@@ -58,13 +59,27 @@ class Problem:
         """Whether the error fell by more than chance, which is what the images' disagreement tells."""
         change = self.chords(new) - self.chords(old)
         chance = float(change.std()) / len(change) ** 0.5
-        return bool(float(change.mean()) < -max(chance, 1e-3 * self.error(old)))
+        return bool(float(change.mean()) < -max(CHANCE * chance, 1e-3 * self.error(old)))
 
 
-def shape(depth: int, start: int, slope: float) -> list[float]:
-    """Weights of layers: nothing before ``start``, from there falling (slope -1), even (0) or rising (1)."""
-    left = depth - start
-    return [0.0] * start + [1 + slope * (2 * (i + 0.5) / left - 1) for i in range(left)]
+class Shape(NamedTuple):
+    """Weights of layers in three numbers."""
+
+    start: int  # the first layer that merges
+    slope: float  # from there on they fall (-1), stay (0) or rise (1)
+    stride: int = 1  # only every so many layers merge: matching takes time too
+
+    def weights(self, depth: int) -> list[float]:
+        """One a layer."""
+        left = depth - self.start
+        found = [1 + self.slope * (2 * (i + 0.5) / left - 1) for i in range(left)]
+        return [0.0] * self.start + [w if i % self.stride == 0 else 0.0 for i, w in enumerate(found)]
+
+    def near(self, by: int, bend: float) -> list[Shape]:
+        """Those that differ in one number."""
+        moved = [self._replace(start=self.start + step) for step in (-by, by)]
+        bent = [self._replace(slope=self.slope + step) for step in (-bend, bend)]
+        return [*moved, *bent, self._replace(stride=3 - self.stride)]
 
 
 def scaled(problem: Problem, weights: Sequence[float], factor: float) -> R:
@@ -100,31 +115,32 @@ def in_time(problem: Problem, weights: Sequence[float], seconds: float) -> R | N
 def best_shape(problem: Problem, seconds: float) -> R | None:
     """The shape with the least error in that time: the best of a few, then of its neighbours."""
     depth = problem.depth
-    fits: dict[tuple[int, float], R | None] = {}
+    fits: dict[Shape, R] = {}
 
-    def best(places: Iterable[tuple[int, float]]) -> tuple[int, float] | None:
-        for place in places:
-            if place not in fits and 0 <= place[0] < depth and abs(place[1]) <= 1:
-                fits[place] = in_time(problem, shape(depth, *place), seconds)
-        found = {place: r for place, r in fits.items() if r is not None}
-        return min(found, key=lambda place: problem.error(found[place]), default=None)
+    def best(shapes: Iterable[Shape]) -> Shape | None:
+        for each in shapes:
+            if each not in fits and 0 <= each.start < depth and abs(each.slope) <= 1:
+                fit = in_time(problem, each.weights(depth), seconds)
+                if fit is not None:
+                    fits[each] = fit
+        return min(fits, key=lambda each: problem.error(fits[each]), default=None)
 
-    place = best((int(start * depth), slope) for start in STARTS for slope in SLOPES)
-    stride, bend = max(depth // 12, 1), 0.5
-    while place is not None and bend > 0.2:
-        start, slope = place
-        near = best([(start - stride, slope), (start + stride, slope), (start, slope - bend), (start, slope + bend)])
-        if near == place:
+    found = best(Shape(int(start * depth), slope) for start in STARTS for slope in SLOPES)
+    by, bend = max(depth // 12, 1), 0.5
+    while found is not None and bend > 0.2:
+        better = best(found.near(by, bend))
+        if better == found:
             bend /= 2
-        place = near
-    return None if place is None else fits[place]
+        found = better
+    return None if found is None else fits[found]
 
 
 def fastest(problem: Problem) -> R:
     """The schedule of least time."""
     free = problem.tokens - problem.prefix
     found = [problem.effective([0] * start + [free] * (problem.depth - start)) for start in range(problem.depth + 1)]
-    found += [scaled(problem, shape(problem.depth, 0, slope), free / 2**k) for slope in SLOPES for k in range(8)]
+    even = [Shape(0, slope).weights(problem.depth) for slope in SLOPES]
+    found += [scaled(problem, weights, free / 2**k) for weights in even for k in range(8)]
     return min(found, key=problem.seconds)
 
 
@@ -138,7 +154,7 @@ def improved(problem: Problem, r: R, seconds: float, until: float) -> R:
         until: how many passes there may have been.
 
     """
-    step = max((problem.tokens - problem.prefix) // 8, 1)
+    step = max((problem.tokens - problem.prefix) // 10, 1)
     while step and problem.work() < until:
         better = _moved(problem, r, seconds, step, until)
         if problem.is_better(better, r):
@@ -154,7 +170,7 @@ def _moved(problem: Problem, r: R, seconds: float, step: int, until: float) -> R
     curves = []
     for i in range(problem.depth):
         curves.append({r[i]: problem.error(r)})
-        for change in (-step, -(step // 2), step // 2, step, 2 * step, 4 * step):
+        for change in (-step, -(step // 2), step, 2 * step):
             changed = _changed(problem, r, {i: change})
             if changed[i] not in curves[i]:
                 curves[i][changed[i]] = problem.error(changed)
