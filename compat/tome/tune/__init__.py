@@ -18,7 +18,7 @@ from tome.patch.model import patched_in
 from tome.tune import costs, search
 from tome.tune.hunt import Hunt
 from tome.tune.passes import Passes
-from tome.tune.proof import Row, proved
+from tome.tune.proof import TUNED, UNPATCHED, Row, proved, seconds_of
 
 __all__ = ["Kind", "Row", "Tuned", "Wish", "tune"]
 
@@ -127,15 +127,17 @@ def tune(
     found = hunt.in_time(limit) if wish.is_of_time else hunt.within(is_allowed)
     done = 0.9
     tell(done, "proving")
-    rows = proved(base, x, problem, runs, found, autocast)
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if wish.is_of_time and hunt.is_in_reach else 0):
+        seconds = seconds_of(base, x, {UNPATCHED: found, TUNED: found}, autocast)
         if wish.kind == "speedup":
-            limit = rows[0].seconds / wish.value
-        off = rows[-1].seconds / limit - 1
-        if not wish.is_of_time or not hunt.is_in_reach or -2 * TOLERANCE < off < TOLERANCE / 2:
+            limit = seconds[UNPATCHED] / wish.value
+        off = seconds[TUNED] / limit - 1
+        if -2 * TOLERANCE < off < TOLERANCE / 2:
             break
         found = hunt.again(found, problem.seconds(found) / (1 + off))
-        rows = proved(base, x, problem, runs, found, autocast)
+    rows = proved(base, x, problem, runs, found, autocast)
+    if wish.kind == "speedup":
+        limit = rows[0].seconds / wish.value
     if wish.is_of_time:
         is_met = rows[-1].seconds <= limit * (1 + TOLERANCE)
     else:
