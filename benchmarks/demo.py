@@ -47,19 +47,10 @@ PHOTO_SCHEDULE = (16, -1.0)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo_output"))
 def main(out: Path) -> None:
     """Run the demonstration and write its pictures to OUT."""
-    out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    train, test = digits()
-    weights = out / "digits_vit.pt"
-    model = VisionTransformer(**ARCHITECTURE)
-    if weights.exists():
-        model.load_state_dict(torch.load(weights, weights_only=True))
-        console.print(f"trained weights: {weights} (remove the file to train again)", soft_wrap=True)
-    else:
-        seconds = fit(model, *train)
-        torch.save(model.state_dict(), weights)
-        console.print(f"trained for {EPOCHS} epochs in {seconds:.0f} s; weights: {weights}", soft_wrap=True)
-    rows = evaluate(model.eval(), *test)
+    model = trained(out, console)
+    _, test = digits()
+    rows = evaluate(model, *test)
     console.print(table(rows))
     console.print(", ".join(f"{k} {v}" for k, v in measure.machine(torch.device("cpu")).items()), soft_wrap=True)
     plot(rows, out / "accuracy_throughput.png")
@@ -68,6 +59,23 @@ def main(out: Path) -> None:
         console.print(f"picture: {out / name}", soft_wrap=True)
     if rows[0]["accuracy"] < 95:
         raise click.ClickException(f"the model reaches only {rows[0]['accuracy']:.1f} % without merging, expected 95")
+
+
+def trained(out: Path = Path("demo_output"), console: Console | None = None) -> VisionTransformer:
+    """The model of the demonstration, from its output folder or trained into it: for ``tome evaluate``, too."""
+    out.mkdir(parents=True, exist_ok=True)
+    console = console or Console(stderr=True)
+    weights = out / "digits_vit.pt"
+    model: Any = VisionTransformer(**ARCHITECTURE)
+    model.pretrained_cfg = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+    if weights.exists():
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        console.print(f"trained weights: {weights} (remove the file to train again)", soft_wrap=True)
+    else:
+        seconds = fit(model, *digits()[0])
+        torch.save(model.state_dict(), weights)
+        console.print(f"trained for {EPOCHS} epochs in {seconds:.0f} s; weights: {weights}", soft_wrap=True)
+    return model.eval()
 
 
 def fit(model: VisionTransformer, images: Tensor, labels: Tensor) -> float:

@@ -245,3 +245,13 @@ def test_models_inside_of_wrappers():
     with use_backend("reference"):
         assert torch.equal(evaluate.twin(base, 0)(x).logits, expected)
         assert not torch.equal(evaluate.twin(base, 8)(x).logits, expected)
+
+
+def test_a_compiled_split_is_one_graph():
+    x = models.images()
+    base = Split(models.make("plain"), x)
+    compiled = {
+        r: torch.compile(evaluate.twin(base, r), backend="eager", fullgraph=True, dynamic=False) for r in (0, 4)
+    }
+    assert torch.equal(compiled[0](x).logits, base(x).logits)
+    assert torch.equal(compiled[4](x).features, evaluate.twin(base, 4)(x).features)

@@ -1,4 +1,4 @@
-"""The command line ``tome``: info, hosts, bench, visualize. A wrong argument ends in one line and exit code 2."""
+"""The command line ``tome``; ``tome --help`` lists its commands. A wrong argument ends in one line and exit code 2."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Examples:
   tome evaluate vit_small_patch16_224 --data photos/ --r 8 --r 16 --r 16,-1.0
   tome evaluate my_models:digits_vit --data digits --mean 0.5 --std 0.5 --crop 1.0 --json out.json --plot out.png
   tome evaluate vit_base_patch16_224 --data ImageNet --root /data/imagenet --dtype float16 --device cuda
-  torchrun --nproc-per-node 8 -m tome evaluate vit_base_patch16_224 --data val/ --json out.json --resume
+  torchrun --nproc-per-node 8 -m -- tome evaluate vit_base_patch16_224 --data val/ --r 8 --json out.json --resume
 """
 HOSTS = """\b
 Examples:

@@ -60,7 +60,11 @@ def draw(rows: dict[str, Result], conditions: dict[str, Any], file: Path, format
         is_base = name == next(iter(rows))
         axes.scatter(*point, color="0.4" if is_base else "tab:blue", zorder=3)
         label = f"{name if is_base else f'r={name}'}, {row.speedup:.2f}x"
-        axes.annotate(label, point, xytext=(4, 5), textcoords="offset points", fontsize=7)
+        is_right = point[0] > (front[0][0] + min(points)[0]) / 2
+        axes.annotate(
+            label, point, xytext=(-5 if is_right else 5, -11 if is_base else 5), textcoords="offset points", fontsize=7,
+            ha="right" if is_right else "left",
+        )  # fmt: skip
     axes.set_xlabel("images/s of the model alone")
     axes.set_ylabel("top-1, %" if graded else "cosine with the unpatched model")
     device = conditions.get("gpu", conditions["cpu"])
