@@ -16,6 +16,9 @@ class Hunt:
 
     def in_time(self, seconds: float) -> R:
         """The best that takes no longer; what is fastest, where nothing is so fast."""
+        nothing = (0,) * self.problem.depth
+        if self.problem.seconds(nothing) <= seconds:  # on a GPU the kernels alone may do
+            return nothing
         r = best_shape(self.problem, seconds)
         if r is None:
             self.is_in_reach = False
