@@ -20,7 +20,7 @@ from tome import schedule
 R: TypeAlias = tuple[int, ...]
 
 STARTS = (0.0, 1 / 6, 1 / 3, 1 / 2, 2 / 3)  # of the depth: the first layer that merges
-CHANCE = 0.3  # of the standard error of a change: less is none
+CHANCE = 1.0  # standard errors that the images' mean distance must fall by
 SLOPES = (-1.0, 0.0, 1.0)  # falling to nothing, even, rising from nothing
 
 
@@ -52,14 +52,18 @@ class Problem:
         return self.seen[r]
 
     def error(self, r: R) -> float:
-        """The mean distance. It is the root of 1 - cosine, in whose mean a few images would drown the rest."""
-        return float(self.chords(r).mean())
+        """Between the mean distance and the root of the mean square.
+
+        In the latter, which is the mean of 1 - cosine, a few images would drown the rest; the former forgets them.
+        """
+        chords = self.chords(r)
+        return float((chords.mean() * chords.square().mean().sqrt()).sqrt())
 
     def is_better(self, new: R, old: R) -> bool:
-        """Whether the error fell by more than chance, which is what the images' disagreement tells."""
+        """Whether the error fell, and the images agree by so much that it is not chance."""
         change = self.chords(new) - self.chords(old)
         chance = float(change.std()) / len(change) ** 0.5
-        return bool(float(change.mean()) < -max(CHANCE * chance, 1e-3 * self.error(old)))
+        return bool(float(change.mean()) < -CHANCE * chance and self.error(new) < (1 - 1e-3) * self.error(old))
 
 
 class Shape(NamedTuple):
