@@ -1,5 +1,7 @@
 """Schedules: the published tables, validation, plans."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -125,3 +127,38 @@ def test_a_clipped_schedule_warns_once_where_it_is_set():
         model.r = 200
     assert [warning.filename for warning in warned] == [__file__]
     model.r = 98
+
+
+@pytest.mark.parametrize("r", [8, (8, -1.0), [8, 8, 4], 0.05, [3, 1]])
+def test_schedules_in_files(tmp_path, r):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"r": r, "more": 1}))
+    loaded = schedule.load(file)
+    assert (loaded, type(loaded)) == (r, type(r))
+    file.write_text(json.dumps(r))
+    assert schedule.load(str(file)) == r
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is not JSON"),
+        ("{]", "is not JSON"),
+        ("\udcff", "is not JSON"),
+        ("{}", 'has no "r"'),
+        ('{"r": null}', "r must be an int"),
+        ('{"r": [8, -1]}', r"r\[1\] must not be negative"),
+        ('{"r": [8, 1.5, 2]}', r"r\[1\] must be an int"),
+        ('{"r": [8, -7.0]}', "inflection must be in"),
+        ('{"r": -1}', "must not be negative"),
+        ('{"r": true}', "must be an int"),
+    ],
+)
+def test_files_without_a_schedule_are_named(tmp_path, text, reason):
+    file = tmp_path / "bad.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=reason) as error:
+        schedule.load(file)
+    assert str(file) in str(error.value)
+    with pytest.raises(FileNotFoundError):
+        schedule.load(tmp_path / "none.json")

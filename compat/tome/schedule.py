@@ -10,15 +10,19 @@ A schedule says how many tokens each layer merges:
 =================  =====================================================================================
 
 A layer never merges more than half of its free (unprotected) tokens, whatever the schedule asks for.
+:func:`load` reads a schedule from a file.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
+import os
 import warnings
 from dataclasses import dataclass
-from typing import TypeAlias
+from pathlib import Path
+from typing import TypeAlias, cast
 
 Schedule: TypeAlias = int | float | tuple[int, float] | list[int]
 
@@ -103,6 +107,30 @@ def warn_if_clipped(r: Schedule, depth: int, tokens: int, prefix: int = 1, stack
     reason = too_large(r, depth, tokens, prefix)
     if reason is not None:
         warnings.warn(f"r = {r} is clipped: {reason}", stacklevel=stacklevel)
+
+
+def load(file: str | os.PathLike[str]) -> Schedule:
+    """The schedule in a JSON file: of an object what stands under "r", as ``tome tune --json`` writes it.
+
+    A tuple (8, -1.0) stands there as [8, -1.0]: only its second entry has a point.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: there is no schedule in it, with its name and the reason.
+
+    """
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "r" not in found:
+            raise ValueError('has no "r"')
+        r = found["r"] if isinstance(found, dict) else found
+        if isinstance(r, list) and len(r) == 2 and isinstance(r[1], float):
+            r = tuple(r)
+        per_layer(len(r) if isinstance(r, list) else 12, r)  # any depth serves to check the form
+    except (ValueError, TypeError) as error:  # bytes that are no text, text that is no JSON
+        reason = f"is not JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else error
+        raise ValueError(f"{file}: {reason}") from error
+    return cast(Schedule, r)
 
 
 def _wanted(entry: int | float, free: int) -> int:

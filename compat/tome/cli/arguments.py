@@ -8,10 +8,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -20,25 +20,33 @@ from tome.cli import STOPPED
 
 BACKENDS = ("auto", "reference", "cuda")  # as in tome.backend, which loads PyTorch
 DTYPES = ("float32", "float16", "bfloat16")
+F = TypeVar("F", bound=Callable[..., Any])
 RANDOM_WEIGHTS = "--random-weights"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 class ScheduleType(click.ParamType):  # type: ignore[type-arg]  # no generic in older versions of click
-    """``8``, ``8,-1.0``, ``[8,8,4]`` or ``0.05``."""
+    """``8``, ``8,-1.0``, ``[8,8,4]``, ``0.05``, or a JSON file that :func:`tome.schedule.load` reads."""
 
     name = "schedule"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> schedule.Schedule:
         if not isinstance(value, str):
             return cast(schedule.Schedule, value)
+        if value.endswith(".json"):
+            try:
+                return schedule.load(value)
+            except OSError as error:
+                self.fail(f"{value}: {error.strerror}", param, ctx)
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
         try:
             r = ast.literal_eval(value)
             # Any depth serves to check the form; the model's own is checked once it is known.
             schedule.per_layer(len(r) if isinstance(r, list) else 12, r)
         except (ValueError, TypeError, SyntaxError) as error:
             reason = str(error) if "r" in str(error)[:2] or "inflection" in str(error) else "not a schedule"
-            self.fail(f"{value!r}: {reason} (forms: 8 or 8,-1.0 or [8,8,4] or 0.05)", param, ctx)
+            self.fail(f"{value!r}: {reason} (forms: 8 or 8,-1.0 or [8,8,4] or 0.05 or a .json file)", param, ctx)
         return cast(schedule.Schedule, r)
 
 
@@ -101,7 +109,8 @@ schedules = click.option(
     "schedules",
     type=ScheduleType(),
     multiple=True,
-    help="Schedule: 8 or 8,-1.0 or [8,8,4] or 0.05. Repeat it for several. [default: 8, 16 and 16,-1.0 if they fit]",
+    help="Schedule: 8 or 8,-1.0 or [8,8,4] or 0.05 or FILE.json of tome tune. Repeat it for several. "
+    "[default: 8, 16 and 16,-1.0 if they fit]",
 )
 batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 dtype = click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
@@ -115,6 +124,39 @@ checkpoint = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Weights of MODEL in a file: .safetensors, or what torch.save wrote.",
 )
+
+
+def images(command: F) -> F:
+    """The options of a command that runs a model on images: which, how they are read, and what runs."""
+    options = (
+        click.option(
+            "--data",
+            required=True,
+            help="A folder of images, or of folders, one a class; a dataset of torchvision; or digits.",
+        ),
+        click.option("--root", type=click.Path(path_type=Path), help="Where the dataset of torchvision's lies."),
+        click.option(
+            "--no-labels", "labels", flag_value=False, default=True, help="Folders are no classes: agreement only."
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=0),
+            help="Processes that read images. [default: the cores where there is a GPU, else none]",
+        ),
+        dtype,
+        autocast,
+        device,
+        checkpoint,
+        click.option(RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download."),
+        image_size,
+        click.option("--mean", type=NumbersType(), help="0.5 or 0.485,0.456,0.406, instead of the model's."),
+        click.option("--std", type=NumbersType(positive=True), help="Likewise."),
+        click.option("--crop", type=click.FloatRange(0, 1, min_open=True), help="What is left of the shorter edge."),
+        click.option("--interpolation", type=click.Choice(INTERPOLATIONS), help="How images are resized."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def check_weights(checkpoint: Path | None, random_weights: bool) -> None:

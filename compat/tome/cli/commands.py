@@ -9,41 +9,7 @@ from typing import Any
 import click
 
 from tome import schedule
-from tome.cli import arguments, files
-
-INFO = """\b
-Examples:
-  tome info
-  TOME_BACKEND=reference tome info
-  tome info vit_base_patch16_224 --r 8 --dtype float16 --device cuda
-"""
-BENCH = """\b
-Examples:
-  tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0
-  tome bench vit_base_patch16_224 --r 16 --batch-size 256 --dtype float16 --device cuda --compile
-  tome bench vit_tiny_patch16_224 --r 0.05 --batch-size 1 --device cuda --cuda-graph --json out.json --plot out.png
-"""
-EVALUATE = """\b
-Examples:
-  tome evaluate vit_small_patch16_224 --data photos/ --r 8 --r 16 --r 16,-1.0
-  tome evaluate my_models:digits_vit --data digits --mean 0.5 --std 0.5 --crop 1.0 --json out.json --plot out.png
-  tome evaluate vit_base_patch16_224 --data ImageNet --root /data/imagenet --dtype float16 --device cuda
-  torchrun --nproc-per-node 8 -m -- tome evaluate vit_base_patch16_224 --data val/ --r 8 --json out.json --resume
-"""
-HOSTS = """\b
-Examples:
-  tome hosts
-  tome info torchvision:vit_b_16 --r 8
-  tome bench hf:facebook/dinov2-base --r 8
-"""
-VISUALIZE = """\b
-Examples:
-  tome visualize photo.jpg --r 16,-1.0 --out merged/
-  tome visualize photo.jpg --model vit_small_patch14_dinov2 --image-size 336x504 --layers
-  tome visualize a.jpg b.png c.jpg --r 8 --layers --sheet all.png
-  tome visualize photo.jpg --r 8 --gif
-  tome visualize photo.jpg --model vit_base_patch16_224 --checkpoint weights.safetensors
-"""
+from tome.cli import arguments, examples, files
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +24,7 @@ def cli() -> None:
     arguments.check_environment()
 
 
-@cli.command(epilog=BENCH)
+@cli.command(epilog=examples.BENCH)
 @click.argument("model", metavar="MODEL")
 @arguments.schedules
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
@@ -108,29 +74,14 @@ def bench(
     )  # fmt: skip
 
 
-@cli.command(epilog=EVALUATE)
+@cli.command(epilog=examples.EVALUATE)
 @click.argument("model", metavar="MODEL")
-@click.option("--data", required=True,
-              help="A folder of images, or of folders, one a class; a dataset of torchvision; or digits.")  # fmt: skip
-@click.option("--root", type=click.Path(path_type=Path), help="Where the dataset of torchvision's lies.")
+@arguments.images
 @arguments.schedules
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images, spread over all.")
-@click.option("--no-labels", "labels", flag_value=False, default=True, help="Folders are no classes: agreement only.")
 @click.option("--batch-size", type=arguments.CountOrAutoType(), default="auto", show_default=True,
               help="auto: on a GPU the largest that fits, on a CPU 16.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=0),
-              help="Processes that read images. [default: the cores where there is a GPU, else none]")  # fmt: skip
-@arguments.dtype
-@arguments.autocast
 @click.option("--compile", "compiled", is_flag=True, help="Run everything under torch.compile.")
-@arguments.device
-@arguments.checkpoint
-@click.option(arguments.RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download.")
-@arguments.image_size
-@click.option("--mean", type=arguments.NumbersType(), help="0.5 or 0.485,0.456,0.406, instead of the model's.")
-@click.option("--std", type=arguments.NumbersType(positive=True), help="Likewise.")
-@click.option("--crop", type=click.FloatRange(0, 1, min_open=True), help="What is left of the shorter edge.")
-@click.option("--interpolation", type=click.Choice(arguments.INTERPOLATIONS), help="How images are resized.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw accuracy or agreement against speed.")
 @click.option("--resume", is_flag=True, help="Go on where a run with the same --json was interrupted.")
@@ -150,7 +101,49 @@ def evaluate(**options: Any) -> None:
     work.run(Options(**options))
 
 
-@cli.command(epilog=INFO)
+@cli.command(epilog=examples.TUNE)
+@click.argument("model", metavar="MODEL")
+@arguments.images
+@click.option("--speedup", type=click.FloatRange(1, min_open=True), metavar="X",
+              help="X times as fast as the unpatched model.")  # fmt: skip
+@click.option("--latency-ms", type=click.FloatRange(0, min_open=True), metavar="MS", help="A batch in MS milliseconds.")
+@click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS",
+              help="Lose no more top-1 accuracy; without labels: percent of images whose class changes.")  # fmt: skip
+@click.option("--agreement", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="COSINE",
+              help="The pooled features' least mean cosine to the unpatched model's.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=2), default=256, show_default=True, metavar="N",
+              help="Only N images, spread over all.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True,
+              help="Of the batch whose time counts.")  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(path_type=Path),
+              help="Write the schedule, for --r FILE.json and tome.schedule.load, and the figures.")  # fmt: skip
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the tokens of each layer.")
+def tune(
+    speedup: float | None, latency_ms: float | None, max_drop: float | None, agreement: float | None, **options: Any
+) -> int:
+    """Find MODEL's schedule, layer by layer, for these images and this machine, without training.
+
+    Of a given speed it is the one with the least error, within a given error the fastest; the error is that against the
+    unpatched model, so no labels are needed. Constant r and (r, -1) stand beside it at the same measured speed. Exit
+    code 1: nothing does what was asked for, and the nearest is shown.
+    """
+    wishes = {"speedup": speedup, "latency_ms": latency_ms, "max_drop": max_drop, "agreement": agreement}
+    given = {kind: value for kind, value in wishes.items() if value is not None}
+    if len(given) != 1:
+        raise click.UsageError("choose one of --speedup, --latency-ms, --max-drop and --agreement")
+    arguments.check_dtypes(options["dtype"], options["autocast"])
+    arguments.check_weights(options["checkpoint"], options["random_weights"])
+    files.check_outputs(options["json_file"], options["plot_file"])
+    with arguments.loading():
+        from tome.cli import tune as work
+        from tome.cli.setup import Options
+        from tome.tune import Wish
+    ((kind, value),) = given.items()
+    wish = Wish(kind, value)  # type: ignore[arg-type]
+    return work.run(Options(schedules=(0,), compiled=False, resume=False, **options), wish)
+
+
+@cli.command(epilog=examples.INFO)
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option(
     "--r", type=arguments.ScheduleType(), default="8", show_default=True, help="Schedule: 8 or 8,-1.0 or 0.05."
@@ -183,7 +176,7 @@ def info(
         work.show_parts(model, r, batch_size, dtype, autocast, device, checkpoint)
 
 
-@cli.command(epilog=HOSTS)
+@cli.command(epilog=examples.HOSTS)
 def hosts() -> None:
     """Show which models of which libraries can be patched, and why others cannot."""
     with arguments.loading():
@@ -191,7 +184,7 @@ def hosts() -> None:
     work.show_hosts()
 
 
-@cli.command(epilog=VISUALIZE)
+@cli.command(epilog=examples.VISUALIZE)
 @click.argument(
     "images", nargs=-1, required=True, metavar="IMAGE...",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

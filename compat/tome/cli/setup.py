@@ -85,6 +85,7 @@ class Setup:
         patch.unpatch(model)
         self.dtype, self.device = models.dtype_of(options.dtype), device
         base = evaluate.Split(model.to(self.dtype), torch.zeros(1, *self.size, device=device, dtype=self.dtype))
+        self.base = base
         self.classes, self.labelled = base.classes, options.labels and self.images.classes is not None
         if self.labelled and self.classes is not None and len(self.images.classes or ()) != self.classes:
             raise click.UsageError(
