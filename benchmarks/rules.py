@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tome import measure
+
 SCHEDULES = {
     "constant": [12] * 12,
     "late": [0, 0, 0, 0, 26, 26, 26, 26, 26, 26, 26, 26],
@@ -143,7 +145,8 @@ def main() -> None:
         spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
         print(f"{name:32} {statistics.mean(errors):.5f} +- {spread:.5f}", *(f"{e:.5f}" for e in errors))
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        conditions = {"images": options.images, "seeds": options.seeds, **measure.machine(torch.device(options.device))}
+        options.json.write_text(json.dumps({"conditions": conditions, "errors": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
