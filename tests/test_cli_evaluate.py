@@ -289,6 +289,7 @@ def bad(*args):
         bad("my_models:small", "--data", "FakeData", "FakeData has 10 classes and my_models:small tells 2 apart"),
         bad("no_such_vit", "--data", "photos", "unknown model 'no_such_vit'"),
         bad("resnet18", "--data", "photos", "--random-weights", "ResNet is not supported"),
+        bad("resnet18", "--data", "photos", "--random-weights", "--image-size", "64", "ResNet is not supported"),
         bad("test_vit", "--data", "photos", "--checkpoint", "other.pth", "other.pth does not fit 'test_vit'"),
         bad("test_vit", "--data", "photos", "--checkpoint", "other.pth", "--random-weights", "choose one of"),
         bad("my_models:small", "--data", "photos", "--r", "9", "9 is too large for my_models:small: of 17 tokens"),

@@ -65,10 +65,11 @@ class Setup:
         torch.manual_seed(0)
         pretrained = not options.random_weights
         model, told = models.load(options.model, pretrained, device, options.checkpoint)
+        shape = models.patched_shape(model)
         if options.image_size is not None:
             _resize(model, options)
+            shape = models.patched_shape(model)
         self.checksums = [_checksum(model)] if options.json_file is not None else []
-        shape = models.patched_shape(model)
         fitting = tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
         self.plans = {UNPATCHED: schedule.plan(0, *shape)}
         for r in options.schedules or fitting:
