@@ -307,7 +307,7 @@ def bad(*args):
         bad("bench", "Missing argument 'MODEL'"),
         bad("bench", "vit_huge_patch99", "unknown model 'vit_huge_patch99'; timm has, for instance, "),
         bad("bench", "resnet18", "ResNet is not supported"),
-        bad("bench", TINY, "--r", "eight", "'eight': not a schedule (forms: 8 or 8,-1.0 or [8,8,4] or 0.05 or a .json file)"),
+        bad("bench", TINY, "--r", "eight", "'eight': not a schedule (forms: 8 or 8,-1.0 or [8,8,4] or 0.05 or a .json"),
         bad("bench", TINY, "--r", "-3", "r must not be negative, got -3"),
         bad("bench", TINY, "--r", "8,2.0", "inflection must be in [-1, 1], got 2.0"),
         bad("bench", TINY, "--r", "1.5", "ratio must be in (0, 1), got 1.5"),
