@@ -16,7 +16,7 @@ from torch import Tensor
 from tome import backend, ops
 from tome.patch import plain
 from tome.patch.halves import Halves
-from tome.patch.plain import Plan, Reading, has_hooks, through
+from tome.patch.plain import Plan, has_hooks, through
 from tome.patch.row import NOTHING, Beside, Place, Qkv
 from tome.patch.swap import UnsupportedModelError
 from tome.recording import PART, is_recording, record
@@ -88,7 +88,7 @@ class MergingBlock(Halves):
             return False
         if (plain.autocast_dtype("cuda") or x.dtype) not in (torch.float16, torch.bfloat16):
             return False  # attention would be PyTorch's
-        if not torch.compiler.is_compiling() and plain.why_watched(x) is not None:
+        if plain.why_watched(x) is not None:
             return False
         try:
             self.beside(*args, **kwargs)
@@ -122,11 +122,7 @@ class MergingBlock(Halves):
     def _merged(self, tokens: Tokens, beside: Beside) -> Tokens:
         s, row, attn = self._tome, self._tome_row, self._modules[self._tome_row.attn]
         watched = plain.why_watched(tokens.unadded)
-        is_compiling = torch.compiler.is_compiling()
-        if is_compiling:
-            plan = self.read_plan(Reading(self))
-        else:
-            plan = self.plan() if watched is None else Plan(watched, watched, watched, (None, None), {})
+        plan = self.plan() if watched is None else Plan(watched, watched, watched, (None, None), {})
         autocast = plain.autocast_dtype(tokens.device_type())
         norm1, norm2 = self.norms(attn, autocast, plan)
         tokens, y = tokens.enter(norm1)
@@ -136,8 +132,10 @@ class MergingBlock(Halves):
         place = Place(beside.given, tokens.home)
         amount, left = s.model.matching.plan(s.entry, x.shape[1], s.prefix)
         # Of a plan's parts the verdict on one call depends on no more than this.
-        kind = None if is_compiling else (x.dtype, x.get_device(), autocast, backend.get_backend())
-        calls = {} if is_compiling or is_recording() else plan.calls.setdefault(kind, {})
+        if torch.compiler.is_compiling() or is_recording():
+            calls: dict[str, Any] = {}
+        else:
+            calls = plan.calls.setdefault((x.dtype, x.get_device(), autocast, backend.get_backend()), {})
         made, done = self.attend_half(plan, calls, attn, tokens, y, place, amount, left, norm2)
         if done is None:
             branch, slot = self._attention(attn, tokens, y, *made, place, amount, left)
@@ -149,7 +147,7 @@ class MergingBlock(Halves):
         return tokens.after(x, Counts(size), slot, waiting, row.attention.is_placed)
 
     def _normed(self, x: Tensor, norm: Norm | None, watched: str | None) -> Tensor:
-        if norm is not None and backend.takes_kernels(x) and (watched is None or torch.compiler.is_compiling()):
+        if norm is not None and watched is None and backend.takes_kernels(x):
             return ops.merge_add_norm(x, None, None, x.shape[1], None, *norm[:3], None, norm.dtype)[1]
         normed: Tensor = getattr(self, self._tome_row.norm1)(x)
         return normed

@@ -67,7 +67,7 @@ class LastNorm(Patched):
         if (
             not is_known
             or torch.is_grad_enabled()
-            or (plain.why_watched(x) is not None and not torch.compiler.is_compiling())
+            or plain.why_watched(x) is not None
             or x.dim() != 3
             or not backend.takes_kernels(x)
         ):

@@ -266,8 +266,8 @@ def are_awake(hooks: Mapping[int, Any]) -> bool:
 
 def why_watched(x: Tensor) -> str | None:
     """Who sees or asks for more than the result, so that parts have to be called one by one; None if nobody does."""
-    if torch.compiler.is_compiling():
-        return "torch.compile sees the operations one by one"
+    if torch.compiler.is_compiling():  # which takes the same way, and could not read what follows
+        return None
     if type(x) is not Tensor:
         return f"the tokens are a {type(x).__name__}"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
