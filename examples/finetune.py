@@ -135,10 +135,7 @@ def logits(output: Any) -> Tensor:
 def make_model(o: Any, classes: int, device: torch.device) -> tuple[Any, Callable[[], dict[str, Any]]]:
     """The patched model with a head for the classes, and what its library says of its images."""
     model, told = models.load(o.model, o.pretrained, device, o.initial_checkpoint)
-    if o.img_size is not None and o.img_size != cost.input_size(model)[1:]:
-        if not hasattr(model, "set_input_size"):
-            raise click.BadParameter(f"{o.model} takes no images of another size", param_hint="--img-size")
-        model.set_input_size(img_size=o.img_size)
+    models.check_image_size(o.model, model, o.img_size, "--img-size")
     image = torch.zeros(2, *cost.input_size(model), device=device)
     outputs = logits(model(image)).shape[1]
     if outputs != classes:

@@ -124,6 +124,7 @@ checkpoint = click.option(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Weights of MODEL in a file: .safetensors, or what torch.save wrote.",
 )
+random_weights = click.option(RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download.")
 
 
 def images(command: F) -> F:
@@ -147,7 +148,7 @@ def images(command: F) -> F:
         autocast,
         device,
         checkpoint,
-        click.option(RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download."),
+        random_weights,
         image_size,
         click.option("--mean", type=NumbersType(), help="0.5 or 0.485,0.456,0.406, instead of the model's."),
         click.option("--std", type=NumbersType(positive=True), help="Likewise."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -137,8 +136,7 @@ def run(
     _print(results, conditions)
     if json_file is not None:
         rows = [{**asdict(result), "share": result.share} for result in results]
-        with files.replacing(json_file) as file:
-            file.write_text(json.dumps({"conditions": conditions, "results": rows}, indent=2) + "\n")
+        files.write_json(json_file, {"conditions": conditions, "results": rows})
     if plot_file is not None:
         with files.replacing(plot_file) as file:
             _draw(results, conditions, file, plot_file.suffix[1:])

@@ -194,7 +194,7 @@ def hosts() -> None:
               help="8 or 8,-1.0 or [8,8,4] or 0.05.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path(), help="Folder for the pictures.")
 @arguments.checkpoint
-@click.option(arguments.RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download.")
+@arguments.random_weights
 @arguments.image_size
 @click.option("--layers", is_flag=True, help="Draw the merges layer by layer, not only the last.")
 @click.option("--gif", is_flag=True, help="Write an animation of the layers, NAME_merged.gif.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,11 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tome import backend, data, evaluate, measure
-from tome.cli import files, partial, processes, tables
+from tome import data, evaluate, measure
+from tome.cli import files, models, partial, processes, tables
 from tome.cli.setup import Options, Setup
 
 
@@ -23,13 +21,8 @@ def run(options: Options) -> None:
     """Evaluate, print, and write what was asked for."""
     with processes.joined(options.device) as place:
         try:
-            _evaluate(options, place)
-        except backend.BackendError as error:
-            raise click.ClickException(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise click.ClickException(
-                f"out of memory ({str(error).splitlines()[0]}): choose a smaller --batch-size"
-            ) from error
+            with models.failing_in_a_line():
+                _evaluate(options, place)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -126,14 +119,8 @@ def _report(options: Options, setup: Setup, total: evaluate.Tally, conditions: d
     }
     tables.show(rows, {r: plan.tokens for r, plan in setup.plans.items()}, run, conditions)
     if options.json_file is not None:
-        found = [{"r": r, "tokens": setup.plans[r].tokens, **_plain(asdict(row))} for r, row in rows.items()]
-        with files.replacing(options.json_file) as file:
-            file.write_text(json.dumps({"conditions": conditions, "run": run, "results": found}, indent=2) + "\n")
+        found = [{"r": r, "tokens": setup.plans[r].tokens, **asdict(row)} for r, row in rows.items()]
+        files.write_json(options.json_file, {"conditions": conditions, "run": run, "results": found})
     if options.plot_file is not None:
         with files.replacing(options.plot_file) as file:
             tables.draw(rows, conditions, file, options.plot_file.suffix[1:])
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can say: it knows no NaN."""
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import glob
 import io
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -134,6 +136,25 @@ def replacing(file: Path) -> Iterator[Path]:
     finally:
         if not direct:
             target.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write figures, whole; NaN, which JSON does not know, as null.
+
+    Raises:
+        click.ClickException: it could not be written, with the reason.
+
+    """
+    with replacing(file) as target:
+        target.write_text(json.dumps(_plain(value), indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def is_written_directly(file: Path) -> bool:

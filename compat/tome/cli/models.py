@@ -7,7 +7,8 @@ import itertools
 import logging
 import textwrap
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import timm
 import torch
 from timm.models import load_state_dict
 
-from tome import cost, patch, schedule
+from tome import backend, cost, patch, schedule
 from tome.cli import sources
 from tome.cli.arguments import RANDOM_WEIGHTS
 from tome.measure import checked_device
@@ -131,6 +132,54 @@ def create_model(
         raise click.UsageError(f"{failed} ({_in_short(error)}){mend}") from error
     model.pretrained_cfg.pop("state_dict", None)  # else every copy of the model would copy the checkpoint
     return model.eval()
+
+
+@contextmanager
+def failing_in_a_line() -> Iterator[None]:
+    """Runs of a model that no backend can take, or that lack memory, end in a line that says what to do.
+
+    Raises:
+        click.ClickException: with the reason.
+
+    """
+    try:
+        yield
+    except backend.BackendError as error:
+        raise click.ClickException(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(
+            f"out of memory ({str(error).splitlines()[0]}): choose a smaller --batch-size"
+        ) from error
+
+
+def set_image_size(name: str, model: Any, size: tuple[int, int], option: str) -> bool:
+    """Make a model of timm one for images of (height, width); whether it can be told of a size at all.
+
+    Raises:
+        click.BadParameter: the size does not suit it, with the reason, in the name of the option.
+
+    """
+    if not hasattr(model, "set_input_size"):
+        return False
+    try:
+        model.set_input_size(img_size=size)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        message = f"{name} takes no images of {size[0]}x{size[1]} pixels ({_in_short(error)})"
+        raise click.BadParameter(message, param_hint=option) from error
+    return True
+
+
+def check_image_size(name: str, model: Any, size: tuple[int, int] | None, option: str) -> None:
+    """The same, where it is given and not the model's own.
+
+    Raises:
+        click.BadParameter: the model cannot be told of a size, or this one does not suit it.
+
+    """
+    if size is None or size == cost.input_size(model)[1:]:
+        return
+    if not set_image_size(name, model, size, option):
+        raise click.BadParameter(f"{name} takes no images of another size", param_hint=option)
 
 
 def patched_shape(model: Any, size: tuple[int, int, int] | None = None) -> Shape:

@@ -6,7 +6,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -67,7 +66,7 @@ class Setup:
         model, told = models.load(options.model, pretrained, device, options.checkpoint)
         shape = models.patched_shape(model)
         if options.image_size is not None:
-            _resize(model, options)
+            models.check_image_size(options.model, model, options.image_size, "--image-size")
             shape = models.patched_shape(model)
         self.checksums = [_checksum(model)] if options.json_file is not None else []
         fitting = tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
@@ -128,19 +127,6 @@ class Setup:
 def _is_function(name: str) -> bool:
     prefix = name.partition(":")[0]
     return ":" in name and prefix not in (*models.TIMM_PREFIXES, *SOURCES)
-
-
-def _resize(model: Any, options: Options) -> None:
-    size = options.image_size
-    if size is None or cost.input_size(model)[1:] == size:
-        return
-    if not hasattr(model, "set_input_size"):
-        raise click.BadParameter(f"{options.model} takes no images of another size", param_hint="--image-size")
-    try:
-        model.set_input_size(img_size=size)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        message = f"{options.model} takes no images of {size[0]}x{size[1]} pixels ({error})"
-        raise click.BadParameter(message, param_hint="--image-size") from error
 
 
 def _checksum(model: nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tome import backend, data, measure, tune
+from tome import data, measure, tune
 from tome.cli import files, models
 from tome.cli.setup import Options, Setup
 
@@ -35,20 +34,16 @@ def run(options: Options, wish: tune.Wish) -> int:
             bar.update(task, completed=done, description=what)
 
         try:
-            found = tune.tune(
-                setup.base,
-                x,
-                wish,
-                options.batch_size or 16,
-                labels,
-                lambda: models.autocast_to(options.autocast, device),
-                tell=tell,
-            )
-        except backend.BackendError as error:
-            raise click.ClickException(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
-            raise click.ClickException(f"out of memory ({reason}): choose a smaller --batch-size") from error
+            with models.failing_in_a_line():
+                found = tune.tune(
+                    setup.base,
+                    x,
+                    wish,
+                    options.batch_size or 16,
+                    labels,
+                    lambda: models.autocast_to(options.autocast, device),
+                    tell=tell,
+                )
         except ValueError as error:
             raise click.UsageError(str(error)) from error
     conditions = {
@@ -72,9 +67,7 @@ def run(options: Options, wish: tune.Wish) -> int:
             "results": [asdict(row) for row in found.rows],
             "costs": asdict(found.costs),
         }
-        text = json.dumps(written, indent=2).replace("NaN", "null")
-        with files.replacing(options.json_file) as file:
-            file.write_text(text + "\n")
+        files.write_json(options.json_file, written)
     if options.plot_file is not None:
         with files.replacing(options.plot_file) as file:
             _draw(found, conditions, file, options.plot_file.suffix[1:])

@@ -73,7 +73,8 @@ def run(
     torch.manual_seed(0)
     model, pixels = models.load(model_name, pretrained=not random_weights, checkpoint=checkpoint)
     if image_size is not None:
-        _set_size(model, image_size)
+        inner = getattr(model, "trunk", model)  # of open_clip's wrapper
+        models.set_image_size(model_name, inner, image_size, "--image-size")
     plan = models.checked_plan(model_name, _shape(model, image_size), r)
     told = pixels()
     model.r = r
@@ -145,16 +146,6 @@ def see(
         (rows, columns),
         slots or [torch.arange(n, dtype=torch.int32)],
     )
-
-
-def _set_size(model: Any, size: tuple[int, int]) -> None:
-    inner = getattr(model, "trunk", model)  # of open_clip's wrapper
-    if hasattr(inner, "set_input_size"):
-        try:
-            inner.set_input_size(img_size=size)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "its patches do not fit"
-            raise click.BadParameter(f"{size[0]}x{size[1]}: {reason}", param_hint="--image-size") from error
 
 
 def _shape(model: Any, size: tuple[int, int] | None) -> models.Shape:
