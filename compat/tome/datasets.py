@@ -117,7 +117,24 @@ class Folder:
             return image.copy(), self.labels[i]
 
 
-class TorchvisionDataset:
+class Numbered:
+    """Images without names of their own."""
+
+    kind: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """The number among those of its kind."""
+        return f"{self.kind}[{i}]"
+
+    def checksum(self) -> int:
+        """How many there are."""
+        return len(self)
+
+
+class TorchvisionDataset(Numbered):
     """One of ``torchvision.datasets`` that has an image and a class for each item, as it lies on the disk."""
 
     def __init__(self, name: str, root: Path | None) -> None:
@@ -149,22 +166,16 @@ class TorchvisionDataset:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def name(self, i: int) -> str:
-        """The number within the dataset."""
-        return f"{self.kind}[{i}]"
-
-    def checksum(self) -> int:
-        """How many there are."""
-        return len(self)
-
     def read(self, i: int) -> tuple[Image.Image, int]:
         """As the dataset gives it."""
         image, label = self.dataset[i]
         return image, operator.index(label)
 
 
-class Digits:
+class Digits(Numbered):
     """The digits of :func:`tome.data.digits`, those for testing unless told otherwise, grey images of 16 x 16."""
+
+    kind = "digits"
 
     def __init__(self, train: bool = False) -> None:
         images, labels = digits()[0 if train else 1]
@@ -175,14 +186,6 @@ class Digits:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def name(self, i: int) -> str:
-        """The number among them."""
-        return f"digits[{i}]"
-
-    def checksum(self) -> int:
-        """How many there are."""
-        return len(self)
 
     def read(self, i: int) -> tuple[Image.Image, int]:
         """Grey."""
