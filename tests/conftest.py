@@ -1,6 +1,7 @@
 """Fixtures and Hypothesis profiles of every test."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -45,6 +46,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     name = chosen[0] if isinstance(chosen, tuple) else None
     with emulated.chosen() if name == "emulated" else use_backend(name):
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    """Forget the module that several tests write, each another one of that name."""
+    yield
+    sys.modules.pop("my_models", None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

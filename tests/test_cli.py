@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from entry import bad, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -36,14 +37,6 @@ def tome_command(*args, **env):
         check=False,
         env={**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", **env},
     )
-
-
-def run(capsys, *args):
-    """The same without a new process: exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        tome.cli.main([str(a) for a in args])
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)
@@ -294,10 +287,6 @@ def test_visualize_draws_models_that_take_any_size(photo, tmp_path, capsys):
     assert (code, err) == (
         2, "tome: error: torchvision:vit_b_32 cannot be drawn: it takes no image of 32 x 64 pixels\n"
     )  # fmt: skip
-
-
-def bad(*args):
-    return pytest.param(args[:-1], args[-1], id=" ".join(map(str, args[:-1]))[:60])
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import entry
 import numpy as np
 import pytest
 import torch
+from entry import bad
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -53,10 +55,7 @@ SHORT = ("--r", "2", "--r", "4", "--device", "cpu", "--batch-size", "1")
 
 
 def run(capsys, *args):
-    with pytest.raises(SystemExit) as exit_:
-        tome.cli.main(["evaluate", *map(str, args)])
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
+    return entry.run(capsys, "evaluate", *args)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +72,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delitem(sys.modules, "my_models", raising=False)
     return tmp_path
 
 
@@ -269,10 +267,6 @@ def test_what_is_resumed_is_the_same_run(capsys, monkeypatch):
     assert kept.read_text() == before
     kept.write_text(before + "{]\n")
     assert f"cannot go on from {kept} (" in run(capsys, *arguments, "--resume")[2]
-
-
-def bad(*args):
-    return pytest.param(args[:-1], args[-1], id=" ".join(map(str, args[:-1]))[:70])
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from entry import bad, run
 from PIL import Image
 from tuning import flops_clock
 
-import tome
-import tome.cli
 from tome import measure, schedule
 from tome import tune as tuning
 
@@ -27,13 +26,6 @@ def headless():
 MODEL = ("my_models:model", "--data", "photos", "--device", "cpu", "--batch-size", "4")
 
 
-def run(capsys, *args):
-    with pytest.raises(SystemExit) as exit_:
-        tome.cli.main([str(arg) for arg in args])
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """A folder with models, and images without classes, of which one is broken."""
@@ -47,7 +39,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(measure, "time_calls", flops_clock)
-    monkeypatch.delitem(sys.modules, "my_models", raising=False)
     return tmp_path
 
 
@@ -97,11 +88,6 @@ def test_without_classes(place, capsys, quick):
     code, _, err = run(capsys, *args, "--max-drop", "1")
     assert (code, err.count("\n")) == (2, 1)
     assert "has no head" in err
-
-
-def bad(*case):
-    *args, message = case
-    return pytest.param(args, message, id=" ".join(args))
 
 
 @pytest.mark.parametrize(

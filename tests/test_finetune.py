@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from entry import bad
 from PIL import Image
 
 import tome
@@ -278,29 +279,25 @@ def test_models_of_torchvision_get_a_head(finetune):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
-def bad(message, *args):
-    return pytest.param(args, message, id=" ".join(args)[:60])
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        bad("there is no folder nowhere: expected DATA/train and DATA/val, or digits", "nowhere"),
-        bad("there is no folder photos/train/train", "photos/train"),
-        bad("odd/val has not the classes of odd/train: cat in one only", "odd"),
-        bad("unknown model 'no_such_vit'", "photos", "--model", "no_such_vit"),
-        bad("ResNet is not supported", "photos", "--model", "resnet18"),
-        bad("100 is too large for my_models:small", "photos", "--r", "100"),
-        bad("'x': not a schedule", "photos", "--r", "x"),
-        bad("--r-warmup 2 and --r-off 2 are more than --epochs 3", "photos", "--r-warmup", "2", "--r-off", "2"),
-        bad("no optimiser adam_of_old", "photos", "--opt", "adam_of_old"),
-        bad("'plateau' is not one of", "photos", "--sched", "plateau"),
-        bad("18 images to train on are fewer than an update takes (1 x 64)", "photos", "--batch-size", "64"),
-        bad("need an even --batch-size", "photos", "--batch-size", "3", "--mixup", "1"),
-        bad("--fsdp shards over processes: start them by torchrun", "photos", "--fsdp"),
-        bad("cannot go on from my_models.py (", "photos", "--resume", "my_models.py"),
-        bad("choose one of --pretrained and", "photos", "--pretrained", "--initial-checkpoint", "my_models.py"),
-        bad("takes no images of another size", "photos", "--img-size", "32", "--model", "my_models:stiff"),
+        bad("nowhere", "there is no folder nowhere: expected DATA/train and DATA/val, or digits"),
+        bad("photos/train", "there is no folder photos/train/train"),
+        bad("odd", "odd/val has not the classes of odd/train: cat in one only"),
+        bad("photos", "--model", "no_such_vit", "unknown model 'no_such_vit'"),
+        bad("photos", "--model", "resnet18", "ResNet is not supported"),
+        bad("photos", "--r", "100", "100 is too large for my_models:small"),
+        bad("photos", "--r", "x", "'x': not a schedule"),
+        bad("photos", "--r-warmup", "2", "--r-off", "2", "--r-warmup 2 and --r-off 2 are more than --epochs 3"),
+        bad("photos", "--opt", "adam_of_old", "no optimiser adam_of_old"),
+        bad("photos", "--sched", "plateau", "'plateau' is not one of"),
+        bad("photos", "--batch-size", "64", "18 images to train on are fewer than an update takes (1 x 64)"),
+        bad("photos", "--batch-size", "3", "--mixup", "1", "need an even --batch-size"),
+        bad("photos", "--fsdp", "--fsdp shards over processes: start them by torchrun"),
+        bad("photos", "--resume", "my_models.py", "cannot go on from my_models.py ("),
+        bad("photos", "--pretrained", "--initial-checkpoint", "my_models.py", "choose one of --pretrained and"),
+        bad("photos", "--img-size", "32", "--model", "my_models:stiff", "takes no images of another size"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(finetune, folder, capsys, args, message):
