@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -28,25 +27,52 @@ def install(session: nox.Session, *groups: str) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the wheel into dist/; with TOME_BUILD_CUDA=1 with the kernels, whose library is then inspected."""
+    """Build into dist/ an sdist and from it the pure wheel and the manylinux wheel, and check them; --pure: no kernels.
+
+    The kernels take minutes; TOME_CUDA_ARCHS=90a-real builds them for one architecture.
+    """
     shutil.rmtree("dist", ignore_errors=True)
-    session.install("build[uv]")
-    session.run("python", "-m", "build", "--wheel", "--installer", "uv", "--outdir", "dist")
-    (wheel,) = Path("dist").glob("*.whl")
-    with_kernels = bool(os.environ.get("TOME_BUILD_CUDA"))
-    expected = "py3-none-linux" if with_kernels else "py3-none-any"
-    if expected not in wheel.name:
-        session.error(f"{wheel.name} is not a {expected} wheel")
-    session.run("python", "-m", "zipfile", "--list", str(wheel))
-    names = zipfile.ZipFile(wheel).namelist()
-    if with_kernels != any(name.endswith(".so") for name in names):
-        session.error(f"{wheel.name} should hold {'a' if with_kernels else 'no'} library")
-    if with_kernels:
+    session.install(*nox.project.dependency_groups(PROJECT, "build"))
+    session.run("uv", "build", "--sdist", "--out-dir", "dist")
+    (sdist,) = Path("dist").glob("*.tar.gz")
+    session.run("uv", "build", "--wheel", str(sdist), "--out-dir", "dist", env={"TOME_BUILD_CUDA": None})
+    if "--pure" not in session.posargs:
+        raw = Path(session.create_tmp(), "linux")
+        shutil.rmtree(raw, ignore_errors=True)
+        session.run("uv", "build", "--wheel", str(sdist), "--out-dir", str(raw), env={"TOME_BUILD_CUDA": "1"})
+        (linux,) = raw.glob("*-py3-none-linux_*.whl")
+        # The oldest manylinux that the library's symbols allow. PyTorch's libraries are those of the user's PyTorch.
+        session.run("auditwheel", "repair", "--exclude", "libtorch*.so", "--wheel-dir", "dist", str(linux))
+    wheels = sorted(Path("dist").glob("*.whl"))
+    session.run("twine", "check", "--strict", str(sdist), *map(str, wheels))
+    session.run("check-wheel-contents", *map(str, wheels))
+    for wheel in wheels:
+        names = zipfile.ZipFile(wheel).namelist()
+        if ("manylinux" in wheel.name) != any(name.endswith(".so") for name in names):
+            session.error(f"{wheel.name} and {len(names)} files in it: with a library or without?")
+    if "--pure" not in session.posargs:
+        (wheel,) = (wheel for wheel in wheels if "manylinux" in wheel.name)
         session.install(str(wheel), *nox.project.dependency_groups(PROJECT, "cuda-wheel"))
         session.install("--force-reinstall", "--no-deps", str(wheel))  # the environment may hold an earlier build
         # Without a library that loads, its tests would skip.
         session.run("python", "-c", "import tome_cuda; assert tome_cuda.build_info(), tome_cuda.unavailable()")
-        session.run("pytest", "tests/test_cuda_library.py", "tests/test_cuda_ops.py", *session.posargs)
+        session.run("pytest", "tests/test_cuda_library.py", "tests/test_cuda_ops.py")
+    for made in sorted(Path("dist").glob("token_merging*")):
+        session.log(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
+
+
+@nox.session(python=nox.project.python_versions(PROJECT))
+def smoke(session: nox.Session) -> None:
+    """Install each wheel of dist/ on every Python that the project claims, and use it a little."""
+    wheels = sorted(Path("dist").absolute().glob("*.whl"))
+    if not wheels:
+        session.error("dist/ is empty: nox -s build comes first")
+    program = Path("tests", "smoke.py").absolute()
+    with session.chdir(session.create_tmp()):  # away from the checkout
+        for wheel in wheels:
+            session.install(str(wheel))
+            session.install("--force-reinstall", "--no-deps", str(wheel))
+            session.run("python", "-P" if session.python != "3.10" else "-I", str(program), wheel.name)
 
 
 @nox.session
@@ -109,10 +135,13 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format."""
+    """Check style and format, and the workflows of .github."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    workflows = sorted(map(str, Path(".github", "workflows").glob("*.yml")))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    session.run("zizmor", "--offline", "--quiet", *workflows)
 
 
 @nox.session

@@ -74,6 +74,17 @@ def test_without_a_gpu_a_forced_cuda_is_an_error_after_the_facts(monkeypatch, ca
     assert err == "tome: error: TOME_BACKEND chose cuda, which cannot run here: no operation can\n"
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_info_tells_who_has_a_gpu_that_the_reference_is_slower(monkeypatch, capsys, has_gpu):
+    monkeypatch.setattr(tome.backend, "extension_problem", lambda: "it is not built. Fix: build it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert out.count("cuda: it is not built. Fix: build it") == 1
+    assert ("slower than the unpatched model (0.45x to 0.66x" in out) is has_gpu
+
+
 @pytest.mark.parametrize("command", ["info", "hosts", "bench", "evaluate", "visualize"])
 def test_help_has_examples(command, capsys):
     code, out, _ = run(capsys, command, "--help")
@@ -107,8 +118,31 @@ def test_help_and_mistakes_do_not_wait_for_torch(line):
     assert not loaded_by(line)
 
 
+COMPLETING = {"_TOME_COMPLETE": "bash_complete", "COMP_WORDS": "tome bench --de", "COMP_CWORD": "2"}
+
+
 def test_completion_does_not_wait_for_torch():
-    assert not loaded_by("", _TOME_COMPLETE="bash_complete", COMP_WORDS="tome bench --de", COMP_CWORD="2")
+    assert not loaded_by("", **COMPLETING)
+
+
+def test_completion():
+    assert tome_command(**COMPLETING).stdout == "plain,--device\n"
+    assert "_TOME_COMPLETE=zsh_source tome" in tome_command("--help").stdout
+    for shell in ("zsh", "fish"):
+        script = tome_command(_TOME_COMPLETE=f"{shell}_source")
+        assert (script.returncode, f"_TOME_COMPLETE={shell}_complete" in script.stdout) == (0, True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion_in_bash():
+    folder = os.path.dirname(shutil.which("tome", path=os.path.dirname(sys.executable)) or "tome")
+    lines = (
+        f'export PATH="{folder}:$PATH"; eval "$(_TOME_COMPLETE=bash_source tome)"',
+        "COMP_WORDS=(tome ev); COMP_CWORD=1; $(complete -p tome | grep -o '_tome[a-z_]*' | head -1) tome ev tome",
+        'echo "${COMPREPLY[@]}"',
+    )
+    result = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert result.stdout == "evaluate\n", result.stderr
 
 
 def loaded_by(line, **env):
@@ -173,7 +207,7 @@ def test_choices_are_those_of_the_library(monkeypatch, capsys):
 
 def test_version_and_bare_call(capsys):
     code, out, _ = run(capsys, "--version")
-    assert (code, "0.1.0" in out) == (0, True)
+    assert (code, out) == (0, f"tome, version {tome.__version__}\n")
     code, _, err = run(capsys)
     assert code == 2
     assert "bench" in err

@@ -379,7 +379,7 @@ def fresh() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh")
 def test_a_missing_library_gives_the_reason_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", lambda: None)
-    told = "not built. Fix: TOME_BUILD_CUDA=1 pip install"
+    told = "not built. Fix: TOME_BUILD_CUDA=1 "
     assert told in str(tome_cuda.unavailable())
     assert tome_cuda.build_info() == {}
     with pytest.raises(tome_cuda.LibraryError, match=told):

@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
+
 __all__ = [
     "BackendError",
     "Tokens",

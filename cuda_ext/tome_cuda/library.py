@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tome_cuda.remedy import build_command
+
 MODULE = "tome_cuda._kernels"
-INSTALL = "TOME_BUILD_CUDA=1 pip install . (in a checkout of token-merging)"
 OLDEST_TORCH = (2, 11)  # TORCH_TARGET_VERSION in CMakeLists.txt
 
 
@@ -60,7 +61,7 @@ def find() -> Path | None:
 def _load() -> _Loaded:
     path = find()
     if path is None:
-        return _Loaded(None, f"the kernels of the CUDA extension are not built. Fix: {INSTALL}")
+        return _Loaded(None, f"the kernels of the CUDA extension are not built. Fix: {build_command()}")
     # Asked before loading: with lazy binding a function that torch lacks would end the process.
     if _version(torch.__version__) < OLDEST_TORCH:
         return _Loaded(None, _newer_torch(".".join(map(str, OLDEST_TORCH))))
@@ -71,9 +72,11 @@ def _load() -> _Loaded:
         describe.restype = ctypes.c_char_p
         info = _read(path, json.loads(describe()))
     except (OSError, AttributeError) as error:
-        return _Loaded(None, f"the kernels at {path} cannot be loaded ({error}). Fix: {INSTALL}")
+        return _Loaded(None, f"the kernels at {path} cannot be loaded ({error}). Fix: {build_command()}")
     except KeyError as error:
-        return _Loaded(None, f"the kernels at {path} are of another version (they tell no {error}). Fix: {INSTALL}")
+        return _Loaded(
+            None, f"the kernels at {path} are of another version (they tell no {error}). Fix: {build_command()}"
+        )
     if _version(torch.__version__) < _version(info.torch):
         return _Loaded(None, _newer_torch(info.torch))
     return _Loaded(info, None)
@@ -170,7 +173,7 @@ def _old_driver() -> str | None:
         return None
     return (
         f"the driver supports CUDA {driver[0]}.{driver[1]}, the kernels were built with {built[0]}.{built[1]}. "
-        f"Fix: update the driver, or build with an older nvcc: TOME_NVCC=/path/to/nvcc {INSTALL}"
+        f"Fix: update the driver, or build with an older nvcc: TOME_NVCC=/path/to/nvcc {build_command()}"
     )
 
 
@@ -222,7 +225,7 @@ def _unsupported_device(index: int) -> str | None:
         return None
     return (
         f"the kernels were built for {', '.join(loaded.archs)} and not for {torch.cuda.get_device_name(index)} "
-        f"({major}.{minor}). Fix: TOME_CUDA_ARCHS={major}{minor}-real {INSTALL}"
+        f"({major}.{minor}). Fix: TOME_CUDA_ARCHS={major}{minor}-real {build_command()}"
     )
 
 

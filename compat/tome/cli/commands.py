@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from tome import schedule
+from tome import __version__, schedule
 from tome.cli import arguments, examples, files
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="token-merging")
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=examples.COMPLETION)
+@click.version_option(__version__)
 def cli() -> None:
     """Faster Vision Transformers by merging similar tokens (arXiv 2210.09461).
 

@@ -1,5 +1,11 @@
 """What stands under the help of each command."""
 
+COMPLETION = """\b
+Completion, in a shell's start-up file:
+  eval "$(_TOME_COMPLETE=bash_source tome)"       # ~/.bashrc
+  eval "$(_TOME_COMPLETE=zsh_source tome)"        # ~/.zshrc
+  _TOME_COMPLETE=fish_source tome | source        # ~/.config/fish/completions/tome.fish
+"""
 INFO = """\b
 Examples:
   tome info

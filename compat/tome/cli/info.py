@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import tome
 from tome import backend, cost, measure, ops, report, schedule
 from tome.cli import models
 from tome.patch import hosts
@@ -37,6 +38,8 @@ def show_backends() -> None:
     console.print(table)
     if missing is not None:
         console.print(f"cuda: {escape(missing)}", soft_wrap=True)
+        if torch.cuda.is_available():
+            console.print(f"merging runs on {backend.REFERENCE}", soft_wrap=True)
     for name, value in _facts({} if extension is None else extension.build_info()).items():
         console.print(f"{name:<22}{escape(value)}", soft_wrap=True)
     if chosen == "cuda" and missing is not None:
@@ -87,7 +90,7 @@ def show_parts(
 
 
 def _facts(library: dict[str, str]) -> dict[str, str]:
-    facts = {"token-merging": metadata.version("token-merging"), "torch": torch.__version__}
+    facts = {"token-merging": tome.__version__, "torch": torch.__version__}
     for package in ("timm", "transformers", "torchvision", "open_clip_torch"):
         with suppress(metadata.PackageNotFoundError):
             facts[package] = metadata.version(package)
