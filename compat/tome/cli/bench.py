@@ -5,63 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 import click
 import torch
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from timm.layers import set_fused_attn
 from torch import nn
 
 from tome import backend, cost, evaluate, measure, patch, schedule
 from tome.cli import files, models
+from tome.cli.rows import Result, Variant, draw, show
 
 DEFAULT: tuple[schedule.Schedule, ...] = (8, 16, (16, -1.0))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The model with a schedule ("none": unpatched), the backend it chooses, and "eager" or "compiled"."""
-
-    r: str
-    backend: str
-    mode: str
-
-    def __str__(self) -> str:
-        return " ".join(part for part in (self.r, self.backend, self.mode) if part not in ("", "auto", "eager"))
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row: a variant of the model and what it cost.
-
-    ``speedup`` is against the unpatched model of its mode; ``merging``, of patched models, against the same path with
-    r = 0: what is left of the first are the kernels, which need no merging.
-    """
-
-    r: str
-    backend: str
-    mode: str
-    tokens: tuple[int, ...]
-    gflops: float
-    images_per_second: float
-    median_ms: float
-    spread_percent: float
-    peak_mib: float
-    first_call_s: float
-    speedup: float
-    merging: float | None
-    allowed: float
-
-    @property
-    def share(self) -> float:
-        """The part of the speed-up that the saved arithmetic allows."""
-        return self.speedup / self.allowed
 
 
 def run(
@@ -109,7 +66,7 @@ def run(
     results = []
     for variant, times in seconds.items():
         unmerged = medians.get(replace(variant, r="0"))
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else None
         results.append(
             Result(
                 **asdict(variant),
@@ -117,7 +74,7 @@ def run(
                 gflops=flops[variant.r] / 1e9,
                 images_per_second=batch_size / medians[variant],
                 median_ms=medians[variant] * 1e3,
-                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant],
+                spread_percent=None if quartiles is None else 100 * (quartiles[2] - quartiles[0]) / medians[variant],
                 peak_mib=measure.peak_memory(calls[variant], device) / 2**20,
                 first_call_s=first_seconds[variant],
                 speedup=medians[Variant("none", "", variant.mode)] / medians[variant],
@@ -133,13 +90,13 @@ def run(
         "cuda graph": str(cuda_graph),
         **measure.machine(device),
     }
-    _print(results, conditions)
+    show(results, conditions)
     if json_file is not None:
         rows = [{**asdict(result), "share": result.share} for result in results]
         files.write_json(json_file, {"conditions": conditions, "results": rows})
     if plot_file is not None:
         with files.replacing(plot_file) as file:
-            _draw(results, conditions, file, plot_file.suffix[1:])
+            draw(results, conditions, file, plot_file.suffix[1:])
 
 
 def _variants(
@@ -180,54 +137,3 @@ def _graphed(call: measure.Call) -> measure.Call:
     with torch.inference_mode(), torch.cuda.graph(graph):
         call()
     return graph.replay
-
-
-def _print(results: list[Result], conditions: dict[str, str]) -> None:
-    console = Console(width=max(Console().width, 116))  # figures cut short are worse than a long line
-    title = "against the unpatched model with fused attention, same run"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("r", "tokens", "GFLOPs", "im/s", "ms", "spread", "MiB", "speed-up", "by merging", "allowed", "share"):
-        table.add_column(name, justify="left" if name == "r" else "right", no_wrap=True)
-    for row in results:
-        table.add_row(
-            escape(str(Variant(row.r, row.backend, row.mode))),
-            f"{row.tokens[0]}-{row.tokens[-1]}",
-            f"{row.gflops:.2f}",
-            f"{row.images_per_second:.5g}",
-            f"{row.median_ms:.4g}",
-            f"{row.spread_percent:.1f}%",
-            f"{row.peak_mib:.0f}",
-            f"{row.speedup:.2f}x",
-            "" if row.merging is None else f"{row.merging:.2f}x",
-            f"{row.allowed:.2f}x",
-            f"{row.share:.2f}",
-        )
-    console.print(table)
-    console.print(
-        "ms: median of a batch. spread: quartile distance / median. MiB: most memory that a pass adds. speed-up: "
-        "measured. by merging: against r = 0 of the same path; the rest is the kernels'. allowed: FLOPs unpatched / "
-        "FLOPs merged. share: speed-up / allowed.",
-        soft_wrap=True,
-    )
-    console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
-
-
-def _draw(results: list[Result], conditions: dict[str, str], file: Path, format_: str) -> None:
-    pyplot = files.pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    names = [str(Variant(row.r, row.backend, row.mode)) for row in results]
-    colours = ["0.6" if row.r == "none" else "tab:blue" for row in results]
-    bars = axes.bar(range(len(results)), [row.images_per_second for row in results], color=colours)
-    axes.bar_label(bars, [f"{row.speedup:.2f}x" for row in results])
-    axes.set_xticks(range(len(results)), names, rotation=20, ha="right", rotation_mode="anchor")
-    axes.set_xlabel("r")
-    axes.set_ylabel("images/s")
-    device = conditions.get("gpu", conditions["cpu"])
-    axes.set_title(
-        f"{conditions['model']}, batch {conditions['batch size']}, {conditions['dtype']}\n{device}",
-        fontsize=9,
-    )
-    try:
-        figure.savefig(file, dpi=150, format=format_)
-    finally:
-        pyplot.close(figure)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tome.cli import files
+from tome.cli.labels import place, three_digits
 from tome.evaluate import Result, pareto
 
 NAMED = 5  # broken images that are named one by one
@@ -36,7 +37,7 @@ def show(
             *(f"{100 * getattr(row, key):.2f}%" for key in shares),
             f"{row.cosine:.4f}",
             *([f"{row.kl:.3g}"] if row.kl is not None else []),
-            f"{row.images_per_second:.5g}",
+            three_digits(row.images_per_second),
             f"{row.speedup:.2f}x",
         )
     console.print(table)
@@ -56,15 +57,10 @@ def draw(rows: dict[str, Result], conditions: dict[str, Any], file: Path, format
     points = [(row.images_per_second, 100 * row.top1 if row.top1 is not None else row.cosine) for row in rows.values()]
     front = [points[i] for i in pareto(points)]
     axes.step(*zip(*front, strict=True), where="post", color="tab:orange", linewidth=1, label="Pareto front", zorder=1)
-    for (name, row), point in zip(rows.items(), points, strict=True):
-        is_base = name == next(iter(rows))
-        axes.scatter(*point, color="0.4" if is_base else "tab:blue", zorder=3)
-        label = f"{name if is_base else f'r={name}'}, {row.speedup:.2f}x"
-        is_right = point[0] > (front[0][0] + min(points)[0]) / 2
-        axes.annotate(
-            label, point, xytext=(-5 if is_right else 5, -11 if is_base else 5), textcoords="offset points", fontsize=7,
-            ha="right" if is_right else "left",
-        )  # fmt: skip
+    base, *merged = points
+    axes.scatter(*base, color="0.4", zorder=3)
+    axes.scatter(*zip(*merged, strict=True), color="tab:blue", zorder=3)
+    names = [next(iter(rows)), *(f"r={name}" for name in list(rows)[1:])]
     axes.set_xlabel("images/s of the model alone")
     axes.set_ylabel("top-1, %" if graded else "cosine with the unpatched model")
     device = conditions.get("gpu", conditions["cpu"])
@@ -72,6 +68,7 @@ def draw(rows: dict[str, Result], conditions: dict[str, Any], file: Path, format
     axes.set_title(f"{weights}\nbatch {conditions['batch size']}, {conditions['dtype']}, {device}", fontsize=8)
     axes.margins(x=0.14, y=0.14)
     axes.legend(loc="lower left", fontsize=8)
+    place(axes, points, [f"{name}, {row.speedup:.2f}x" for name, row in zip(names, rows.values(), strict=True)])
     try:
         figure.savefig(file, dpi=150, format=format_)
     finally:
@@ -88,9 +85,9 @@ def _about(rows: dict[str, Result], run: dict[str, Any]) -> list[str]:
     if run["ignored"]:
         seen += f"; files that are no images: {run['ignored']}"
     lines.append(seen)
-    alone, whole = run["model_images_per_second"], run["run_images_per_second"]
+    alone, whole = (three_digits(run[f"{part}_images_per_second"]) for part in ("model", "run"))
     lines.append(
-        f"all {len(rows)} in turn: {alone:.5g} images/s of the models alone, {whole:.5g} of the whole run, which "
+        f"all {len(rows)} in turn: {alone} images/s of the models alone, {whole} of the whole run, which "
         f"waited for images for {100 * run['waited']:.1f}% of its time"
     )
     lines += [f"r {name}: {row.nonfinite} images gave no finite output" for name, row in rows.items() if row.nonfinite]
