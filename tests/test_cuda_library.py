@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import platform
 import re
 import shutil
@@ -148,3 +149,12 @@ def test_static_shared_memory_stays_below_what_launches_reserve_for_it(path: str
 )
 def test_runs_on(archs: tuple[str, ...], capability: tuple[int, int], runs: bool) -> None:
     assert library.runs_on(archs, capability) is runs
+
+
+@pytest.mark.parametrize("file", sorted(Path(tome_cuda.__file__).parent.glob("*.py")), ids=lambda file: file.name)
+def test_a_copy_under_another_name_would_import_itself(file: Path) -> None:
+    """As the hub of kernels loads packages: relative imports, and nothing but torch and the standard library."""
+    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in imports if isinstance(node, ast.ImportFrom) and node.level == 0]
+    assert {name.partition(".")[0] for name in names} <= {"torch", *sys.stdlib_module_names}

@@ -5,8 +5,8 @@ Importing this package loads no library and asks for no GPU. The first call of a
 :func:`why_not` why an operation can't run on given arguments.
 """
 
-from tome_cuda.library import LibraryError, build_info, unavailable
-from tome_cuda.ops import (
+from .library import LibraryError, build_info, unavailable
+from .ops import (
     attend_half,
     attention,
     follow,
@@ -28,8 +28,8 @@ from tome_cuda.ops import (
     swiglu_norm,
     unmerge,
 )
-from tome_cuda.predicates import PREDICATES, remark, why_not
-from tome_cuda.registration import operators
+from .predicates import PREDICATES, remark, why_not
+from .registration import operators
 
 __all__ = [
     "PREDICATES",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tome_cuda import predicates
+from . import predicates
 
 
 def _bipartite_match(keys: Tensor, r: int, prefix: int) -> Tensor:

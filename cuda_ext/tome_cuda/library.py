@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tome_cuda.remedy import build_command
+from .remedy import build_command
 
-MODULE = "tome_cuda._kernels"
+MODULE = f"{__package__}._kernels"
 OLDEST_TORCH = (2, 11)  # TORCH_TARGET_VERSION in CMakeLists.txt
 
 

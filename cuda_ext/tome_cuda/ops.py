@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tome_cuda import by_torch, predicates, training
-from tome_cuda.predicates import Linear, Norm
-from tome_cuda.registration import _unmerge_context, _unmerge_grad, launch
+from . import by_torch, predicates, training
+from .predicates import Linear, Norm
+from .registration import _unmerge_context, _unmerge_grad, launch
 
 GELUS = {"erf": 0, "tanh": 1, "quick": 2}
 S = TypeVar("S", Tensor, "Tensor | None")

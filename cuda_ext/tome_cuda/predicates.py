@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 
-from tome_cuda import library
+from . import library
 
 Linear = tuple[Tensor, Tensor | None]
 Norm = tuple[Tensor | None, Tensor | None, float]

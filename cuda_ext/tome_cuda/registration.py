@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tome_cuda import library
-from tome_cuda.fakes import FAKES
+from . import library
+from .fakes import FAKES
 
 NAMESPACE = "tome_cuda"
 # From about this many elements on (64 MiB in half precision) a launch takes longer than allocating memory twice.

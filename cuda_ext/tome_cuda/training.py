@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tome_cuda import registration
-from tome_cuda.registration import launch, split_packed
+from . import registration
+from .registration import launch, split_packed
 
 Grads = tuple[Tensor | None, ...]
 # A half's parameters are its first layer's weight and bias, its second's, gamma, and the norm's weight and bias. The

@@ -12,7 +12,7 @@ SIDES = (
     ("left", "bottom", 4, 3), ("left", "top", 4, -3), ("right", "bottom", -4, 3), ("right", "top", -4, -3),
     ("center", "bottom", 0, 6), ("center", "top", 0, -6), ("left", "center", 7, 0), ("right", "center", -7, 0),
 )  # fmt: skip
-REACH = (1, 2, 3.5, 5)
+REACH = (1, 2, 3, 4, 5, 6, 8, 10, 12)
 
 
 def three_digits(number: float) -> str:
