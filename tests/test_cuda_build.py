@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +50,29 @@ def test_slow_code_fails_the_build_and_leaves_no_object(told: str, complaint: st
 def test_a_compiler_s_own_failure_is_passed_on() -> None:
     done = subprocess.run([sys.executable, str(COMPILE), sys.executable, "-c", "exit(3)"], check=False)
     assert done.returncode == 3
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the versions are those of x86-64")
+@pytest.mark.skipif(not all(map(shutil.which, ("g++", "readelf"))), reason="needs g++ and binutils")
+def test_a_library_linked_with_the_stand_ins_asks_for_an_old_glibc_and_loads(tmp_path: Path) -> None:
+    code = """
+        #include <dlfcn.h>
+        #include <memory>
+        #include <pthread.h>
+        extern "C" int works() {
+          pthread_t thread;
+          auto shared = std::make_shared<int>(40);
+          auto run = [](void* p) -> void* { auto copy = *(std::shared_ptr<int>*)p; *copy += copy.use_count(); return p; };
+          return pthread_create(&thread, nullptr, run, &shared) + pthread_join(thread, nullptr) == 0
+              && dlsym(RTLD_DEFAULT, "malloc") ? *shared : 0;
+        }"""
+    (tmp_path / "a.cpp").write_text(code)
+    subprocess.run([sys.executable, str(COMPILE.with_name("old_glibc.py")), str(tmp_path), "g++"], check=True)
+    sources = [str(tmp_path / "a.cpp"), str(COMPILE.parent / "csrc" / "one_thread.cpp")]
+    stand_ins = sorted(map(str, tmp_path.glob("lib*.so")))
+    assert len(stand_ins) == 3
+    made = tmp_path / "made.so"
+    subprocess.run(["g++", "-shared", "-fPIC", *sources, *stand_ins, "-o", str(made)], check=True)
+    told = subprocess.run(["readelf", "-V", str(made)], check=True, capture_output=True, text=True).stdout
+    assert max(tuple(map(int, v.split("."))) for v in re.findall(r"\bGLIBC_([0-9.]+)", told)) <= (2, 27)
+    assert ctypes.CDLL(str(made)).works() == 42

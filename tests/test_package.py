@@ -1,6 +1,7 @@
 """What packages say of themselves, and the command that builds the kernels."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -108,3 +109,32 @@ def test_the_page_of_an_index_has_absolute_links(tmp_path):
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
     assert all(picture.startswith("https://raw.githubusercontent.com/") for picture in pictures)
     assert f"/v{tome.__version__}/" in page
+
+
+@pytest.mark.parametrize(
+    ("tag", "address", "is_fine"),
+    [
+        (f"v{tome.__version__}", "https://github.com/token-merging/token-merging", True),
+        ("v9.9.9", "https://github.com/token-merging/token-merging", False),
+        (f"v{tome.__version__}", "https://github.com/somebody/token-merging", False),
+    ],
+)
+def test_a_release_that_disagrees_with_itself_is_refused(tag, address, is_fine):
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    (step,) = (step for step in workflow["jobs"]["agree"]["steps"] if "run" in step)
+    env = {**os.environ, "TAG": tag, "ADDRESS": address}
+    assert set(step["env"]) == {"TAG", "ADDRESS"}
+    done = subprocess.run(["bash", "-e", "-c", step["run"]], cwd=ROOT, env=env, capture_output=True, check=False)
+    assert (done.returncode == 0) is is_fine
+
+
+def test_the_page_of_a_release_is_its_entry_of_the_changelog(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    (step,) = (step for step in workflow["jobs"]["page"]["steps"] if "run" in step)
+    text = "## [Unreleased]\nnew\n## [1.2.0] - 2026-01-02\n\n### Added\n- this\n\n## [1.1.0] - 2025-01-01\nold\n\n[1.2.0]: x\n"
+    (tmp_path / "CHANGELOG.md").write_text(text)
+    script = step["run"].partition("gh release")[0]
+    subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env={**os.environ, "TAG": "v1.2.0"}, check=True)
+    assert (tmp_path / "notes.md").read_text() == "\n### Added\n- this\n\n"
