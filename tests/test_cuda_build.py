@@ -62,7 +62,11 @@ def test_a_library_linked_with_the_stand_ins_asks_for_an_old_glibc_and_loads(tmp
         extern "C" int works() {
           pthread_t thread;
           auto shared = std::make_shared<int>(40);
-          auto run = [](void* p) -> void* { auto copy = *(std::shared_ptr<int>*)p; *copy += copy.use_count(); return p; };
+          auto run = [](void* p) -> void* {
+            auto copy = *(std::shared_ptr<int>*)p;
+            *copy += copy.use_count();
+            return p;
+          };
           return pthread_create(&thread, nullptr, run, &shared) + pthread_join(thread, nullptr) == 0
               && dlsym(RTLD_DEFAULT, "malloc") ? *shared : 0;
         }"""

@@ -133,7 +133,8 @@ def test_the_page_of_a_release_is_its_entry_of_the_changelog(tmp_path):
     yaml = pytest.importorskip("yaml")
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
     (step,) = (step for step in workflow["jobs"]["page"]["steps"] if "run" in step)
-    text = "## [Unreleased]\nnew\n## [1.2.0] - 2026-01-02\n\n### Added\n- this\n\n## [1.1.0] - 2025-01-01\nold\n\n[1.2.0]: x\n"
+    text = "## [Unreleased]\nnew\n## [1.2.0] - 2026-01-02\n\n### Added\n- this\n\n"
+    text += "## [1.1.0] - 2025-01-01\nold\n\n[1.2.0]: x\n"
     (tmp_path / "CHANGELOG.md").write_text(text)
     script = step["run"].partition("gh release")[0]
     subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, env={**os.environ, "TAG": "v1.2.0"}, check=True)
