@@ -65,7 +65,7 @@ class Chart:
     def __post_init__(self) -> None:
         self.width, self.height = SIZES[self.kind]
         self.left, self.right, self.top, self.bottom = LEFT, self.width - RIGHT, TOP, self.height - BOTTOM
-        count = max(2, (self.right - self.left) // 90)
+        count = max(5, (self.right - self.left) // 90)
         self.x_ticks = [(self.x(v), text) for v, text in ticks(*self.x_range, count, self.whole)]
         self.y_ticks = [(self.y(v), text) for v, text in ticks(*self.y_range, 5)]
 
@@ -87,7 +87,7 @@ class Chart:
         """Put each label beside its point, where it covers least of points and of other labels."""
         taken = [(self.x(p.x) - 6, self.y(p.y) - 6, self.x(p.x) + 6, self.y(p.y) + 6) for p in points]
         for point in sorted(points, key=lambda p: -p.x):
-            x, y, width = self.x(point.x), self.y(point.y), LETTER * len(point.label)
+            x, y, width = self.x(point.x), self.y(point.y), LETTER * len(point.label) + 4
             places = [
                 (left, y + down)
                 for down in (-AWAY, AWAY + FONT - 2, FONT / 3, -AWAY - FONT, AWAY + 2 * FONT)

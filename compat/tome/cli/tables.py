@@ -128,4 +128,8 @@ def about(rows: dict[str, Result], run: dict[str, Any]) -> list[str]:
 
 def short(value: Any) -> str:
     """A condition of a run, in one line."""
-    return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return " ".join(f"{key} {short(each)}" for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
