@@ -51,7 +51,7 @@ def chromium():
         if file is None:
             pytest.skip("needs Chromium: apt install chromium, or playwright install chromium")
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = started.chromium.launch(executable_path=file, args=sandbox)
+        browser = started.chromium.launch(executable_path=file, args=["--disable-dev-shm-usage", *sandbox])
         try:
             yield browser
         finally:

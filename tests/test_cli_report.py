@@ -261,6 +261,23 @@ def test_in_a_browser(place, capsys):
     assert pages[0] == pages[2] != pages[1] == pages[3], "light and dark"
 
 
+DOCS = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^tome report .*$", DOCS, re.MULTILINE))
+def test_the_commands_of_the_documentation_run(capsys, line):
+    args = shlex.split(line.replace("MODEL", "my_models:model"))[2:]
+    code, out, err = run(capsys, "report", *args, "--device", "cpu")
+    assert (code, err) == (0, ""), out
+    assert Path("report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_documentation_names_every_option_of_its_own(capsys):
+    own = {option for option in run(capsys, "report", "--help")[1].split() if option.startswith("--")}
+    shared = {option for option in run(capsys, "evaluate", "--help")[1].split() if option.startswith("--")}
+    assert {option for option in own - shared if option not in DOCS} == set()
+
+
 @pytest.mark.parametrize(
     ("low", "high", "count", "expected"),
     [

@@ -140,7 +140,7 @@ def measured(
             first_seconds[variant] = measure.time_calls({"": call}, device, 0, 1, progress=False)[""][0]
         except backend.BackendError as error:
             raise click.ClickException(str(error)) from error
-        calls[variant] = _graphed(call) if cuda_graph else call
+        calls[variant] = measure.graphed(call) if cuda_graph else call
     seconds = measure.time_calls(calls, device, warm_up, runs)
     medians = {variant: statistics.median(times) for variant, times in seconds.items()}
     results = []
@@ -190,19 +190,6 @@ def _call(
             return model(x)
 
     return call
-
-
-def _graphed(call: measure.Call) -> measure.Call:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):  # allocations and library handles come before the capture
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def cells(results: list[Result]) -> tables.Cells:
