@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tome import data, measure, tune
-from tome.cli import files, models
+from tome.cli import files, models, tables
 from tome.cli.setup import Options, Setup
 
 UNMET = 1  # the exit code where no schedule does what was asked for
@@ -23,9 +21,44 @@ UNMET = 1  # the exit code where no schedule does what was asked for
 
 def run(options: Options, wish: tune.Wish) -> int:
     """Tune, print, and write what was asked for; the exit code."""
-    device = models.find_device(options.device)
-    setup = Setup(options, device)
-    x, labels, broken = _images(options, setup)
+    setup = Setup(options, models.find_device(options.device))
+    made = tuned(options, setup, setup.images, wish)
+    _show(made, wish)
+    found, conditions = made.found, made.conditions
+    if options.json_file is not None:
+        written = {
+            "r": found.r,
+            "met": found.is_met,
+            "wish": wish._asdict(),
+            "conditions": conditions,
+            "results": [asdict(row) for row in found.rows],
+            "costs": asdict(found.costs),
+        }
+        files.write_json(options.json_file, written)
+    if options.plot_file is not None:
+        with files.replacing(options.plot_file) as file:
+            _draw(found, conditions, file, options.plot_file.suffix[1:])
+    return 0 if found.is_met else UNMET
+
+
+class Made(NamedTuple):
+    """What was found, under which conditions, and the images that cannot be read."""
+
+    found: tune.Tuned
+    conditions: dict[str, str]
+    broken: list[str]
+
+
+def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) -> Made:
+    """Tune on these images.
+
+    Raises:
+        click.ClickException: the images are too few, or the wish is not one for this model.
+
+    """
+    device = setup.device
+    with models.failing_in_a_line():
+        x, labels, broken = _read(options, setup, images)
     columns = (TextColumn("tuning"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("", total=1.0)
@@ -57,26 +90,12 @@ def run(options: Options, wish: tune.Wish) -> int:
         "wish": f"{wish.kind} {wish.value:g}",
         **measure.machine(device),
     }
-    _show(found, wish, conditions, broken)
-    if options.json_file is not None:
-        written = {
-            "r": found.r,
-            "met": found.is_met,
-            "wish": wish._asdict(),
-            "conditions": conditions,
-            "results": [asdict(row) for row in found.rows],
-            "costs": asdict(found.costs),
-        }
-        files.write_json(options.json_file, written)
-    if options.plot_file is not None:
-        with files.replacing(options.plot_file) as file:
-            _draw(found, conditions, file, options.plot_file.suffix[1:])
-    return 0 if found.is_met else UNMET
+    return Made(found, conditions, broken)
 
 
-def _images(options: Options, setup: Setup) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
+def _read(options: Options, setup: Setup, images: data.Images) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
     """All images at once, in the model's dtype, their labels where they mean something, and those that are broken."""
-    read = list(data.batches(setup.images, options.batch_size or 16, options.workers or 0, torch.device("cpu")))
+    read = list(data.batches(images, options.batch_size or 16, options.workers or 0, torch.device("cpu")))
     broken = [name for batch in read for name in batch.broken]
     whole = [batch for batch in read if len(batch.x)]
     if not whole:
@@ -85,35 +104,44 @@ def _images(options: Options, setup: Setup) -> tuple[torch.Tensor, torch.Tensor 
     return torch.cat([batch.x for batch in whole]).to(setup.device, setup.dtype), labels, broken
 
 
-def _show(found: tune.Tuned, wish: tune.Wish, conditions: dict[str, str], broken: list[str]) -> None:
-    console = Console(width=max(Console().width, 100))
+def cells(found: tune.Tuned) -> tables.Cells:
+    """The proof run, a row for each schedule."""
     has_classes = found.tuned.drop == found.tuned.drop  # else NaN
-    title = "at one measured speed, against the unpatched model, same run"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "tokens", "1 - cosine", *(["drop"] if has_classes else []), "ms", "speed-up"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(
-            escape(row.name),
+    rows = [
+        [
+            row.name,
             f"{row.tokens[0]}-{row.tokens[-1]}",
             f"{max(row.distance, 0.0):.2e}",
             *([f"{row.drop:.2f}"] if has_classes else []),
             f"{1e3 * row.seconds:.2f}",
             f"{row.speedup:.2f}x",
-        )
-    console.print(table)
+        ]
+        for row in found.rows
+    ]
     drop = "drop: points of top-1 accuracy, or without labels images of another class, in percent. "
-    console.print(
+    return tables.Cells(
+        ["", "tokens", "1 - cosine", *(["drop"] if has_classes else []), "ms", "speed-up"],
+        rows,
         "1 - cosine: of the pooled features to the unpatched model's, mean. " + (drop if has_classes else "")
         + "constant r and (r, -1): in whole tokens, brought to the speed of the tuned schedule.",
-        soft_wrap=True,
     )  # fmt: skip
+
+
+def asked(wish: tune.Wish) -> str:
+    """The option that a wish comes from."""
+    return f"--{wish.kind.replace('_', '-')} {wish.value:g}"
+
+
+def _show(made: Made, wish: tune.Wish) -> None:
+    found, conditions, broken = made
+    console = Console(width=max(Console().width, 100))
+    cells(found).show(console, "at one measured speed, against the unpatched model, same run")
     for name in broken:
         console.print(escape(f"not read: {name}"), soft_wrap=True)
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True, markup=False)
     if not found.is_met:
-        asked = f"{wish.kind.replace('_', '-')} {wish.value:g}"
-        console.print(f"no schedule was found that does --{asked}; this is the nearest:", soft_wrap=True, markup=False)
+        told = f"no schedule was found that does {asked(wish)}; this is the nearest:"
+        console.print(told, soft_wrap=True, markup=False)
     console.print(f"model.r = {found.r}", soft_wrap=True, markup=False)
 
 
