@@ -109,8 +109,8 @@ def evaluate(**options: Any) -> None:
 @arguments.wishes
 @click.option("--limit", type=click.IntRange(min=2), default=256, show_default=True, metavar="N",
               help="Only N images, spread over all.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True,
-              help="Of the batch whose time counts.")  # fmt: skip
+@click.option("--batch-size", type=arguments.CountOrAutoType(), default="auto", show_default=True,
+              help="Whose time counts; auto: on a GPU the largest that fits up to 256, on a CPU 16.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path),
               help="Write the schedule, for --r FILE.json and tome.schedule.load, and the figures.")  # fmt: skip
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the tokens of each layer.")

@@ -119,7 +119,7 @@ def _figures(setup: Setup, total: evaluate.Tally, conditions: dict[str, Any], bu
         "images": total.images,
         "broken": sorted(total.broken),
         "ignored": len(setup.images.dataset.source.ignored),
-        "model_images_per_second": total.images / total.model_seconds(),
+        "model_images_per_second": busy * total.images / total.model_seconds(),
         "run_images_per_second": busy * total.images / total.seconds,
         "waited": total.waited / total.seconds,
     }

@@ -20,7 +20,6 @@ from tome.cli.processes import Place
 from tome.cli.setup import UNPATCHED, Options, Setup
 from tome.tune.proof import TUNED
 
-MOST_IMAGES = 256  # in a batch that is chosen here: more make tuning slow
 STEPS = 3  # layers of a row of pictures
 RIVALS = 2  # schedules beside them, behind their last layer
 TRIED = 20  # images in place of one that is broken
@@ -30,7 +29,7 @@ def run(options: Options, wish: tune.Wish | None, calibration: int, count: int, 
     """Tune, evaluate, measure, draw, and write the page; the exit code."""
     setup = Setup(options, models.find_device(options.device))
     with models.failing_in_a_line():
-        batch_size = options.batch_size or min(setup.batch_size(), MOST_IMAGES)
+        batch_size = options.batch_size or min(setup.batch_size(), tuning.MOST_IMAGES)
         options = replace(options, batch_size=batch_size)
         found = None
         if wish is not None:

@@ -16,6 +16,8 @@ from tome import data, measure, tune
 from tome.cli import files, models, tables
 from tome.cli.setup import Options, Setup
 
+MOST_IMAGES = 256  # in a batch that is chosen here: more make tuning slow
+READ_AT_ONCE = 16
 UNMET = 1  # the exit code where no schedule does what was asked for
 
 
@@ -58,6 +60,7 @@ def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) 
     """
     device = setup.device
     with models.failing_in_a_line():
+        batch_size = options.batch_size or min(setup.batch_size(), MOST_IMAGES)
         x, labels, broken = _read(options, setup, images)
     columns = (TextColumn("tuning"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
@@ -72,7 +75,7 @@ def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) 
                     setup.base,
                     x,
                     wish,
-                    options.batch_size or 16,
+                    batch_size,
                     labels,
                     lambda: models.autocast_to(options.autocast, device),
                     tell=tell,
@@ -84,7 +87,7 @@ def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) 
         "weights": options.weights(),
         "data": options.data,
         "images": str(len(x)),
-        "batch size": str(options.batch_size),
+        "batch size": str(batch_size),
         "dtype": options.dtype,
         "autocast": str(options.autocast),
         "wish": f"{wish.kind} {wish.value:g}",
@@ -95,7 +98,7 @@ def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) 
 
 def _read(options: Options, setup: Setup, images: data.Images) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
     """All images at once, in the model's dtype, their labels where they mean something, and those that are broken."""
-    read = list(data.batches(images, options.batch_size or 16, options.workers or 0, torch.device("cpu")))
+    read = list(data.batches(images, READ_AT_ONCE, options.workers or 0, torch.device("cpu")))
     broken = [name for batch in read for name in batch.broken]
     whole = [batch for batch in read if len(batch.x)]
     if not whole:
@@ -142,6 +145,12 @@ def _show(made: Made, wish: tune.Wish) -> None:
     if not found.is_met:
         told = f"no schedule was found that does {asked(wish)}; this is the nearest:"
         console.print(told, soft_wrap=True, markup=False)
+        if found.costs.waits_for_host:
+            console.print(
+                f"at batch size {conditions['batch size']} a block takes nearly as long with a few tokens as with all: "
+                "the host sets the pace, and merging saves nothing there. Try a larger --batch-size.",
+                soft_wrap=True,
+            )
     console.print(f"model.r = {found.r}", soft_wrap=True, markup=False)
 
 
