@@ -234,7 +234,9 @@ def reference() -> list[str]:
     data = load(name)
     found = [each for each in data["results"] if each["backend"] == "reference" and each["r"] not in ("none", "0")]
     low, high = (each(result["speedup"] for result in found) for each in (min, max))
-    said = f"**{low:.2f}x to {high:.2f}x** of the unpatched model's speed, for r from {found[0]['r']} to {found[-1]['r']}"
+    said = (
+        f"**{low:.2f}x to {high:.2f}x** of the unpatched speed, for r from {found[0]['r']} to {found[-1]['r']}"
+    )
     batch = data["conditions"]["batch size"]
     return [said + ".", *measured(f"{BASE}, batch {batch}, float16, eager", {name: data})]
 
@@ -243,13 +245,11 @@ def claim() -> list[str]:
     """The headline in a sentence, for the README."""
     name = "h200-base"
     data = load(name)
-    found = [(r, find(data, r=r)) for r in ("8", "16")]
-    told = ", ".join(
-        f"{speed(each)} at r = {r} (the saved arithmetic allows {allowed(each)})" for r, each in found if each is not None
-    )
+    found = [each for r in ("8", "16") if (each := find(data, r=r)) is not None]
+    told = [f"{speed(each)} at r = {each['r']} (the saved arithmetic allows {allowed(each)})" for each in found]
     said = data["conditions"]
     where = f"{said['model']} in {said['dtype']} at batch {said['batch size']} on an {said['gpu']}, with the kernels"
-    return [f"{where}: **{told}**."]
+    return [f"{where}: **{', '.join(told)}**."]
 
 
 def agreements() -> dict[str, Data]:
