@@ -10,7 +10,7 @@ import griffe
 
 
 class Site(griffe.Extension):
-    """Plain code instead of roles such as :func:`tome.merged`; the patch functions of ``_patch`` with their arguments."""
+    """Roles such as :func:`tome.merged` become plain code; what ``_patch`` makes are functions with its arguments."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:

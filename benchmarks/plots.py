@@ -1,4 +1,4 @@
-"""The plots of docs/speed.md and docs/choosing-r.md, from the stored figures; `python benchmarks/tables.py` draws them."""
+"""The plots of docs/speed.md and docs/choosing-r.md, from the stored figures; benchmarks/tables.py calls it."""
 
 from __future__ import annotations
 

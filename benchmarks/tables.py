@@ -28,7 +28,8 @@ COMMANDS = {  # of what headline.py does not run
     **{name: f"tome bench {arguments}" for name, arguments in RUNS.items()},
     "h200-training": "python benchmarks/training.py",
     "agreement-dinov2-cpu": "python benchmarks/agreement.py --device cpu",
-    "agreement-dinov2-cuda": "python benchmarks/agreement.py --device cuda --dtype float16 --batch-size 256 --crops 1024",
+    "agreement-dinov2-cuda": "python benchmarks/agreement.py --device cuda --dtype float16 --batch-size 256 "
+    "--crops 1024",
     **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
 }
 
@@ -234,9 +235,7 @@ def reference() -> list[str]:
     data = load(name)
     found = [each for each in data["results"] if each["backend"] == "reference" and each["r"] not in ("none", "0")]
     low, high = (each(result["speedup"] for result in found) for each in (min, max))
-    said = (
-        f"**{low:.2f}x to {high:.2f}x** of the unpatched speed, for r from {found[0]['r']} to {found[-1]['r']}"
-    )
+    said = f"**{low:.2f}x to {high:.2f}x** of the unpatched speed, for r from {found[0]['r']} to {found[-1]['r']}"
     batch = data["conditions"]["batch size"]
     return [said + ".", *measured(f"{BASE}, batch {batch}, float16, eager", {name: data})]
 

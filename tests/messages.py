@@ -1,8 +1,8 @@
 """Every message that the packages can print, as templates in which ``…`` stands for what a run fills in.
 
 Of Python: what is raised or warned of, and the reasons that functions of type ``str | None`` give, which others put
-behind a colon. Of C++: what TOME_CHECK says; of CMake: errors and warnings. Names are followed to the constant, variable or function that they stand
-for, as far as one file goes. ``python tests/messages.py`` prints them by file.
+behind a colon. Of C++: what TOME_CHECK says; of CMake: errors, warnings. Names are followed to the constant, variable
+or function that they stand for, as far as one file goes. ``python tests/messages.py`` prints them by file.
 """
 
 from __future__ import annotations
