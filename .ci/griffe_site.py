@@ -15,6 +15,9 @@ class Site(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = re.sub(r":(?:func|mod|class|data|meth):`~?([^`]+)`", r"`\1`", obj.docstring.value)
+            if isinstance(obj, griffe.Function) and obj.returns is not None:  # else a colon in the text ends a type
+                told = rf"\g<0>{obj.returns}: "
+                obj.docstring.value = re.sub(r"Returns:\n\s+", told, obj.docstring.value)
 
     def on_module_members(self, *, mod: griffe.Module, **_: Any) -> None:
         if mod.path != "tome.patch":

@@ -7,16 +7,17 @@ The weights and the photographs are those of benchmarks/dinov2.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 from dinov2 import model, photograph
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from tome import ops, patch, vis
+from tome import ops, patch
 from tome.cli.visualize import Seen, see
 
 matplotlib.use("Agg")
@@ -26,6 +27,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 STRIP = {"size": 336, "r": 40}  # 24 x 24 patches; 577 tokens become 97
 STRIP_OF = ("chelsea.png", "coffee.png")
 STRIP_LAYERS = (4, 8, 12)
+GAP, TOP = 12, 64  # pixels between pictures, and for the captions above them
 LAYER = {"name": "coffee.png", "size": 112, "layer": 4, "r": 16}  # 8 x 8 patches
 
 
@@ -35,6 +37,21 @@ def see_photograph(host: Any, name: str, size: int) -> Seen:
     side = min(photo.size)
     left, top = (photo.width - side) // 2, (photo.height - side) // 2
     return see(host, photo.crop((left, top, left + side, top + side)), None, (size, size))
+
+
+def strips(names: Sequence[str]) -> Image.Image:
+    """A row for each photograph: itself, and its merged patches behind some layers, under one line of captions."""
+    rows = [strip(name) for name in names]
+    side = rows[0][0][0].width
+    font = ImageFont.load_default(size=42)
+    drawn = Image.new("RGB", (len(rows[0]) * (side + GAP) - GAP, TOP + len(rows) * (side + GAP) - GAP), "white")
+    pen = ImageDraw.Draw(drawn)
+    for i, (_, caption) in enumerate(rows[0]):
+        pen.text((i * (side + GAP) + side / 2, TOP / 2), caption, fill="black", font=font, anchor="mm")
+    for j, row in enumerate(rows):
+        for i, (picture, _) in enumerate(row):
+            drawn.paste(picture, (i * (side + GAP), TOP + j * (side + GAP)))
+    return drawn
 
 
 def strip(name: str) -> list[tuple[Image.Image, str]]:
@@ -67,9 +84,9 @@ def one_layer(name: str, size: int, layer: int, r: int) -> None:
 
     picture, side = seen.picture(), seen.picture().width // seen.grid[1]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 4.35), layout="constrained")
-    titles = ("1  sources (o) and targets (x)", "2  the best target of each source", f"3  the {r} best pairs merge")
+    titles = ("1  sources o, targets x", "2  best target of each", f"3  {r} best pairs merge")
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=13, loc="left")
+        axis.set_title(title, fontsize=21, loc="left")
         axis.set_axis_off()
     halo = [patheffects.withStroke(linewidth=3, foreground="black")]
     at = torch.stack((torch.arange(len(slot[0]) - 1) % seen.grid[1], torch.arange(len(slot[0]) - 1) // seen.grid[1]))
@@ -107,7 +124,7 @@ def pairs(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def main() -> None:
     """Draw all of them."""
     one_layer(**LAYER)
-    vis.sheet([strip(name) for name in STRIP_OF]).save(IMAGES / "merged_patches.png", optimize=True)
+    strips(STRIP_OF).save(IMAGES / "merged_patches.png", optimize=True)
 
 
 if __name__ == "__main__":

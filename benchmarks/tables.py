@@ -58,7 +58,7 @@ def speed(result: Data | None) -> str:
 
 
 def whole(number: float) -> str:
-    return f"{number:,.0f}".replace(",", " ")
+    return f"{number:,.0f}".replace(",", "\N{NO-BREAK SPACE}")
 
 
 def merging(result: Data | None) -> str:
