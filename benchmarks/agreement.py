@@ -33,7 +33,7 @@ COUNT = 128  # of crops to compare with and without sizes
 @click.command()
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
-@click.option("--batch-size", type=int, default=8, show_default=True)
+@click.option("--batch-size", type=int, default=4, show_default=True)
 @click.option("--crops", type=int, default=128, show_default=True)
 def main(device: str, dtype: str, batch_size: int, crops: int) -> None:
     """Measure and store."""

@@ -110,7 +110,7 @@ def one_layer(name: str, size: int, layer: int, r: int) -> None:
             },
         )  # fmt: skip
     axes[2].imshow(seen.drawn(seen.slots[-1]))
-    figure.savefig(IMAGES / "one_layer.png", dpi=110)
+    figure.savefig(IMAGES / "one_layer.png", dpi=110, bbox_inches="tight")
 
 
 def pairs(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ COMMANDS = {  # of what headline.py does not run
     "h200-operations": 'pytest benchmarks -k "cuda and not kth and not random"',
     **{name: f"tome bench {arguments}" for name, arguments in RUNS.items()},
     "h200-training": "python benchmarks/training.py",
-    "agreement-dinov2-cpu": "python benchmarks/agreement.py --device cpu",
+    "agreement-dinov2-cpu": "OMP_NUM_THREADS=1 python benchmarks/agreement.py --device cpu",
     "agreement-dinov2-cuda": "python benchmarks/agreement.py --device cuda --dtype float16 --batch-size 256 "
     "--crops 1024",
     **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
@@ -236,9 +236,7 @@ def reference() -> list[str]:
     low, high = (each(result["speedup"] for result in found) for each in (min, max))
     said = data["conditions"]
     where = f"{said['model']} at batch {said['batch size']} in {said['dtype']} on an {said['gpu']}"
-    return [
-        f"**{low:.2f}x to {high:.2f}x** of unpatched ({where}, r from {found[0]['r']} to {found[-1]['r']})."
-    ]
+    return [f"**{low:.2f}x to {high:.2f}x** of unpatched ({where}, r from {found[0]['r']} to {found[-1]['r']})."]
 
 
 def claim() -> list[str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "benchmarks" / "tables.py"
@@ -105,3 +106,26 @@ def test_a_missing_file_is_named_with_its_command(tables, results):
     (tables.RESULTS / "h200-base.json").unlink()
     with pytest.raises(SystemExit, match=r"h200-base\.json is missing.*tome bench vit_base"):
         tables.headline()
+
+
+def test_agreement_on_a_gpu_stands_beside_that_on_a_cpu(tables, results):
+    results(lambda name, data: None)
+    cpu = json.loads((tables.RESULTS / "agreement-dinov2-cpu.json").read_text())
+    head, _, first, *_ = tables.agreement()
+    assert (head.count("speed-up"), first.count("1.00x")) == (1, 1)
+    cpu["conditions"]["gpu"], cpu["conditions"]["driver"] = "some GPU", "600"
+    (tables.RESULTS / "agreement-dinov2-cuda.json").write_text(json.dumps(cpu))
+    head, _, first, *rest = tables.agreement()
+    assert (head.count("speed-up"), first.count("1.00x")) == (2, 2)
+    assert "some GPU, driver 600" in rest[-1]
+
+
+def test_the_plots_are_drawn(tables, results, monkeypatch, tmp_path):
+    results(lambda name, data: None)
+    import plots
+
+    monkeypatch.setattr(plots, "IMAGES", tmp_path)
+    plots.draw()
+    for name in ("throughput_h200.png", "agreement.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 800
