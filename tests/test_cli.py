@@ -74,7 +74,7 @@ def test_without_a_gpu_a_forced_cuda_is_an_error_after_the_facts(monkeypatch, ca
     assert err == "tome: error: TOME_BACKEND chose cuda, which cannot run here: no operation can\n"
 
 
-@pytest.mark.parametrize("command", ["info", "hosts", "bench", "evaluate", "visualize"])
+@pytest.mark.parametrize("command", ["info", "hosts", "bench", "evaluate", "tune", "report", "visualize"])
 def test_help_has_examples(command, capsys):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -89,6 +89,8 @@ AT_ONCE = [
     "evaluate --help",
     "evaluate test_vit --data x --mean 1,2",
     "evaluate test_vit --data x --resume",
+    "report --help",
+    "report test_vit --data x --no-tune --speedup 2",
     "info --help",
     "hosts --help",
     "visualize --help",

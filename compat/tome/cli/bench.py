@@ -11,15 +11,12 @@ from pathlib import Path
 
 import click
 import torch
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from timm.layers import set_fused_attn
 from torch import nn
 
 from tome import backend, cost, evaluate, measure, patch, schedule
-from tome.cli import files, models
+from tome.cli import files, models, tables
 
 DEFAULT: tuple[schedule.Schedule, ...] = (8, 16, (16, -1.0))
 
@@ -72,6 +69,7 @@ def run(
     autocast: str | None,
     device_name: str | None,
     checkpoint: Path | None,
+    image_size: tuple[int, int] | None,
     backends: tuple[str, ...],
     compiled: bool,
     cuda_graph: bool,
@@ -86,45 +84,10 @@ def run(
         raise click.BadParameter(f"needs --device cuda, not {device}", param_hint="--cuda-graph")
     set_fused_attn(True)
     model = models.load(model_name, device=device, checkpoint=checkpoint).model.to(models.dtype_of(dtype))
-    shape = models.patched_shape(model)
-    patch.unpatch(model)
-    schedules = schedules or tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
-    schedules = (0, *(r for r in schedules if r != 0))
-    plans = {"none": schedule.plan(0, *shape)} | {str(r): models.checked_plan(model_name, shape, r) for r in schedules}
-    flops = {"none": cost.flops(model)} | {str(r): cost.flops(model, r) for r in schedules}
-
+    models.patched_shape(model)  # what cannot be patched does not say its size
+    models.check_image_size(model_name, model, image_size, "--image-size")
     x = torch.randn(batch_size, *cost.input_size(model), device=device, dtype=models.dtype_of(dtype))
-    calls: dict[Variant, measure.Call] = {}
-    first_seconds: dict[Variant, float] = {}
-    modes = ("eager", "compiled") if compiled else ("eager",)
-    for variant, layers in _variants(model, schedules, backends or (backend.get_backend(),), modes):
-        call = _call(torch.compile(layers) if variant.mode == "compiled" else layers, x, variant.backend, autocast)
-        try:
-            first_seconds[variant] = measure.time_calls({"": call}, device, 0, 1, progress=False)[""][0]
-        except backend.BackendError as error:
-            raise click.ClickException(str(error)) from error
-        calls[variant] = _graphed(call) if cuda_graph else call
-    seconds = measure.time_calls(calls, device, warm_up, runs)
-    medians = {variant: statistics.median(times) for variant, times in seconds.items()}
-    results = []
-    for variant, times in seconds.items():
-        unmerged = medians.get(replace(variant, r="0"))
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-        results.append(
-            Result(
-                **asdict(variant),
-                tokens=plans[variant.r].tokens,
-                gflops=flops[variant.r] / 1e9,
-                images_per_second=batch_size / medians[variant],
-                median_ms=medians[variant] * 1e3,
-                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant],
-                peak_mib=measure.peak_memory(calls[variant], device) / 2**20,
-                first_call_s=first_seconds[variant],
-                speedup=medians[Variant("none", "", variant.mode)] / medians[variant],
-                merging=None if unmerged is None else unmerged / medians[variant],
-                allowed=flops["none"] / flops[variant.r],
-            )
-        )
+    results = measured(model_name, model, x, schedules, autocast, backends, compiled, cuda_graph, runs, warm_up)
     conditions = {
         "model": model_name,
         "batch size": str(batch_size),
@@ -140,6 +103,66 @@ def run(
     if plot_file is not None:
         with files.replacing(plot_file) as file:
             _draw(results, conditions, file, plot_file.suffix[1:])
+
+
+def measured(
+    name: str,
+    model: nn.Module,
+    x: torch.Tensor,
+    schedules: tuple[schedule.Schedule, ...],
+    autocast: str | None = None,
+    backends: tuple[str, ...] = (),
+    compiled: bool = False,
+    cuda_graph: bool = False,
+    runs: int = 15,
+    warm_up: int = 3,
+) -> list[Result]:
+    """Measure the model unpatched and with each schedule, r = 0 before them, on a batch.
+
+    Raises:
+        click.ClickException: it cannot be patched, a schedule does not fit it, or no backend runs it.
+
+    """
+    device = x.device
+    shape = models.patched_shape(model)
+    patch.unpatch(model)
+    schedules = schedules or tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
+    schedules = (0, *(r for r in schedules if r != 0))
+    plans = {"none": schedule.plan(0, *shape)} | {str(r): models.checked_plan(name, shape, r) for r in schedules}
+    flops = {"none": cost.flops(model)} | {str(r): cost.flops(model, r) for r in schedules}
+
+    calls: dict[Variant, measure.Call] = {}
+    first_seconds: dict[Variant, float] = {}
+    modes = ("eager", "compiled") if compiled else ("eager",)
+    for variant, layers in _variants(model, schedules, backends or (backend.get_backend(),), modes):
+        call = _call(torch.compile(layers) if variant.mode == "compiled" else layers, x, variant.backend, autocast)
+        try:
+            first_seconds[variant] = measure.time_calls({"": call}, device, 0, 1, progress=False)[""][0]
+        except backend.BackendError as error:
+            raise click.ClickException(str(error)) from error
+        calls[variant] = measure.graphed(call) if cuda_graph else call
+    seconds = measure.time_calls(calls, device, warm_up, runs)
+    medians = {variant: statistics.median(times) for variant, times in seconds.items()}
+    results = []
+    for variant, times in seconds.items():
+        unmerged = medians.get(replace(variant, r="0"))
+        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        results.append(
+            Result(
+                **asdict(variant),
+                tokens=plans[variant.r].tokens,
+                gflops=flops[variant.r] / 1e9,
+                images_per_second=len(x) / medians[variant],
+                median_ms=medians[variant] * 1e3,
+                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant],
+                peak_mib=measure.peak_memory(calls[variant], device) / 2**20,
+                first_call_s=first_seconds[variant],
+                speedup=medians[Variant("none", "", variant.mode)] / medians[variant],
+                merging=None if unmerged is None else unmerged / medians[variant],
+                allowed=flops["none"] / flops[variant.r],
+            )
+        )
+    return results
 
 
 def _variants(
@@ -169,28 +192,11 @@ def _call(
     return call
 
 
-def _graphed(call: measure.Call) -> measure.Call:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):  # allocations and library handles come before the capture
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def _print(results: list[Result], conditions: dict[str, str]) -> None:
-    console = Console(width=max(Console().width, 116))  # figures cut short are worse than a long line
-    title = "against the unpatched model with fused attention, same run"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("r", "tokens", "GFLOPs", "im/s", "ms", "spread", "MiB", "speed-up", "by merging", "allowed", "share"):
-        table.add_column(name, justify="left" if name == "r" else "right", no_wrap=True)
-    for row in results:
-        table.add_row(
-            escape(str(Variant(row.r, row.backend, row.mode))),
+def cells(results: list[Result]) -> tables.Cells:
+    """A row for each variant."""
+    rows = [
+        [
+            str(Variant(row.r, row.backend, row.mode)),
             f"{row.tokens[0]}-{row.tokens[-1]}",
             f"{row.gflops:.2f}",
             f"{row.images_per_second:.5g}",
@@ -201,14 +207,21 @@ def _print(results: list[Result], conditions: dict[str, str]) -> None:
             "" if row.merging is None else f"{row.merging:.2f}x",
             f"{row.allowed:.2f}x",
             f"{row.share:.2f}",
-        )
-    console.print(table)
-    console.print(
+        ]
+        for row in results
+    ]
+    return tables.Cells(
+        ["r", "tokens", "GFLOPs", "im/s", "ms", "spread", "MiB", "speed-up", "by merging", "allowed", "share"],
+        rows,
         "ms: median of a batch. spread: quartile distance / median. MiB: most memory that a pass adds. speed-up: "
         "measured. by merging: against r = 0 of the same path; the rest is the kernels'. allowed: FLOPs unpatched / "
         "FLOPs merged. share: speed-up / allowed.",
-        soft_wrap=True,
     )
+
+
+def _print(results: list[Result], conditions: dict[str, str]) -> None:
+    console = Console(width=max(Console().width, 116))  # figures cut short are worse than a long line
+    cells(results).show(console, "against the unpatched model with fused attention, same run")
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
 
 
