@@ -162,10 +162,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         [row["throughput"] for row in merged], [row["accuracy"] for row in merged], color="tab:blue",
         label="token merging, no retraining", zorder=3,
     )  # fmt: skip
+    middle = (base["throughput"] + max(row["throughput"] for row in merged)) / 2
     for row in merged:
+        is_right = row["throughput"] > middle  # whose labels would leave the frame
         axes.annotate(
-            f"r={row['schedule']}", (row["throughput"], row["accuracy"]), xytext=(4, 5), textcoords="offset points",
-            fontsize=7,
+            f"r={row['schedule']}", (row["throughput"], row["accuracy"]), xytext=(-5 if is_right else 5, 5),
+            textcoords="offset points", fontsize=7, ha="right" if is_right else "left",
         )  # fmt: skip
     axes.set_xlabel("images/s (CPU)")
     axes.set_ylabel("test accuracy, %")

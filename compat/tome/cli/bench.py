@@ -18,6 +18,11 @@ from torch import nn
 from tome import backend, cost, evaluate, measure, patch, schedule
 from tome.cli import files, models, tables
 
+WHOLE = 116  # characters that all columns take
+NARROW = ("r", "tokens", "im/s", "spread", "speed-up", "allowed")
+SPREAD = "spread: quartile distance / median."
+ALLOWED = "allowed: FLOPs unpatched / FLOPs merged."
+FEWER = f"All columns: in {WHOLE} characters, or --json."
 DEFAULT: tuple[schedule.Schedule, ...] = (8, 16, (16, -1.0))
 
 
@@ -48,7 +53,7 @@ class Result:
     gflops: float
     images_per_second: float
     median_ms: float
-    spread_percent: float
+    spread_percent: float | None  # of one run there is none
     peak_mib: float
     first_call_s: float
     speedup: float
@@ -146,7 +151,7 @@ def measured(
     results = []
     for variant, times in seconds.items():
         unmerged = medians.get(replace(variant, r="0"))
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else None
         results.append(
             Result(
                 **asdict(variant),
@@ -154,7 +159,7 @@ def measured(
                 gflops=flops[variant.r] / 1e9,
                 images_per_second=len(x) / medians[variant],
                 median_ms=medians[variant] * 1e3,
-                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant],
+                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant] if quartiles else None,
                 peak_mib=measure.peak_memory(calls[variant], device) / 2**20,
                 first_call_s=first_seconds[variant],
                 speedup=medians[Variant("none", "", variant.mode)] / medians[variant],
@@ -199,9 +204,9 @@ def cells(results: list[Result]) -> tables.Cells:
             str(Variant(row.r, row.backend, row.mode)),
             f"{row.tokens[0]}-{row.tokens[-1]}",
             f"{row.gflops:.2f}",
-            f"{row.images_per_second:.5g}",
+            tables.rate(row.images_per_second),
             f"{row.median_ms:.4g}",
-            f"{row.spread_percent:.1f}%",
+            "-" if row.spread_percent is None else f"{row.spread_percent:.1f}%",
             f"{row.peak_mib:.0f}",
             f"{row.speedup:.2f}x",
             "" if row.merging is None else f"{row.merging:.2f}x",
@@ -213,15 +218,19 @@ def cells(results: list[Result]) -> tables.Cells:
     return tables.Cells(
         ["r", "tokens", "GFLOPs", "im/s", "ms", "spread", "MiB", "speed-up", "by merging", "allowed", "share"],
         rows,
-        "ms: median of a batch. spread: quartile distance / median. MiB: most memory that a pass adds. speed-up: "
-        "measured. by merging: against r = 0 of the same path; the rest is the kernels'. allowed: FLOPs unpatched / "
-        "FLOPs merged. share: speed-up / allowed.",
+        f"ms: median of a batch. {SPREAD} MiB: most memory that a pass adds. speed-up: measured. by merging: against "
+        f"r = 0 of the same path; the rest is the kernels'. {ALLOWED} share: speed-up / allowed.",
     )
 
 
 def _print(results: list[Result], conditions: dict[str, str]) -> None:
-    console = Console(width=max(Console().width, 116))  # figures cut short are worse than a long line
-    cells(results).show(console, "against the unpatched model with fused attention, same run")
+    title, whole = "against the unpatched model with fused attention, same run", cells(results)
+    console = Console()
+    if console.width >= WHOLE:
+        whole.show(console, title)
+    else:  # figures cut short are worse than a long line
+        told = f"{SPREAD} {ALLOWED} {FEWER}"
+        whole.of(*NARROW, note=told).show(Console(width=max(console.width, 60)), title)
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)
 
 
