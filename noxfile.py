@@ -134,6 +134,17 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/, to be read without a network; whatever is warned of is an error."""
+    session.install(*nox.project.dependency_groups(PROJECT, "docs"))
+    said = session.run("zensical", "build", "--strict", "--clean", silent=True) or ""
+    warned = [line for line in said.splitlines() if line.startswith(("griffe:", "mkdocstrings:", "Warning"))]
+    if warned:  # those of the code's documentation are no errors to it
+        session.error("\n".join(warned))
+    session.run("python", ".ci/check_site.py", "site")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format, and the workflows of .github."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))

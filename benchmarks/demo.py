@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 import tome
 from tome import cost, measure, patch, schedule, vis
-from tome.cli.labels import place, three_digits
+from tome.cli.labels import place
 from tome.cli.models import create_model
+from tome.cli.tables import rate
 from tome.cli.visualize import see
 from tome.data import digits
 
@@ -182,7 +183,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             row["schedule"],
             row["tokens"],
             f"{row['gflops']:.4f}",
-            three_digits(row["throughput"]),
+            rate(row["throughput"]),
             f"{row['speedup']:.2f}x" if row["told"] else "noise",
             "" if is_base else "{:.2f}-{:.2f}".format(*row["spread"]),
             f"{row['accuracy']:.2f} %",

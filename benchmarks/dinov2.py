@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,14 @@ def photograph(name: str) -> Image.Image:
 
 
 def crops(names: tuple[str, ...], count: int, size: int = 224, seed: int = 0) -> Tensor:
-    """Random crops [count, 3, size, size] of photographs, of a fifth of their area or more, half of them mirrored."""
+    """Random crops of photographs as the model wants them: [count, 3, size, size]."""
+    return torch.stack([normed(crop) for crop in cropped(names, count, size, seed)])
+
+
+def cropped(names: tuple[str, ...], count: int, size: int = 224, seed: int = 0) -> Iterator[Image.Image]:
+    """Random crops of photographs, of a fifth of their area or more, half of them mirrored."""
     generator = torch.Generator().manual_seed(seed)
     photos = [photograph(name) for name in names]
-    made = []
     for i in range(count):
         photo = photos[i % len(photos)]
         area, ratio, left, top, flip = torch.rand(5, generator=generator).tolist()
@@ -162,8 +167,7 @@ def crops(names: tuple[str, ...], count: int, size: int = 224, seed: int = 0) ->
         width, height = min(side * stretch, photo.width), min(side / stretch, photo.height)
         x, y = left * (photo.width - width), top * (photo.height - height)
         crop = photo.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
-        made.append(normed(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else crop))
-    return torch.stack(made)
+        yield crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else crop
 
 
 def digits(count: int, size: int = 224) -> Tensor:

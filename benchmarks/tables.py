@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/measured.md, and the plot of throughput, from the stored figures.
+"""Write the tables of the README and of the pages in docs, and their plots, from the stored figures.
 
 python benchmarks/tables.py          # write
 python benchmarks/tables.py --check  # exit 1 where a document does not say what the figures say
@@ -19,14 +19,17 @@ from headline import BASE, MODELS, RESULTS, RUNS
 from hosts import HOSTS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "measured.md")
-PLOT = ROOT / "docs" / "images" / "throughput_h200.png"
+PAGES = ("speed", "measured", "install", "choosing-r", "merging")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 BATCHES = (1, 8, 32, 64)
 COMMANDS = {  # of what headline.py does not run
     "cpu-vit_small": "tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0 --runs 21",
     "h200-operations": 'pytest benchmarks -k "cuda and not kth and not random"',
     **{name: f"tome bench {arguments}" for name, arguments in RUNS.items()},
     "h200-training": "python benchmarks/training.py",
+    "agreement-dinov2-cpu": "OMP_NUM_THREADS=1 python benchmarks/agreement.py --device cpu",
+    "agreement-dinov2-cuda": "python benchmarks/agreement.py --device cuda --dtype float16 --batch-size 256 "
+    "--crops 1024",
     **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
 }
 
@@ -55,7 +58,7 @@ def speed(result: Data | None) -> str:
 
 
 def whole(number: float) -> str:
-    return f"{number:,.0f}".replace(",", " ")
+    return f"{number:,.0f}".replace(",", "\N{NO-BREAK SPACE}")
 
 
 def merging(result: Data | None) -> str:
@@ -216,7 +219,7 @@ def sweep() -> list[str]:
     """vit_base at every r, by both backends."""
     name = "h200-base-sweep"
     data = load(name)
-    lines = table("r", "tokens left", "saved arithmetic allows", "cuda", "images/s", "reference", "images/s")
+    lines = table("r", "tokens left", "saved arithmetic allows", "kernels", "images/s", "reference", "images/s")
     for r in schedules(data):
         cuda, reference = (find(data, r=r, backend=backend) for backend in ("cuda", "reference"))
         either = cuda or reference
@@ -224,6 +227,58 @@ def sweep() -> list[str]:
             ran = speed(cuda), rate(cuda), speed(reference), rate(reference)
             lines.append(row(r, either["tokens"][-1], allowed(either), *ran))
     return [*lines, *measured(f"{BASE}, batch {data['conditions']['batch size']}, float16, eager", {name: data})]
+
+
+def reference() -> list[str]:
+    """What a GPU makes of the reference, in a sentence."""
+    data = load("h200-base-sweep")
+    found = [each for each in data["results"] if each["backend"] == "reference" and each["r"] not in ("none", "0")]
+    low, high = (each(result["speedup"] for result in found) for each in (min, max))
+    said = data["conditions"]
+    where = f"{said['model']} at batch {said['batch size']} in {said['dtype']} on an {said['gpu']}"
+    return [f"**{low:.2f}x to {high:.2f}x** of unpatched ({where}, r from {found[0]['r']} to {found[-1]['r']})."]
+
+
+def claim() -> list[str]:
+    """The headline in a sentence, for the README."""
+    name = "h200-base"
+    data = load(name)
+    found = [each for r in ("8", "16") if (each := find(data, r=r)) is not None]
+    told = [f"{speed(each)} at r = {each['r']} (the saved arithmetic allows {allowed(each)})" for each in found]
+    said = data["conditions"]
+    where = f"{said['model']} in {said['dtype']} at batch {said['batch size']} on an {said['gpu']}, with the kernels"
+    return [f"{where}: **{', '.join(told)}**."]
+
+
+def agreements() -> dict[str, Data]:
+    """Of each device on which it was measured."""
+    names = (f"agreement-dinov2-{device}" for device in ("cpu", "cuda"))
+    return {name: load(name) for name in names if (RESULTS / f"{name}.json").exists() or name.endswith("cpu")}
+
+
+def agreement() -> list[str]:
+    """Agreement of DINOv2 with its real weights on photographs, beside its speed."""
+    runs = agreements()
+    rates = {name: "a CPU" if name.endswith("cpu") else "a GPU, kernels" for name in runs}
+    lines = table("r", "tokens left", "cosine", *(f"speed-up on {where}" for where in rates.values()))
+    first = next(iter(runs.values()))
+    for each in first["results"]:
+        others = (find(data, r=each["r"]) for data in runs.values())
+        lines.append(row(each["r"], each["tokens"][-1], f"{each['cosine']:.4f}", *map(speed, others)))
+    lines.append("")
+    for name, data in runs.items():
+        said = data["conditions"]
+        what = f"DINOv2 ViT-S/14, {said['data']}, 224 pixels, batch {said['batch size']}, {said['dtype']}"
+        lines.append(measured(what if name == next(iter(runs)) else what.split(", ", 1)[1], {name: data})[1])
+    return lines
+
+
+def sizes() -> list[str]:
+    """The same agreement with sizes in attention, and without."""
+    name, data = next(iter(agreements().items()))
+    lines = table("r", "with sizes", "without")
+    lines += [row(each["r"], f"{each['with']:.4f}", f"{each['without']:.4f}") for each in data["sizes"]]
+    return [*lines, *measured("128 crops of photographs, 224 pixels, float32", {name: data})]
 
 
 def _operations() -> tuple[dict[str, Data], dict[tuple[str, str], dict[str, Data]]]:
@@ -287,6 +342,10 @@ TABLES = {
     "hosts": hosts,
     "training": training,
     "sweep": sweep,
+    "reference": reference,
+    "claim": claim,
+    "agreement": agreement,
+    "sizes": sizes,
     "operations": operations,
     "attention": attention,
 }
@@ -312,35 +371,6 @@ def rendered(text: str) -> str:
     return re.sub(marker, made, text, flags=re.DOTALL)
 
 
-def draw() -> None:
-    """Throughput against r: unpatched, reference, cuda."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    data = load("h200-base-sweep")
-    base, *merged = data["results"]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.axhline(base["images_per_second"], color="0.5", linestyle="--", label="unpatched, fused attention")
-    for name, colour in (("cuda", "tab:green"), ("reference", "tab:blue")):
-        points = [(int(each["r"]), each["images_per_second"]) for each in merged if each["backend"] == name]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
-    axes.plot(
-        *zip(*{int(e["r"]): e["allowed"] * base["images_per_second"] for e in merged}.items(), strict=True),
-        color="0.7", linestyle=":", label="what the saved arithmetic allows",
-    )  # fmt: skip
-    axes.set_xlabel("r, tokens merged in each layer")
-    axes.set_ylabel("images/s")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.set_title(
-        f"{BASE}, batch {data['conditions']['batch size']}, float16, {data['conditions']['gpu']}", fontsize=9
-    )
-    figure.savefig(PLOT, dpi=130)
-
-
 def main() -> int:
     """Write or check."""
     stale = {file: new for file in DOCUMENTS if (new := rendered(file.read_text())) != file.read_text()}
@@ -350,6 +380,8 @@ def main() -> int:
         return int(bool(stale))
     for file, text in stale.items():
         file.write_text(text)
+    from plots import draw  # which reads what this module loads
+
     draw()
     return 0
 

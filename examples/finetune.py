@@ -56,6 +56,7 @@ from tome.measure import machine
 from tome.patch.model import patched_in
 
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
+FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, in one launch on a GPU
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What a run that goes on may change: none of it changes what is computed, but for rounding.
 FREE = {"device", "workers", "output", "resume", "fsdp", "torchcompile", "grad_accum_steps", "grad_checkpointing"}
@@ -209,7 +210,8 @@ class Run:
             torch._dynamo.config.recompile_limit = 16 + 2 * o.epochs  # each r is a graph
             self.call = torch.compile(self.wrapped, dynamic=False)
         try:
-            self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(o))
+            fused = {"fused": True} if place.device.type == "cuda" and o.opt in FUSED else {}
+            self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(o), **fused)
         except (ValueError, AssertionError, KeyError, TypeError) as error:
             raise click.UsageError(f"no optimiser {o.opt} with these options: {error}") from error
         self.scheduler, self.epochs = create_scheduler_v2(
@@ -298,7 +300,7 @@ class Run:
                 logits(self.call(x)).float(), label, label_smoothing=0.0 if self.mixup else self.o.smoothing
             )
         (loss / self.o.grad_accum_steps).backward()
-        return torch.stack((loss.detach() * len(x), loss.new_tensor(len(x))))
+        return torch.stack((loss.detach() * len(x), loss.new_full((), len(x))))
 
     def summed(self, values: Tensor) -> list[float]:
         """Over all processes."""
@@ -323,7 +325,7 @@ class Run:
                 found = logits(model(batch.x)).float()
             best = found.topk(min(5, found.shape[1])).indices == batch.label[:, None]
             parts = (cross_entropy(found, batch.label, reduction="sum"), best[:, 0].sum(), best.sum())
-            sums += torch.stack([*(part.float() for part in parts), found.new_tensor(len(found))])
+            sums += torch.stack([*(part.float() for part in parts), found.new_full((), len(found))])
         loss, top1, top5, count = self.summed(sums)
         if not count:
             raise click.ClickException("none of the images to validate on can be read")

@@ -1,12 +1,14 @@
 """Who computes: the choice, its errors, its one warning, and what importing loads."""
 
 import inspect
+import json
 import pickle
 import subprocess
 import sys
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,8 +108,16 @@ def test_auto_warns_once_for_a_gpu_without_extension(no_extension):
         ops.match(on_gpu(), 2)
         ops.match(on_gpu(), 2)
     (warning,) = map(str, (each.message for each in told))
-    assert "slower than the unpatched model (0.45x to 0.66x" in warning
+    assert f"runs on {backend.REFERENCE}: " in warning
+    assert "slower than the unpatched model" in warning
     assert warning.endswith(": the CUDA extension is not installed. Fix: build it")
+
+
+def test_the_warning_s_figures_are_the_stored_ones():
+    stored = Path(__file__).parents[1] / "benchmarks" / "results" / "h200-base-sweep.json"
+    rows = json.loads(stored.read_text())["results"]
+    found = [row["speedup"] for row in rows if row["backend"] == "reference" and row["r"] != "0"]
+    assert f"({min(found):.2f}x to {max(found):.2f}x of its images/s" in backend.REFERENCE
 
 
 def test_explicit_cuda_raises_with_the_reason_and_never_falls_back(no_extension):

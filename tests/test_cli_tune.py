@@ -77,6 +77,18 @@ def test_a_wish_that_nothing_meets(place, capsys, quick):
     assert code == 1
     assert "no schedule was found that does --speedup 40; this is the nearest:\nmodel.r = [32, 16, 8, 4]" in out
     assert json.loads((place / "tuned.json").read_text())["met"] is False
+    assert "host" not in out
+
+
+def test_where_the_host_sets_the_pace_it_says_so(place, capsys, quick, monkeypatch):
+    def clock(*args, **kwargs):
+        return {name: [10 + time for time in times] for name, times in flops_clock(*args, **kwargs).items()}
+
+    monkeypatch.setattr(measure, "time_calls", clock)
+    code, out, _ = run(capsys, "tune", *MODEL[:-1], "auto", "--speedup", "1.3", "--json", "tuned.json")
+    assert code == 1
+    assert "at batch size 8 a block takes nearly as long with a few tokens as with all" in out
+    assert json.loads((place / "tuned.json").read_text())["conditions"]["batch size"] == "8"
 
 
 def test_without_classes(place, capsys, quick):

@@ -101,6 +101,21 @@ def test_a_dataset_of_torchvision(tmp_path):
     assert data.open_images("ImageFolder", as_it_is, tmp_path).classes == ["ant"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_reading_does_not_wait_for_the_gpu(tmp_path):
+    """The first batch brings what is kept; after it the host may run ahead."""
+    for i in range(6):
+        picture(tmp_path / f"{i}.png", (200, 300))
+    images = data.open_images(str(tmp_path), data.pixels(timm.create_model("test_vit")))
+    read = data.batches(images, 2, 0, torch.device("cuda"))
+    next(read)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(read)) == 2
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_pixels_are_timms_to_the_bit(tmp_path):
     model = timm.create_model("test_vit")
     picture(tmp_path / "photo.png", (200, 300))

@@ -1,22 +1,15 @@
-"""Labels of plots stay clear of each other and inside; figures have three digits; bench's table fits its terminal."""
+"""Labels of plots stay clear of each other and inside; what tome bench prints and draws fits."""
 
 import random
 from itertools import combinations
 
 import pytest
 
-from tome.cli import rows
-from tome.cli.labels import MARKER, place, three_digits
+from tome.cli import bars, bench
+from tome.cli.labels import MARKER, place
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 CONDITIONS = {"model": "vit", "batch size": "16", "dtype": "float32", "cpu": "an EPYC"}
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(54.321, "54.3"), (25004.0, "25000"), (1083, "1080"), (7.0, "7"), (0.98765, "0.988"), (0, "0")]
-)
-def test_three_digits(number, text):
-    assert three_digits(number) == text
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -41,45 +34,23 @@ def test_labels_neither_collide_nor_leave_the_frame(seed):
     pyplot.close(figure)
 
 
-def row(r, backend="auto", spread=1.234):
-    return rows.Result(r, backend, "eager", (197, 11), 9.2, 25004.3, 0.1234, spread, 120.4, 1.0, 1.234, 1.2, 2.01)
-
-
-RESULTS = [row("none", ""), row("0"), row("16", spread=None), row("(16, -1.0)", spread=23.4)]
-
-
-@pytest.mark.parametrize(
-    ("columns", "has", "lacks"), [(60, "spread", "MiB"), (80, "ms", "share"), (110, "share", None)]
-)
-def test_the_table_fits_and_says_what_it_leaves_out(monkeypatch, capsys, columns, has, lacks):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    rows.show(RESULTS, CONDITIONS)
-    table, _, notes = capsys.readouterr().out.partition("The unpatched model has fused attention.")
-    lines = table.splitlines()
-    assert all(len(line.rstrip()) <= columns for line in lines)
-    head = lines[1].split()
-    assert has in head
-    assert (lacks is None) == ("A wider terminal" not in notes)
-    if lacks is not None:
-        assert lacks not in head
-        assert lacks in notes.partition("A wider terminal also shows ")[2]
-    cells = {line.split("  ")[0]: line.split() for line in lines[3:]}
-    at = head.index("spread") - len(head)
-    assert [cells[r][at] for r in ("16", "(16, -1.0)")] == ["-", "23%"]
-    assert all("25000" in line for line in cells.values() if line)
+def row(r, backend):
+    return bench.Result(r, backend, "eager", (197, 11), 9.2, 25004.3, 0.1234, 1.234, 120.4, 1.0, 1.234, 1.2, 2.01)
 
 
 def test_a_table_with_long_names_is_never_cut(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     name = str([8] * 24)
-    rows.show([row("none", ""), row(name, "reference")], CONDITIONS)
-    assert f"{name} reference  25000" in capsys.readouterr().out
+    bench._print([row("none", ""), row(name, "reference")], CONDITIONS)
+    out = capsys.readouterr().out
+    assert f"{name} reference  197-11" in out
+    assert "…" not in out
 
 
 def test_the_plot_names_who_merged_and_its_figures_are_those_of_the_table(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(pyplot, "close", drawn.append)
-    rows.draw([row("none", ""), row("8", "cuda"), row("8", "reference")], CONDITIONS, tmp_path / "a.png", "png")
+    bars.draw([row("none", ""), row("8", "cuda"), row("8", "reference")], CONDITIONS, tmp_path / "a.png", "png")
     (figure,) = drawn
     (legend,) = figure.legends
     told = [text.get_text() for text in legend.get_texts()]

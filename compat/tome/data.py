@@ -14,6 +14,7 @@ A folder that has one of the names is written with a slash: ``./digits``. Hidden
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -126,8 +127,8 @@ class Pixels:
         if channels not in (1, 3):
             raise DataError(f"the model takes images of {channels} channels; there are only ones of 1 or 3")
         self.mode = "L" if channels == 1 else "RGB"
-        self.mean, self.std = (_channels(config[name], channels) for name in ("mean", "std"))
-        self.config = {**config, "mean": tuple(self.mean.tolist()), "std": tuple(self.std.tolist())}
+        numbers = {name: tuple(_channels(config[name], channels).tolist()) for name in ("mean", "std")}
+        self.config = {**config, **numbers}
         self.to_bytes = create_transform(**self.config, is_training=False, use_prefetcher=True)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -135,8 +136,15 @@ class Pixels:
 
     def normalised(self, x: Tensor) -> Tensor:
         """Float32 of bytes [B, C, H, W]."""
-        mean, std = (part.to(x.device).view(-1, 1, 1) for part in (self.mean, self.std))
+        mean, std = (_on(self.config[name], x.device) for name in ("mean", "std"))
         return x.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _on(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 1, 1]. Kept, as a copy to a GPU makes the host wait for all that runs there."""
+    return torch.tensor(numbers, device=device).view(-1, 1, 1)
 
 
 def pixels(

@@ -73,6 +73,20 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
     return time.perf_counter() - begin, result
 
 
+def graphed(call: Call) -> Call:
+    """The same as the replay of a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3):  # allocations and library handles come before the capture
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def peak_memory(call: Call, device: torch.device) -> int:
     """Bytes of tensors that one call holds at most, beyond what was there before."""
     with torch.inference_mode():

@@ -16,12 +16,15 @@ from .fakes import FAKES
 NAMESPACE = "tome_cuda"
 # From about this many elements on (64 MiB in half precision) a launch takes longer than allocating memory twice.
 LARGE = 1 << 25
+INDUCTOR_WRITES = torch.__version__ < "2.15"  # out the operators that it does not know
 FAILED_CALL = "API call failed"  # what torch's stable interface says of any failure of torch, a lack of memory too
 
 
 def operators() -> Any:
     """The operators themselves, loaded and registered."""
     register()
+    if torch.compiler.is_compiling() and INDUCTOR_WRITES:
+        _make_fallbacks()
     return getattr(torch.ops, NAMESPACE)
 
 
@@ -72,6 +75,23 @@ def _register() -> bool:
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake.make)
     for name, (backward, setup_context) in GRADIENTS.items():
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+    return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def _make_fallbacks() -> bool:
+    """Tell inductor of the operators, as it tells itself when it meets one that it doesn't know.
+
+    Before torch 2.15 it then also writes out, for a message that nobody reads, the arguments and all that led to them:
+    minutes of work for an operator behind a dozen of blocks.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint  # takes seconds to import
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in FAKES:
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if overload not in lowerings:
+            make_fallback(overload, tag_to_layout_constraint(get_layout_constraint_tag(overload)))
     return True
 
 

@@ -41,7 +41,7 @@ def merge(x: Tensor, slot: Tensor, tokens: int, size: Tensor | None = None) -> t
 
     Raises:
         TypeError, ValueError: a wrong dtype, rank, shape or device; on the CPU also a slot map that is not onto
-        [0, tokens).
+            [0, tokens).
 
     """
     checks.merge(x, slot, tokens, size)

@@ -22,6 +22,7 @@ BACKENDS = ("auto", "reference", "cuda")  # as in tome.backend, which loads PyTo
 DTYPES = ("float32", "float16", "bfloat16")
 F = TypeVar("F", bound=Callable[..., Any])
 RANDOM_WEIGHTS = "--random-weights"
+WISHES = "--speedup, --latency-ms, --max-drop and --agreement"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -125,6 +126,37 @@ checkpoint = click.option(
     help="Weights of MODEL in a file: .safetensors, or what torch.save wrote.",
 )
 random_weights = click.option(RANDOM_WEIGHTS, "random_weights", is_flag=True, help="An untrained model, no download.")
+
+
+def wishes(command: F) -> F:
+    """The options of a command that tunes."""
+    options = (
+        click.option("--speedup", type=click.FloatRange(1, min_open=True), metavar="X",
+                     help="X times as fast as the unpatched model."),
+        click.option("--latency-ms", type=click.FloatRange(0, min_open=True), metavar="MS",
+                     help="A batch in MS milliseconds."),
+        click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS",
+                     help="Lose no more top-1 accuracy; without labels: percent of images whose class changes."),
+        click.option("--agreement", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="COSINE",
+                     help="The pooled features' least mean cosine to the unpatched model's."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def wish(options: dict[str, Any]) -> tuple[Any, float] | None:
+    """What :func:`wishes` were given, taken out of the options; None without one.
+
+    Raises:
+        click.UsageError: several.
+
+    """
+    given = {kind: options.pop(kind) for kind in ("speedup", "latency_ms", "max_drop", "agreement")}
+    found = [(kind, value) for kind, value in given.items() if value is not None]
+    if len(found) > 1:
+        raise click.UsageError(f"choose one of {WISHES}")
+    return found[0] if found else None
 
 
 def images(command: F) -> F:

@@ -5,20 +5,70 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import click
 import torch
+from rich.console import Console
 from timm.layers import set_fused_attn
 from torch import nn
 
 from tome import backend, cost, evaluate, measure, patch, schedule
-from tome.cli import files, models
-from tome.cli.rows import Result, Variant, draw, show
+from tome.cli import bars, files, models, tables
 
+WHOLE = 116  # characters that all columns take
+NARROW = ("r", "tokens", "im/s", "spread", "speed-up", "allowed")
+SPREAD = "spread: quartile distance / median."
+ALLOWED = "allowed: FLOPs unpatched / FLOPs merged."
+FEWER = f"All columns: in {WHOLE} characters, or --json."
 DEFAULT: tuple[schedule.Schedule, ...] = (8, 16, (16, -1.0))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model with a schedule ("none": unpatched), the backend it chooses, and "eager" or "compiled"."""
+
+    r: str
+    backend: str
+    mode: str
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.r, self.backend, self.mode) if part not in ("", "auto", "eager"))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: a variant of the model and what it cost.
+
+    ``speedup`` is against the unpatched model of its mode; ``merging``, of patched models, against the same path with
+    r = 0: what is left of the first are the kernels, which need no merging.
+    """
+
+    r: str
+    backend: str
+    mode: str
+    tokens: tuple[int, ...]
+    gflops: float
+    images_per_second: float
+    median_ms: float
+    spread_percent: float | None  # of one run there is none
+    peak_mib: float
+    first_call_s: float
+    speedup: float
+    merging: float | None
+    allowed: float
+
+    @property
+    def name(self) -> str:
+        """The row's, as in the first column."""
+        return str(Variant(self.r, self.backend, self.mode))
+
+    @property
+    def share(self) -> float:
+        """The part of the speed-up that the saved arithmetic allows."""
+        return self.speedup / self.allowed
 
 
 def run(
@@ -29,6 +79,7 @@ def run(
     autocast: str | None,
     device_name: str | None,
     checkpoint: Path | None,
+    image_size: tuple[int, int] | None,
     backends: tuple[str, ...],
     compiled: bool,
     cuda_graph: bool,
@@ -43,14 +94,53 @@ def run(
         raise click.BadParameter(f"needs --device cuda, not {device}", param_hint="--cuda-graph")
     set_fused_attn(True)
     model = models.load(model_name, device=device, checkpoint=checkpoint).model.to(models.dtype_of(dtype))
+    models.patched_shape(model)  # what cannot be patched does not say its size
+    models.check_image_size(model_name, model, image_size, "--image-size")
+    x = torch.randn(batch_size, *cost.input_size(model), device=device, dtype=models.dtype_of(dtype))
+    results = measured(model_name, model, x, schedules, autocast, backends, compiled, cuda_graph, runs, warm_up)
+    conditions = {
+        "model": model_name,
+        "batch size": str(batch_size),
+        "dtype": dtype,
+        "autocast": str(autocast),
+        "cuda graph": str(cuda_graph),
+        **measure.machine(device),
+    }
+    _print(results, conditions)
+    if json_file is not None:
+        rows = [{**asdict(result), "share": result.share} for result in results]
+        files.write_json(json_file, {"conditions": conditions, "results": rows})
+    if plot_file is not None:
+        with files.replacing(plot_file) as file:
+            bars.draw(results, conditions, file, plot_file.suffix[1:])
+
+
+def measured(
+    name: str,
+    model: nn.Module,
+    x: torch.Tensor,
+    schedules: tuple[schedule.Schedule, ...],
+    autocast: str | None = None,
+    backends: tuple[str, ...] = (),
+    compiled: bool = False,
+    cuda_graph: bool = False,
+    runs: int = 15,
+    warm_up: int = 3,
+) -> list[Result]:
+    """Measure the model unpatched and with each schedule, r = 0 before them, on a batch.
+
+    Raises:
+        click.ClickException: it cannot be patched, a schedule does not fit it, or no backend runs it.
+
+    """
+    device = x.device
     shape = models.patched_shape(model)
     patch.unpatch(model)
     schedules = schedules or tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
     schedules = (0, *(r for r in schedules if r != 0))
-    plans = {"none": schedule.plan(0, *shape)} | {str(r): models.checked_plan(model_name, shape, r) for r in schedules}
+    plans = {"none": schedule.plan(0, *shape)} | {str(r): models.checked_plan(name, shape, r) for r in schedules}
     flops = {"none": cost.flops(model)} | {str(r): cost.flops(model, r) for r in schedules}
 
-    x = torch.randn(batch_size, *cost.input_size(model), device=device, dtype=models.dtype_of(dtype))
     calls: dict[Variant, measure.Call] = {}
     first_seconds: dict[Variant, float] = {}
     modes = ("eager", "compiled") if compiled else ("eager",)
@@ -60,7 +150,7 @@ def run(
             first_seconds[variant] = measure.time_calls({"": call}, device, 0, 1, progress=False)[""][0]
         except backend.BackendError as error:
             raise click.ClickException(str(error)) from error
-        calls[variant] = _graphed(call) if cuda_graph else call
+        calls[variant] = measure.graphed(call) if cuda_graph else call
     seconds = measure.time_calls(calls, device, warm_up, runs)
     medians = {variant: statistics.median(times) for variant, times in seconds.items()}
     results = []
@@ -72,9 +162,9 @@ def run(
                 **asdict(variant),
                 tokens=plans[variant.r].tokens,
                 gflops=flops[variant.r] / 1e9,
-                images_per_second=batch_size / medians[variant],
+                images_per_second=len(x) / medians[variant],
                 median_ms=medians[variant] * 1e3,
-                spread_percent=None if quartiles is None else 100 * (quartiles[2] - quartiles[0]) / medians[variant],
+                spread_percent=100 * (quartiles[2] - quartiles[0]) / medians[variant] if quartiles else None,
                 peak_mib=measure.peak_memory(calls[variant], device) / 2**20,
                 first_call_s=first_seconds[variant],
                 speedup=medians[Variant("none", "", variant.mode)] / medians[variant],
@@ -82,21 +172,7 @@ def run(
                 allowed=flops["none"] / flops[variant.r],
             )
         )
-    conditions = {
-        "model": model_name,
-        "batch size": str(batch_size),
-        "dtype": dtype,
-        "autocast": str(autocast),
-        "cuda graph": str(cuda_graph),
-        **measure.machine(device),
-    }
-    show(results, conditions)
-    if json_file is not None:
-        rows = [{**asdict(result), "share": result.share} for result in results]
-        files.write_json(json_file, {"conditions": conditions, "results": rows})
-    if plot_file is not None:
-        with files.replacing(plot_file) as file:
-            draw(results, conditions, file, plot_file.suffix[1:])
+    return results
 
 
 def _variants(
@@ -126,14 +202,39 @@ def _call(
     return call
 
 
-def _graphed(call: measure.Call) -> measure.Call:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):  # allocations and library handles come before the capture
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def cells(results: list[Result]) -> tables.Cells:
+    """A row for each variant."""
+    rows = [
+        [
+            row.name,
+            f"{row.tokens[0]}-{row.tokens[-1]}",
+            f"{row.gflops:.2f}",
+            tables.rate(row.images_per_second),
+            f"{row.median_ms:.4g}",
+            "-" if row.spread_percent is None else f"{row.spread_percent:.1f}%",
+            f"{row.peak_mib:.0f}",
+            f"{row.speedup:.2f}x",
+            "" if row.merging is None else f"{row.merging:.2f}x",
+            f"{row.allowed:.2f}x",
+            f"{row.share:.2f}",
+        ]
+        for row in results
+    ]
+    return tables.Cells(
+        ["r", "tokens", "GFLOPs", "im/s", "ms", "spread", "MiB", "speed-up", "by merging", "allowed", "share"],
+        rows,
+        f"ms: median of a batch. {SPREAD} MiB: most memory that a pass adds. speed-up: measured. by merging: against "
+        f"r = 0 of the same path; the rest is the kernels'. {ALLOWED} share: speed-up / allowed.",
+    )
+
+
+def _print(results: list[Result], conditions: dict[str, str]) -> None:
+    title, whole = "against the unpatched model with fused attention, same run", cells(results)
+    console = Console()
+    if console.width >= WHOLE:
+        whole.show(console, title)
+    else:  # figures cut short are worse than a long line
+        narrow = whole.of(*NARROW, note=f"{SPREAD} {ALLOWED} {FEWER}")
+        least = sum(2 + max(map(len, column)) for column in zip(narrow.heads, *narrow.rows, strict=True))
+        narrow.show(Console(width=max(console.width, 1 + least)), title)
+    console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True)

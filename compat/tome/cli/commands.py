@@ -32,6 +32,7 @@ def cli() -> None:
 @arguments.autocast
 @arguments.device
 @arguments.checkpoint
+@arguments.image_size
 @click.option(
     "--backend",
     "backends",
@@ -53,6 +54,7 @@ def bench(
     autocast: str | None,
     device: str | None,
     checkpoint: Path | None,
+    image_size: tuple[int, int] | None,
     backends: tuple[str, ...],
     compiled: bool,
     cuda_graph: bool,
@@ -69,8 +71,8 @@ def bench(
     with arguments.loading():
         from tome.cli import bench as work
     work.run(
-        model, schedules, batch_size, dtype, autocast, device, checkpoint, backends, compiled, cuda_graph, runs,
-        warm_up, json_file, plot_file,
+        model, schedules, batch_size, dtype, autocast, device, checkpoint, image_size, backends, compiled, cuda_graph,
+        runs, warm_up, json_file, plot_file,
     )  # fmt: skip
 
 
@@ -104,33 +106,24 @@ def evaluate(**options: Any) -> None:
 @cli.command(epilog=examples.TUNE)
 @click.argument("model", metavar="MODEL")
 @arguments.images
-@click.option("--speedup", type=click.FloatRange(1, min_open=True), metavar="X",
-              help="X times as fast as the unpatched model.")  # fmt: skip
-@click.option("--latency-ms", type=click.FloatRange(0, min_open=True), metavar="MS", help="A batch in MS milliseconds.")
-@click.option("--max-drop", type=click.FloatRange(0, 100), metavar="POINTS",
-              help="Lose no more top-1 accuracy; without labels: percent of images whose class changes.")  # fmt: skip
-@click.option("--agreement", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="COSINE",
-              help="The pooled features' least mean cosine to the unpatched model's.")  # fmt: skip
+@arguments.wishes
 @click.option("--limit", type=click.IntRange(min=2), default=256, show_default=True, metavar="N",
               help="Only N images, spread over all.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True,
-              help="Of the batch whose time counts.")  # fmt: skip
+@click.option("--batch-size", type=arguments.CountOrAutoType(), default="auto", show_default=True,
+              help="Whose time counts; auto: on a GPU the largest that fits up to 256, on a CPU 16.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path),
               help="Write the schedule, for --r FILE.json and tome.schedule.load, and the figures.")  # fmt: skip
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw the tokens of each layer.")
-def tune(
-    speedup: float | None, latency_ms: float | None, max_drop: float | None, agreement: float | None, **options: Any
-) -> int:
+def tune(**options: Any) -> int:
     """Find MODEL's schedule, layer by layer, for these images and this machine, without training.
 
     Of a given speed it is the one with the least error, within a given error the fastest; the error is that against the
     unpatched model, so no labels are needed. Constant r and (r, -1) stand beside it at the same measured speed. Exit
     code 1: nothing does what was asked for, and the nearest is shown.
     """
-    wishes = {"speedup": speedup, "latency_ms": latency_ms, "max_drop": max_drop, "agreement": agreement}
-    given = {kind: value for kind, value in wishes.items() if value is not None}
-    if len(given) != 1:
-        raise click.UsageError("choose one of --speedup, --latency-ms, --max-drop and --agreement")
+    wish = arguments.wish(options)
+    if wish is None:
+        raise click.UsageError(f"choose one of {arguments.WISHES}")
     arguments.check_dtypes(options["dtype"], options["autocast"])
     arguments.check_weights(options["checkpoint"], options["random_weights"])
     files.check_outputs(options["json_file"], options["plot_file"])
@@ -138,9 +131,43 @@ def tune(
         from tome.cli import tune as work
         from tome.cli.setup import Options
         from tome.tune import Wish
-    ((kind, value),) = given.items()
-    wish = Wish(kind, value)  # type: ignore[arg-type]
-    return work.run(Options(schedules=(0,), compiled=False, resume=False, **options), wish)
+    return work.run(Options(schedules=(0,), compiled=False, resume=False, **options), Wish(*wish))
+
+
+@cli.command(epilog=examples.REPORT)
+@click.argument("model", metavar="MODEL")
+@arguments.images
+@arguments.schedules
+@arguments.wishes
+@click.option("--no-tune", is_flag=True, help="Without a tuned schedule. [default: tune for --speedup 1.5]")
+@click.option("--tune-images", type=click.IntRange(min=2), default=64, show_default=True, metavar="N",
+              help="Tune on N of the images.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images, spread over all.")
+@click.option("--batch-size", type=arguments.CountOrAutoType(), default="auto", show_default=True,
+              help="auto: on a GPU the largest that fits, up to 256, on a CPU 16.")  # fmt: skip
+@click.option("--pictures", type=click.IntRange(min=1), default=4, show_default=True, metavar="N",
+              help="Draw the merges of N images.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True,
+              help="The page.")  # fmt: skip
+def report(no_tune: bool, tune_images: int, pictures: int, out: Path, **options: Any) -> int:
+    """Write one page of HTML about MODEL with merging, on images and this machine.
+
+    The tuned schedule, speed, accuracy or agreement against speed, tokens per layer, merges of some images, and the
+    commands that give each part again. The page needs no network. Exit code 1: no schedule does what was asked for, and
+    the page is of the nearest.
+    """
+    wish = arguments.wish(options)
+    if wish is not None and no_tune:
+        raise click.UsageError(f"choose one of {arguments.WISHES} and --no-tune")
+    arguments.check_dtypes(options["dtype"], options["autocast"])
+    arguments.check_weights(options["checkpoint"], options["random_weights"])
+    files.check(out, "--out")
+    with arguments.loading():
+        from tome.cli import report as work
+        from tome.cli.setup import Options
+        from tome.tune import Wish
+    given = Options(compiled=False, resume=False, json_file=None, plot_file=None, **options)
+    return work.run(given, None if no_tune else Wish(*(wish or ("speedup", 1.5))), tune_images, pictures, out)
 
 
 @cli.command(epilog=examples.INFO)

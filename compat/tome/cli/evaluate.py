@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,20 +19,24 @@ from tome.cli.setup import Options, Setup
 
 def run(options: Options) -> None:
     """Evaluate, print, and write what was asked for."""
-    with processes.joined(options.device) as place:
-        try:
-            with models.failing_in_a_line():
-                _evaluate(options, place)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise click.ClickException(
-                f"{str(error).splitlines()[0]}: choose fewer --workers, or give the machine more shared memory"
-            ) from error
+    with processes.joined(options.device) as place, models.failing_in_a_line():
+        setup = Setup(options, place.device)
+        with measured(options, setup, place) as figures:
+            if figures is not None:
+                _report(options, setup, figures)
 
 
-def _evaluate(options: Options, place: processes.Place) -> None:
-    setup = Setup(options, place.device)
+class Figures(NamedTuple):
+    """What came out: a result for each schedule, facts of the run, and its conditions."""
+
+    rows: dict[str, evaluate.Result]
+    run: dict[str, Any]
+    conditions: dict[str, Any]
+
+
+@contextmanager
+def measured(options: Options, setup: Setup, place: processes.Place) -> Iterator[Figures | None]:
+    """Evaluate all schedules; the figures are the first process's. What an interruption leaves goes behind this."""
     count = len(setup.images.dataset)
     batch_size = min(place.gathered(options.batch_size or setup.batch_size()))
     workers = options.workers
@@ -84,10 +88,12 @@ def _evaluate(options: Options, place: processes.Place) -> None:
         writer.remove()
         name = next(name for each in tallies for name in each.broken)
         raise click.UsageError(f"none of the images of {options.data} can be read: {name}, ...")
+    figures = None
     if not place.rank:
         for other in tallies[1:]:
             total.add(other)
-        _report(options, setup, total, conditions, sum(bool(each.images) for each in tallies))
+        figures = _figures(setup, total, conditions, sum(bool(each.images) for each in tallies))
+    yield figures
     place.gathered(None)  # nothing is removed before the results are there
     writer.remove()
 
@@ -107,16 +113,21 @@ def _resumed(gathered: list[list[dict[str, Any]]], count: int) -> tuple[evaluate
     return total, array("l", (i for i in range(count) if not done[i]))
 
 
-def _report(options: Options, setup: Setup, total: evaluate.Tally, conditions: dict[str, Any], busy: int) -> None:
+def _figures(setup: Setup, total: evaluate.Tally, conditions: dict[str, Any], busy: int) -> Figures:
     rows = dict(zip(setup.calls, evaluate.results(total, setup.classes, setup.labelled), strict=True))
     run = {
         "images": total.images,
         "broken": sorted(total.broken),
         "ignored": len(setup.images.dataset.source.ignored),
-        "model_images_per_second": total.images / total.model_seconds(),
+        "model_images_per_second": busy * total.images / total.model_seconds(),
         "run_images_per_second": busy * total.images / total.seconds,
         "waited": total.waited / total.seconds,
     }
+    return Figures(rows, run, conditions)
+
+
+def _report(options: Options, setup: Setup, figures: Figures) -> None:
+    rows, run, conditions = figures
     tables.show(rows, {r: plan.tokens for r, plan in setup.plans.items()}, run, conditions)
     if options.json_file is not None:
         found = [{"r": r, "tokens": setup.plans[r].tokens, **asdict(row)} for r, row in rows.items()]

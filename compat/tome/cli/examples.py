@@ -38,6 +38,12 @@ Examples:
   tome tune my_models:digits_vit --data digits --agreement 0.995 --mean 0.5 --std 0.5 --crop 1.0
   tome bench vit_small_patch16_224 --r tuned.json
 """
+REPORT = """\b
+Examples:
+  tome report vit_small_patch16_224 --data photos/ --out report.html
+  tome report vit_base_patch16_224 --data val/ --r 8 --r 16 --max-drop 0.5 --dtype float16 --device cuda
+  tome report my_models:digits_vit --data digits --no-tune --mean 0.5 --std 0.5 --crop 1.0
+"""
 VISUALIZE = """\b
 Examples:
   tome visualize photo.jpg --r 16,-1.0 --out merged/

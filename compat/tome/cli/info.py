@@ -31,7 +31,6 @@ def show_backends() -> None:
     chosen = backend.get_backend()
     console = Console()
     missing = backend.extension_problem()
-    extension = import_module("tome_cuda") if find_spec("tome_cuda") is not None else None
     table = Table("operation", "reference", "cuda", title=f"backend: {chosen}")
     for op in (name for name in ops.__all__ if name != "max_r"):
         table.add_row(op, "available", "available" if missing is None else "cannot run")
@@ -40,7 +39,7 @@ def show_backends() -> None:
         console.print(f"cuda: {escape(missing)}", soft_wrap=True)
         if torch.cuda.is_available():
             console.print(f"merging runs on {backend.REFERENCE}", soft_wrap=True)
-    for name, value in _facts({} if extension is None else extension.build_info()).items():
+    for name, value in facts().items():
         console.print(f"{name:<22}{escape(value)}", soft_wrap=True)
     if chosen == "cuda" and missing is not None:
         raise click.UsageError("TOME_BACKEND chose cuda, which cannot run here: no operation can")
@@ -89,19 +88,21 @@ def show_parts(
     Console().print(table)
 
 
-def _facts(library: dict[str, str]) -> dict[str, str]:
-    facts = {"token-merging": tome.__version__, "torch": torch.__version__}
+def facts() -> dict[str, str]:
+    """Versions, GPUs and driver, with what the library of kernels says of itself."""
+    extension = import_module("tome_cuda") if find_spec("tome_cuda") is not None else None
+    found = {"token-merging": tome.__version__, "torch": torch.__version__}
     for package in ("timm", "transformers", "torchvision", "open_clip_torch"):
         with suppress(metadata.PackageNotFoundError):
-            facts[package] = metadata.version(package)
-    facts["python"] = f"{platform.python_version()} on {platform.platform()}"
-    facts["CUDA of torch"] = torch.version.cuda or "none"
-    facts.update(library)
+            found[package] = metadata.version(package)
+    found["python"] = f"{platform.python_version()} on {platform.platform()}"
+    found["CUDA of torch"] = torch.version.cuda or "none"
+    found.update({} if extension is None else extension.build_info())
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
-            facts[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+            found[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
     else:
-        facts["GPU"] = "none that PyTorch can use"
-    facts["driver"] = measure.driver_version() or "none"
-    return facts
+        found["GPU"] = "none that PyTorch can use"
+    found["driver"] = measure.driver_version() or "none"
+    return found

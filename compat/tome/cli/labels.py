@@ -1,4 +1,4 @@
-"""Labels in plots that neither hide each other nor leave the frame; and figures of three digits."""
+"""Labels in plots that neither hide each other nor leave the frame."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ SIDES = (
     ("center", "bottom", 0, 6), ("center", "top", 0, -6), ("left", "center", 7, 0), ("right", "center", -7, 0),
 )  # fmt: skip
 REACH = (1, 2, 3, 4, 5, 6, 8, 10, 12)
-
-
-def three_digits(number: float) -> str:
-    """54.3, 1080, 25000: what a machine that others use, too, can tell."""
-    return f"{float(f'{number:.3g}'):.10g}"
 
 
 def place(axes: Any, points: Sequence[tuple[float, float]], texts: Sequence[str], size: float = 7) -> list[Any]:

@@ -136,7 +136,7 @@ def create_model(
 
 @contextmanager
 def failing_in_a_line() -> Iterator[None]:
-    """Runs of a model that no backend can take, or that lack memory, end in a line that says what to do.
+    """Runs of a model that no backend can take, that lack memory or whose readers die end in a line with the remedy.
 
     Raises:
         click.ClickException: with the reason.
@@ -149,6 +149,12 @@ def failing_in_a_line() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise click.ClickException(
             f"out of memory ({str(error).splitlines()[0]}): choose a smaller --batch-size"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise click.ClickException(
+            f"{str(error).splitlines()[0]}: choose fewer --workers, or give the machine more shared memory"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What ``tome evaluate`` runs: the model in all its variants, the images, and whether they fit each other."""
+"""What ``tome evaluate``, ``tune`` and ``report`` run: a model in all its variants, and images that fit it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ class Setup:
         self.checksums = [_checksum(model)] if options.json_file is not None else []
         fitting = tuple(r for r in DEFAULT if schedule.too_large(r, *shape) is None)
         self.plans = {UNPATCHED: schedule.plan(0, *shape)}
-        for r in options.schedules or fitting:
+        self.schedules = options.schedules or fitting
+        for r in self.schedules:
             self.plans[str(r)] = models.checked_plan(options.model, shape, r)
         try:
             chosen = {key: getattr(options, key) for key in ("mean", "std", "interpolation")}
@@ -92,19 +93,23 @@ class Setup:
                 f"{options.data} has {len(self.images.classes or ())} classes and {options.model} tells {self.classes} "
                 "apart: choose images or weights of the same classes, or compare without labels by --no-labels"
             )
-        layers = {UNPATCHED: base} | {str(r): evaluate.twin(base, r) for r in options.schedules or fitting}
-        self.eager = {name: self._call(each, options.autocast) for name, each in layers.items()}
+        self.shape, self.autocast = shape, options.autocast
+        layers = {UNPATCHED: base} | {str(r): evaluate.twin(base, r) for r in self.schedules}
+        self.eager = {name: self._call(each) for name, each in layers.items()}
         self.calls = self.eager
         if options.compiled:
             torch._dynamo.config.recompile_limit = max(16, 2 * len(layers))  # all share the code of one class
             made = {name: torch.compile(each, dynamic=False) for name, each in layers.items()}
-            self.calls = {name: self._call(each, options.autocast) for name, each in made.items()}
+            self.calls = {name: self._call(each) for name, each in made.items()}
 
-    def _call(
-        self, layers: Callable[[Tensor], evaluate.Outputs], autocast: str | None
-    ) -> Callable[[Tensor], evaluate.Outputs]:
+    def add(self, name: str, r: schedule.Schedule) -> None:
+        """One more schedule, not compiled."""
+        self.plans[name] = schedule.plan(r, *self.shape)
+        self.calls[name] = self._call(evaluate.twin(self.base, r))
+
+    def _call(self, layers: Callable[[Tensor], evaluate.Outputs]) -> Callable[[Tensor], evaluate.Outputs]:
         def call(x: Tensor) -> evaluate.Outputs:
-            with models.autocast_to(autocast, self.device):
+            with models.autocast_to(self.autocast, self.device):
                 return layers(x.to(self.dtype))
 
         return call

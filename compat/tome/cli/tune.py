@@ -4,60 +4,29 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from tome import data, measure, tune
-from tome.cli import files, models
+from tome.cli import files, models, tables
 from tome.cli.setup import Options, Setup
 
+MOST_IMAGES = 256  # in a batch that is chosen here: more make tuning slow
+READ_AT_ONCE = 16
 UNMET = 1  # the exit code where no schedule does what was asked for
 
 
 def run(options: Options, wish: tune.Wish) -> int:
     """Tune, print, and write what was asked for; the exit code."""
-    device = models.find_device(options.device)
-    setup = Setup(options, device)
-    x, labels, broken = _images(options, setup)
-    columns = (TextColumn("tuning"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-
-        def tell(done: float, what: str) -> None:
-            bar.update(task, completed=done, description=what)
-
-        try:
-            with models.failing_in_a_line():
-                found = tune.tune(
-                    setup.base,
-                    x,
-                    wish,
-                    options.batch_size or 16,
-                    labels,
-                    lambda: models.autocast_to(options.autocast, device),
-                    tell=tell,
-                )
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-    conditions = {
-        "model": options.model,
-        "weights": options.weights(),
-        "data": options.data,
-        "images": str(len(x)),
-        "batch size": str(options.batch_size),
-        "dtype": options.dtype,
-        "autocast": str(options.autocast),
-        "wish": f"{wish.kind} {wish.value:g}",
-        **measure.machine(device),
-    }
-    _show(found, wish, conditions, broken)
+    setup = Setup(options, models.find_device(options.device))
+    made = tuned(options, setup, setup.images, wish)
+    _show(made, wish)
+    found, conditions = made.found, made.conditions
     if options.json_file is not None:
         written = {
             "r": found.r,
@@ -74,9 +43,62 @@ def run(options: Options, wish: tune.Wish) -> int:
     return 0 if found.is_met else UNMET
 
 
-def _images(options: Options, setup: Setup) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
+class Made(NamedTuple):
+    """What was found, under which conditions, and the images that cannot be read."""
+
+    found: tune.Tuned
+    conditions: dict[str, str]
+    broken: list[str]
+
+
+def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) -> Made:
+    """Tune on these images.
+
+    Raises:
+        click.ClickException: the images are too few, or the wish is not one for this model.
+
+    """
+    device = setup.device
+    with models.failing_in_a_line():
+        batch_size = options.batch_size or min(setup.batch_size(), MOST_IMAGES)
+        x, labels, broken = _read(options, setup, images)
+    columns = (TextColumn("tuning"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def tell(done: float, what: str) -> None:
+            bar.update(task, completed=done, description=what)
+
+        try:
+            with models.failing_in_a_line():
+                found = tune.tune(
+                    setup.base,
+                    x,
+                    wish,
+                    batch_size,
+                    labels,
+                    lambda: models.autocast_to(options.autocast, device),
+                    tell=tell,
+                )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+    conditions = {
+        "model": options.model,
+        "weights": options.weights(),
+        "data": options.data,
+        "images": str(len(x)),
+        "batch size": str(batch_size),
+        "dtype": options.dtype,
+        "autocast": str(options.autocast),
+        "wish": f"{wish.kind} {wish.value:g}",
+        **measure.machine(device),
+    }
+    return Made(found, conditions, broken)
+
+
+def _read(options: Options, setup: Setup, images: data.Images) -> tuple[torch.Tensor, torch.Tensor | None, list[str]]:
     """All images at once, in the model's dtype, their labels where they mean something, and those that are broken."""
-    read = list(data.batches(setup.images, options.batch_size or 16, options.workers or 0, torch.device("cpu")))
+    read = list(data.batches(images, READ_AT_ONCE, options.workers or 0, torch.device("cpu")))
     broken = [name for batch in read for name in batch.broken]
     whole = [batch for batch in read if len(batch.x)]
     if not whole:
@@ -85,35 +107,50 @@ def _images(options: Options, setup: Setup) -> tuple[torch.Tensor, torch.Tensor 
     return torch.cat([batch.x for batch in whole]).to(setup.device, setup.dtype), labels, broken
 
 
-def _show(found: tune.Tuned, wish: tune.Wish, conditions: dict[str, str], broken: list[str]) -> None:
-    console = Console(width=max(Console().width, 100))
+def cells(found: tune.Tuned) -> tables.Cells:
+    """The proof run, a row for each schedule."""
     has_classes = found.tuned.drop == found.tuned.drop  # else NaN
-    title = "at one measured speed, against the unpatched model, same run"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "tokens", "1 - cosine", *(["drop"] if has_classes else []), "ms", "speed-up"):
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    for row in found.rows:
-        table.add_row(
-            escape(row.name),
+    rows = [
+        [
+            row.name,
             f"{row.tokens[0]}-{row.tokens[-1]}",
             f"{max(row.distance, 0.0):.2e}",
             *([f"{row.drop:.2f}"] if has_classes else []),
             f"{1e3 * row.seconds:.2f}",
             f"{row.speedup:.2f}x",
-        )
-    console.print(table)
+        ]
+        for row in found.rows
+    ]
     drop = "drop: points of top-1 accuracy, or without labels images of another class, in percent. "
-    console.print(
+    return tables.Cells(
+        ["", "tokens", "1 - cosine", *(["drop"] if has_classes else []), "ms", "speed-up"],
+        rows,
         "1 - cosine: of the pooled features to the unpatched model's, mean. " + (drop if has_classes else "")
         + "constant r and (r, -1): in whole tokens, brought to the speed of the tuned schedule.",
-        soft_wrap=True,
     )  # fmt: skip
+
+
+def asked(wish: tune.Wish) -> str:
+    """The option that a wish comes from."""
+    return f"--{wish.kind.replace('_', '-')} {wish.value:g}"
+
+
+def _show(made: Made, wish: tune.Wish) -> None:
+    found, conditions, broken = made
+    console = Console(width=max(Console().width, 100))
+    cells(found).show(console, "at one measured speed, against the unpatched model, same run")
     for name in broken:
         console.print(escape(f"not read: {name}"), soft_wrap=True)
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True, markup=False)
     if not found.is_met:
-        asked = f"{wish.kind.replace('_', '-')} {wish.value:g}"
-        console.print(f"no schedule was found that does --{asked}; this is the nearest:", soft_wrap=True, markup=False)
+        told = f"no schedule was found that does {asked(wish)}; this is the nearest:"
+        console.print(told, soft_wrap=True, markup=False)
+        if found.costs.waits_for_host:
+            console.print(
+                f"at batch size {conditions['batch size']} a block takes nearly as long with a few tokens as with all: "
+                "the host sets the pace, and merging saves nothing there. Try a larger --batch-size.",
+                soft_wrap=True,
+            )
     console.print(f"model.r = {found.r}", soft_wrap=True, markup=False)
 
 

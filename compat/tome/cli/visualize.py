@@ -49,11 +49,11 @@ class Seen(NamedTuple):
         """The image beside what is left of it behind the last layer."""
         return [(self.picture(), ""), (self.drawn(self.slots[-1]), "")]
 
-    def strip(self, layers: Sequence[int]) -> list[tuple[Image.Image, str]]:
+    def strip(self, layers: Sequence[int], most: int = MOST_LAYERS) -> list[tuple[Image.Image, str]]:
         """The image, then what merges leave of it, evenly chosen; ``layers``: which layer made each map."""
-        count = min(MOST_LAYERS, len(self.slots))
+        count = min(most, len(self.slots))
         chosen = [round((i + 1) * len(self.slots) / count) - 1 for i in range(count)]
-        told = [(self.drawn(self.slots[i]), f"layer {layers[i]}: {_count(self.slots[i])} tokens") for i in chosen]
+        told = [(self.drawn(self.slots[i]), f"layer {layers[i]}: {count_of(self.slots[i])} tokens") for i in chosen]
         return [(self.picture(), f"{self.slots[0].numel()} tokens"), *told]
 
 
@@ -86,8 +86,8 @@ def run(
             raise click.ClickException(str(error)) from error
         except GridError as error:
             raise click.UsageError(f"{model_name} cannot be drawn: {error}") from error
-        counts.append((seen.slots[0].numel(), _count(seen.slots[-1])))
-        merging = [i + 1 for i, merged in enumerate(plan.r) if merged] or [len(plan.r)]
+        counts.append((seen.slots[0].numel(), count_of(seen.slots[-1])))
+        merging = merging_layers(plan)
         if target.suffix == ".gif":
             _animate(seen, target)
             continue
@@ -102,15 +102,20 @@ def run(
 
 
 def see(
-    model: Any, photo: Image.Image, told: dict[str, Any] | None = None, image_size: tuple[int, int] | None = None
+    model: Any,
+    photo: Image.Image,
+    told: dict[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+    transform: data.Pixels | None = None,
 ) -> Seen:
     """Run a patched model on a photograph.
 
     Args:
         model: a patched one.
-        photo: RGB.
+        photo: of any mode.
         told: of how the model wants its images, what its library says; the rest is as timm has it.
         image_size: height and width, where they are not the model's own.
+        transform: how the model wants its images, where that is known already.
 
     Raises:
         GridError: nobody knows which patch a token is of, or the model takes no image of that size.
@@ -119,15 +124,17 @@ def see(
     inner: Any = patched_in(model)
     if any(word in type(inner).__name__ for word in SHUFFLED):
         raise GridError(f"{type(inner).__name__} hides patches and shuffles the others")
-    height, width = image_size or cost.input_size(model)[1:]
-    transform = data.pixels(model, told, (CHANNELS, height, width))
-    shown = transform(photo)
+    if transform is None:
+        size = cost.input_size(model) if image_size is None else (CHANNELS, *image_size)
+        transform = data.pixels(model, told, size)
+    height, width = transform.config["input_size"][1:]
+    shown, like = transform(photo), next(model.parameters())
     options = {}
     if image_size is not None and "interpolate_pos_encoding" in inspect.signature(inner.forward).parameters:
         options["interpolate_pos_encoding"] = True
     with torch.inference_mode(), kept() as found:
         try:
-            model(transform.normalised(shown[None]), **options)
+            model(transform.normalised(shown[None].to(like.device)).to(like.dtype), **options)
         except (AssertionError, ValueError, RuntimeError) as error:
             if image_size is None or isinstance(error, backend.BackendError):
                 raise
@@ -140,9 +147,9 @@ def see(
         raise GridError(
             f"{n - prefix} patches behind {prefix} prefix tokens tile no image of {width} x {height} pixels"
         )
-    slots = [ops.follow(tokens.steps[: i + 1])[0] for i in range(len(tokens.steps))]
+    slots = [ops.follow(tokens.steps[: i + 1])[0].cpu() for i in range(len(tokens.steps))]
     return Seen(
-        Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy()),
+        Image.fromarray(shown.expand(CHANNELS, -1, -1).permute(1, 2, 0).contiguous().numpy()),
         (rows, columns),
         slots or [torch.arange(n, dtype=torch.int32)],
     )
@@ -157,7 +164,13 @@ def _shape(model: Any, size: tuple[int, int] | None) -> models.Shape:
     return models.patched_shape(model)
 
 
-def _count(slot: Tensor) -> int:
+def merging_layers(plan: schedule.Plan) -> list[int]:
+    """The layers, from 1 on, that make the maps of :class:`Seen`; the last where none merges."""
+    return [i + 1 for i, merged in enumerate(plan.r) if merged] or [len(plan.r)]
+
+
+def count_of(slot: Tensor) -> int:
+    """How many tokens a map leaves."""
     return int(slot.max()) + 1
 
 

@@ -35,6 +35,11 @@ class Costs:
     least: tuple[float, ...]  # that merges one token
     most: tuple[float, ...]  # that merges half of the free ones
 
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a block of the fewest tokens takes half of the time of one of all: then it is not the GPU's."""
+        return self.plain[0] > self.plain[-1] / 2
+
     def block(self, tokens: int, r: int) -> float:
         """One block that ``tokens`` enter and that merges r of them."""
         if r == 0:
