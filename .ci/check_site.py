@@ -26,11 +26,12 @@ def problems(site: Path) -> list[str]:
     found = []
     for page in sorted(site.rglob("*.html")):
         fetched = Fetched()
-        fetched.feed(page.read_text())
+        fetched.feed(page.read_text(encoding="utf-8"))
         for address in fetched.addresses:
             path = address.partition("?")[0].partition("#")[0]
             outside = "//" in path and not path.startswith("data:")
-            if outside or not (path.startswith(("data:", "/")) or (page.parent / path).exists()):
+            is_rooted = path.startswith("/") and page.name == "404.html"  # which is served from anywhere
+            if outside or not (path.startswith("data:") or is_rooted or (page.parent / path).exists()):
                 found.append(f"{page.relative_to(site)}: {address}")
     if not (site / "search.js").exists():
         found.append("no search.js: pages that are opened as files cannot be searched")

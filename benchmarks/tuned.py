@@ -9,7 +9,6 @@ the class token to the unmerged model's, on other crops of the same photographs,
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 import tome
 from tome import evaluate, measure, tune
+from tome.cli import files
 from tome.tune.passes import Passes
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,7 +63,7 @@ def main() -> None:
     conditions = {"model": "DINOv2 ViT-S/14", "dtype": options.dtype, "seed": options.seed, "images": options.images}
     conditions["swapped"] = options.swap
     conditions |= {"clock": "CPU time" if options.cpu_time else "time", **measure.machine(device)}
-    options.json.write_text(json.dumps({"conditions": conditions, "results": results}, indent=1) + "\n")
+    files.write_json(options.json, {"conditions": conditions, "results": results})
     print("size batch wish schedule  speed-up  " + "  ".join(SETS) + "  (and as parts of constant r's)  r")
     for i, row in enumerate(results):
         constant = results[i - i % 3]

@@ -56,7 +56,7 @@ from tome.measure import machine
 from tome.patch.model import patched_in
 
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
-FUSED = ("adam", "adamw", "momentum", "sgd")  # torch's own, in one launch on a GPU
+FUSED = ("adam", "adamw")  # in one launch on a GPU; of torch's others sharded tensors know no such
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What a run that goes on may change: none of it changes what is computed, but for rounding.
 FREE = {"device", "workers", "output", "resume", "fsdp", "torchcompile", "grad_accum_steps", "grad_checkpointing"}

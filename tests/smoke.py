@@ -7,6 +7,7 @@ from pathlib import Path
 
 import timm
 import torch
+from jinja2 import Environment, PackageLoader
 
 import tome
 import tome_cuda
@@ -29,5 +30,6 @@ model(images).sum().backward()
 for command, said in {"--version": tome.__version__, "info": "merge_add_norm", "bench --help": "--batch-size"}.items():
     told = subprocess.run([sys.executable, "-m", "tome", *command.split()], capture_output=True, text=True, check=True)
     assert said in told.stdout, command
+PackageLoader("tome.cli").get_source(Environment(), "report.html")
 python = sys.version.split()[0]
 print(f"{wheel}: fine on Python {python}, torch {torch.__version__}", *tome_cuda.build_info().values(), sep="; ")

@@ -34,6 +34,11 @@ def headless():
 def of_two():
     return vit(classes=2)
 
+def infinite():
+    model = vit()
+    model.norm.weight.data.fill_(float("nan"))
+    return model
+
 def grey():
     return VisionTransformer(
         img_size=16, patch_size=4, in_chans=1, num_classes=10, embed_dim=32, depth=3, num_heads=2
@@ -189,6 +194,17 @@ def test_models_that_cannot_be_drawn_have_a_page(capsys, monkeypatch):
     text = written(capsys, *MODEL, "--r", "4", "--no-tune")
     assert "No pictures: my_models:model cannot be drawn: MergedVisionTransformer" in text or "hides patches" in text
     assert "data:image/jpeg" not in text
+
+
+def test_answers_that_are_not_finite_are_told(capsys):
+    text = written(capsys, "my_models:infinite", *MODEL[1:], "--r", "4", "--no-tune", "--pictures", "1")
+    assert "3 images gave no finite output" in text.replace("4 images", "3 images")
+    assert "Scatter plot" not in text
+
+
+def test_names_that_are_not_unicode(place, capsys):
+    os.rename(place / "photos" / "0.png", bytes(place / "photos") + b"/\xff.png")
+    assert "photos/" in written(capsys, *MODEL, "--r", "4", "--no-tune", "--pictures", "4")
 
 
 def test_the_page_is_whole_or_as_it_was(place, capsys, monkeypatch):

@@ -85,6 +85,7 @@ def test_where_the_host_sets_the_pace_it_says_so(place, capsys, quick, monkeypat
         return {name: [10 + time for time in times] for name, times in flops_clock(*args, **kwargs).items()}
 
     monkeypatch.setattr(measure, "time_calls", clock)
+    monkeypatch.setattr(measure, "machine", lambda device: {"gpu": "one"})
     code, out, _ = run(capsys, "tune", *MODEL[:-1], "auto", "--speedup", "1.3", "--json", "tuned.json")
     assert code == 1
     assert "at batch size 8 a block takes nearly as long with a few tokens as with all" in out

@@ -48,14 +48,14 @@ class Installed:
         return self.files[name]
 
 
-INDEX = "--no-binary token-merging token-merging==9.8.7"
+INDEX = "--no-cache-dir --no-binary token-merging token-merging==9.8.7"
 
 
 @pytest.mark.parametrize(
     ("installer", "url", "command"),
     [
         ("pip\n", None, f"pip install --force-reinstall --no-deps {INDEX}"),
-        ("uv", None, f"uv pip install --force-reinstall --no-deps {INDEX}"),
+        ("uv", None, f"uv pip install --force-reinstall --no-deps {INDEX.removeprefix('--no-cache-dir ')}"),
         (None, {"url": "file:///no/such/folder", "dir_info": {}}, f"pip install --force-reinstall --no-deps {INDEX}"),
         ("pip", {"url": "file://TMP/a%20b", "dir_info": {}}, "pip install --force-reinstall --no-deps 'TMP/a b'"),
         ("pip", {"url": "file://TMP/x.whl", "archive_info": {}}, f"pip install --force-reinstall --no-deps {INDEX}"),
@@ -87,7 +87,7 @@ def test_the_command_in_a_checkout_and_where_nothing_is_installed(monkeypatch):
     monkeypatch.setattr(remedy, "__file__", str(ROOT / "cuda_ext" / "tome_cuda" / "remedy.py"))
     assert remedy.build_command.__wrapped__().endswith(f"--no-deps {ROOT}")
     monkeypatch.setattr(remedy, "__file__", "/site-packages/tome_cuda/remedy.py")
-    assert remedy.build_command.__wrapped__().endswith("--no-deps --no-binary token-merging token-merging")
+    assert remedy.build_command.__wrapped__().endswith("--no-cache-dir --no-binary token-merging token-merging")
 
 
 def test_the_page_of_an_index_has_absolute_links(tmp_path):

@@ -152,7 +152,13 @@ def test_tuning_twice_gives_the_same_and_leaves_the_model_alone(clock):
 
 
 @pytest.mark.parametrize(
-    "wish", [tune.Wish("agreement", 0.98), tune.Wish("max_drop", 20.0), tune.Wish("latency_ms", 20.0)]
+    "wish",
+    [
+        tune.Wish("agreement", 0.98),
+        tune.Wish("max_drop", 20.0),
+        tune.Wish("max_drop", 0.0),
+        tune.Wish("latency_ms", 20.0),
+    ],
 )
 def test_other_wishes(clock, wish):
     x = images(10)
@@ -165,7 +171,7 @@ def test_other_wishes(clock, wish):
         assert 1 - row.distance >= 0.98
         assert 1 - found.rows[1].distance < 1 - row.distance + 1e-3
     elif wish.kind == "max_drop":
-        assert row.drop <= 20
+        assert row.drop <= wish.value
     else:
         assert row.seconds == pytest.approx(20e-3, rel=0.03)
 

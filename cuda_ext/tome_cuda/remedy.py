@@ -10,21 +10,23 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 NAME = "token-merging"
+FRESH = f"--no-cache-dir --no-binary {NAME}"  # pip's cache may hold a wheel that was built without kernels
 
 
 @functools.cache
 def build_command() -> str:
     """A line of shell; whoever installed from an index has no checkout, and needs none."""
     tool, source = "pip", ""
-    if (checkout := Path(__file__).parents[2]).joinpath("pyproject.toml").exists():
+    if (checkout := Path(__file__).parents[2]).joinpath("cuda_ext", "CMakeLists.txt").exists():
         source = shlex.quote(str(checkout))
     try:
         installed = metadata.distribution(NAME)
     except metadata.PackageNotFoundError:
-        source = source or f"--no-binary {NAME} {NAME}"
+        source = source or f"{FRESH} {NAME}"
     else:
         tool = "uv pip" if (installed.read_text("INSTALLER") or "").strip() == "uv" else "pip"
-        source = source or _source(installed) or f"--no-binary {NAME} {NAME}=={installed.version}"
+        fresh = FRESH if tool == "pip" else f"--no-binary {NAME}"
+        source = source or _source(installed) or f"{fresh} {NAME}=={installed.version}"
     return f"TOME_BUILD_CUDA=1 {tool} install --force-reinstall --no-deps {source}"
 
 

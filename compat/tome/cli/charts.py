@@ -1,4 +1,4 @@
-"""Where everything of a chart stands, in the units of its SVG; templates/chart.svg draws it."""
+"""Where everything of a chart stands, in the units of its SVG; templates/macros.html draws it."""
 
 from __future__ import annotations
 

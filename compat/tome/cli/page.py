@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -78,11 +79,12 @@ def render(contents: Contents) -> str:
 def _context(contents: Contents) -> dict[str, Any]:
     rows, run, conditions = contents.figures
     points, ordinate = tables.curve(rows)
+    shown = {name: point for name, point in zip(rows, points, strict=True) if all(map(math.isfinite, point))}
     graded = all(row.top1 is not None for row in rows.values())
     kinds = _kinds(list(rows))
     marks = [
         charts.Point(*point, name if name == UNPATCHED else f"{name} {rows[name].speedup:.2f}x", kinds[name])
-        for name, point in zip(rows, points, strict=True)
+        for name, point in shown.items()
     ]
     series = _series(contents)
     return {
@@ -96,10 +98,12 @@ def _context(contents: Contents) -> dict[str, Any]:
         "tuned": _tuned(contents),
         "bench": _benched(contents),
         "graded": graded,
-        "scatter": charts.scatter(marks, evaluate.pareto(points), "images/s of the model alone", ordinate),
+        "scatter": charts.scatter(
+            marks, evaluate.pareto(list(shown.values())), "images/s of the model alone", ordinate
+        ) if marks else [],
         "scatter_told": "Scatter plot. " + "; ".join(
             f"{name}: {x:.4g} images/s, {ordinate.partition(',')[0]} {y:.4g}"
-            for name, (x, y) in zip(rows, points, strict=True)
+            for name, (x, y) in shown.items()
         ),
         "evaluated": tables.cells(rows, contents.tokens),
         "about": tables.about(rows, run),

@@ -64,7 +64,7 @@ def run(options: Options, wish: tune.Wish | None, calibration: int, count: int, 
     )
     text = page.render(contents)
     with files.replacing(out) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_bytes(text.encode("utf-8", "replace"))  # names of files may hold any byte
     _tell(contents, out, len(text))
     return 0 if found is None or found.found.is_met else tuning.UNMET
 

@@ -90,7 +90,7 @@ def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) 
         "batch size": str(batch_size),
         "dtype": options.dtype,
         "autocast": str(options.autocast),
-        "wish": f"{wish.kind} {wish.value:g}",
+        "wish": f"{wish.kind} {wish.value:.12g}",
         **measure.machine(device),
     }
     return Made(found, conditions, broken)
@@ -132,7 +132,7 @@ def cells(found: tune.Tuned) -> tables.Cells:
 
 def asked(wish: tune.Wish) -> str:
     """The option that a wish comes from."""
-    return f"--{wish.kind.replace('_', '-')} {wish.value:g}"
+    return f"--{wish.kind.replace('_', '-')} {wish.value:.12g}"
 
 
 def _show(made: Made, wish: tune.Wish) -> None:
@@ -145,7 +145,7 @@ def _show(made: Made, wish: tune.Wish) -> None:
     if not found.is_met:
         told = f"no schedule was found that does {asked(wish)}; this is the nearest:"
         console.print(told, soft_wrap=True, markup=False)
-        if found.costs.waits_for_host:
+        if wish.is_of_time and "gpu" in conditions and found.costs.waits_for_host:
             console.print(
                 f"at batch size {conditions['batch size']} a block takes nearly as long with a few tokens as with all: "
                 "the host sets the pace, and merging saves nothing there. Try a larger --batch-size.",
