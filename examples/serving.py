@@ -73,7 +73,7 @@ def application(engine, max_batch=32, max_wait=5.0, max_queue=256):
     async def health(response: Response):
         status = "closing" if batcher.closed else "failing" if batcher.failed_in_a_row > 2 else "ok"
         response.status_code = 200 if status == "ok" else 503
-        return {"status": status, "images": batcher.images, "batches": batcher.batches, **engine.about}
+        return {"status": status, "waiting": len(batcher.waiting), **batcher.counts, **engine.about}
 
     return app
 

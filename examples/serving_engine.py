@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -60,7 +60,7 @@ class Batcher:
     def __init__(self, engine, max_batch, max_wait):
         self.engine, self.max_batch, self.max_wait = engine, max_batch, max_wait
         self.waiting, self.more, self.closed = deque(), asyncio.Event(), False
-        self.images = self.batches = self.failed_in_a_row = 0
+        self.counts, self.failed_in_a_row = Counter(images=0, batches=0), 0
 
     async def answer(self, image):
         """The engine's answer; NoAnswerError if it fails, or takes no more."""
@@ -96,4 +96,4 @@ class Batcher:
                 for (_, future, _), answer in zip(batch, answers, strict=True):
                     if not future.done():  # whoever waited may have gone
                         (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
-                self.images, self.batches = self.images + len(batch), self.batches + 1
+                self.counts.update(images=len(batch), batches=1)

@@ -91,7 +91,7 @@ def main(urls, clients, requests, rounds, bad):
         print(f"r {new['r']}: {statistics.median(rates[i]):.1f} images/s, {statistics.median(ratios):.2f}x", end=" ")
         print(f"({ratios[0]:.2f} to {ratios[-1]:.2f}), batches of {batch:.1f}, latency {p50:.0f} ms", end=" ")
         print(f"(p95 {p95:.0f}, p99 {p99:.0f}); {', '.join(f'{n} {what}' for what, n in became[i].items())}")
-    print(", ".join(f"{name} {told}" for name, told in first[0].items() if name not in ("status", "r")))
+    print(", ".join(f"{name} {told}" for name, told in [*first[0].items()][4:] if name != "r"))
     sys.exit(any(set(found) - {"answered", "refused"} for found in became))
 
 
