@@ -1,0 +1,103 @@
+"""Dense features of a model that merges: a linear head tells from restored tokens what each pixel belongs to.
+
+    python examples/dense.py brick.png coffee.png flower.jpg --model vit_small_patch14_dinov2.lvd142m --r 8 --r 16
+
+The images are mosaics of the photographs, whose masks are known: which photograph a pixel comes from. The head is
+trained on mosaics of their left halves and tested on those of their right halves. Behind its blocks a patched model has
+the full grid again, each patch with the features of its token, so nothing else changes. MODEL is timm's.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+import tome
+from tome import cost, data, schedule
+from tome.cli import models
+from tome.cli.arguments import ScheduleType, random_weights
+
+
+def mosaics(photos: Tensor, count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images uint8 [count, 3, size, size] of a region of each photograph [K, 3, H, W], and masks [count, size, size]."""
+    generator = torch.Generator().manual_seed(seed)
+    k, _, height, width = photos.shape
+    pixel = torch.cartesian_prod(torch.arange(size), torch.arange(size)).float()
+    centres = size * torch.rand(count, k, 2, generator=generator)
+    mask = torch.cdist(pixel.expand(count, -1, -1), centres).argmin(dim=-1).unflatten(1, (size, size))
+    left_over = torch.tensor([height - size, width - size])
+    corners = (torch.rand(count, k, 2, generator=generator) * left_over).long().tolist()
+    crops = [[photos[i, :, y : y + size, x : x + size] for i, (y, x) in enumerate(each)] for each in corners]
+    images = torch.stack([torch.stack(each) for each in crops])
+    return images.gather(1, mask[:, None, None].expand(-1, 1, 3, -1, -1))[:, 0], mask
+
+
+@torch.inference_mode()
+def features(model: Any, images: Tensor, r: schedule.Schedule) -> Tensor:
+    """The patches' features [B, C, rows, columns] of images uint8 [B, 3, H, W], restored to the full grid."""
+    model.r = r
+    pixels = data.pixels(model)
+    made = [model.forward_features(pixels.normalised(batch)) for batch in images.split(16)]
+    grid = torch.cat(made)[:, model.num_prefix_tokens :].mT
+    return grid.unflatten(2, model.patch_embed.grid_size).contiguous()
+
+
+def fit(grid: Tensor, masks: Tensor, classes: int, steps: int = 150) -> nn.Module:
+    """A linear head that tells the classes of patches [B, C, rows, columns], by the pixel in the middle of each."""
+    torch.manual_seed(0)
+    target = F.interpolate(masks[:, None].float(), grid.shape[2:], mode="nearest-exact")[:, 0].long()
+    head = nn.Sequential(nn.BatchNorm2d(grid.shape[1], affine=False), nn.Conv2d(grid.shape[1], classes, 1))
+    optimizer = torch.optim.AdamW(head.parameters(), 1e-2, weight_decay=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(head(grid), target).backward()
+        optimizer.step()
+    return head.eval()
+
+
+@torch.inference_mode()
+def mean_iou(head: nn.Module, grid: Tensor, masks: Tensor, classes: int) -> float:
+    """Intersection over union of what the head says of each pixel with the masks, the mean of the classes."""
+    found = F.interpolate(head(grid), masks.shape[1:], mode="bilinear").argmax(dim=1)
+    pairs = torch.bincount((classes * masks + found).flatten(), minlength=classes**2).view(classes, classes)
+    return float((pairs.diag() / (pairs.sum(dim=0) + pairs.sum(dim=1) - pairs.diag())).mean())
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", "name", default="vit_small_patch16_224", show_default=True)
+@click.option("--r", "schedules", type=ScheduleType(), multiple=True, default=(4, 8, 12, 16), show_default=True)
+@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Mosaics, of each half.")
+@random_weights
+def main(
+    photos: tuple[Path, ...], name: str, schedules: tuple[schedule.Schedule, ...], count: int, random_weights: bool
+) -> None:
+    """Train linear heads on mosaics of PHOTOS, and tell their IoU with and without merging."""
+    torch.manual_seed(0)
+    model = tome.patch.timm(models.load(name, not random_weights).model)
+    size, k = cost.input_size(model)[1], len(photos)
+    fitted = [ImageOps.fit(Image.open(path).convert("RGB"), (3 * size, 3 * size // 2)) for path in photos]
+    train, test = torch.stack([pil_to_tensor(photo) for photo in fitted]).chunk(2, dim=-1)
+    (x, masks), (test_x, test_masks) = mosaics(train, count, size, seed=0), mosaics(test, count, size, seed=1)
+    heads = {}
+    print(f"{'r':>10} {'tokens':>7} {'mean IoU':>9} {'of the head of r = 0':>21} {'seconds':>8}")
+    for r in (0, *schedules):
+        heads[r] = fit(features(model, x, r), masks, k)
+        begin = time.perf_counter()
+        grid = features(model, test_x, r)
+        seconds = time.perf_counter() - begin
+        own, unmerged = (mean_iou(head, grid, test_masks, k) for head in (heads[r], heads[0]))
+        tokens = schedule.plan(r, len(model.blocks), cost.tokens(model), model.num_prefix_tokens).tokens[-1]
+        print(f"{r!s:>10} {tokens:7} {own:9.1%} {unmerged:21.1%} {seconds:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
