@@ -7,8 +7,8 @@ MODEL and WEIGHTS are names of open_clip's. Only images merge: the text tower st
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 import tome
-from tome import schedule
+from tome import measure, schedule
 from tome.cli.arguments import ScheduleType, random_weights
 
 
@@ -48,9 +48,7 @@ def zero_shot(model: Any, images: Tensor, texts: Tensor, schedules: Sequence[sch
     for r in (0, *schedules):
         model.r = r
         model.encode_image(images)  # warms up
-        begin = time.perf_counter()
-        features = model.encode_image(images, normalize=True)
-        seconds = time.perf_counter() - begin
+        seconds, features = measure.timed(partial(model.encode_image, images, normalize=True), images.device)
         base = features if base is None else base
         shares = (model.logit_scale.exp() * features @ described.T).softmax(dim=-1)
         yield Answer(r, shares, float((features * base).sum(dim=-1).mean()), seconds)

@@ -3,13 +3,13 @@
     python examples/video.py clip.gif --r 64 --r 96
     python examples/video.py frames/ --r 64
 
-A clip is whatever PIL reads as frames (GIF, WebP, APNG), or a folder of images in the order of their names; a photograph is
-panned over. NAME is on the model hub, or a folder.
+A clip is whatever PIL reads as frames (GIF, WebP, APNG), or a folder of images in the order of their names; over a
+photograph the camera pans. MODEL is on the model hub, or in a folder.
 """
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 import tome
-from tome import schedule
+from tome import measure, schedule
 from tome.cli.arguments import ScheduleType, random_weights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,9 +67,8 @@ def main(path: Path, name: str, schedules: tuple[schedule.Schedule, ...], random
     print(f"{'r':>10} {'tokens':>7} {'seconds':>8} {'cosine':>7}  answer")
     for r in (0, *schedules):
         model.r = r
-        begin = time.perf_counter()
-        logits = model(x).logits
-        seconds = time.perf_counter() - begin
+        seconds, out = measure.timed(partial(model, x), x.device)
+        logits = out.logits
         base = logits if base is None else base
         cosine = torch.cosine_similarity(logits, base).item()
         share, label = logits.softmax(dim=-1).max(dim=-1)
