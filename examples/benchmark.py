@@ -50,7 +50,7 @@ def benchmark(
     for r in schedules:
         variants[f"r = {r}"] = evaluate.twin(model, r)
         flops[f"r = {r}"] = cost.flops(model, r)
-    calls = {name: partial(variant, images) for name, variant in variants.items()}
+    calls: dict[str, measure.Call] = {name: partial(variant, images) for name, variant in variants.items()}
     seconds = measure.time_calls(calls, like.device, warm_up, runs, progress=False)
     median = {name: statistics.median(each) for name, each in seconds.items()}
     base, whole = median["unpatched"], flops["unpatched"]

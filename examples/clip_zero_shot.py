@@ -20,7 +20,8 @@ from torch import Tensor
 
 import tome
 from tome import measure, schedule
-from tome.cli.arguments import ScheduleType, random_weights
+from tome.cli import models
+from tome.cli.arguments import ScheduleType, device, random_weights
 
 
 class Answer(NamedTuple):
@@ -60,6 +61,7 @@ def zero_shot(model: Any, images: Tensor, texts: Tensor, schedules: Sequence[sch
 @click.option("--model", "name", default="ViT-B-16", show_default=True)
 @click.option("--weights", default="datacomp_xl_s13b_b90k", show_default=True)
 @click.option("--r", "schedules", type=ScheduleType(), multiple=True, default=(8, 16), show_default=True)
+@device
 @random_weights
 def main(
     photos: tuple[Path, ...],
@@ -67,14 +69,16 @@ def main(
     name: str,
     weights: str,
     schedules: tuple[schedule.Schedule, ...],
+    device: str | None,
     random_weights: bool,
 ) -> None:
     """Tell which --label describes each of PHOTOS, without merging and with each --r."""
     torch.manual_seed(0)
     model, _, transform = open_clip.create_model_and_transforms(name, pretrained=None if random_weights else weights)
-    tome.patch.open_clip(model.eval())
-    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in photos])
-    texts = open_clip.get_tokenizer(name)([f"a photo of {label}" for label in labels])
+    where = models.find_device(device)
+    tome.patch.open_clip(model.eval().to(where))
+    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in photos]).to(where)
+    texts = open_clip.get_tokenizer(name)([f"a photo of {label}" for label in labels]).to(where)
     print(f"{'r':>10} {'cosine':>7} {'images/s':>9}  answers")
     for answer in zero_shot(model, images, texts, schedules):
         shares, best = answer.shares.max(dim=-1)

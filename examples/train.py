@@ -67,7 +67,7 @@ def main(
     model, told = models.load(name, not random_weights, where)
     pixels = data.pixels(model, told())
     train, val = (data.Images(data.ImageDataset(each, pixels), each.classes, data_dir) for each in sources)
-    model.reset_classifier(len(train.classes))
+    model.reset_classifier(len(train.classes or ()))
     tome.patch.timm(model.to(where))
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     updates = epochs * -(-len(train.dataset) // batch_size)
@@ -85,8 +85,8 @@ def main(
             total += loss.item() * len(batch.x)
         speed = len(order) / (time.perf_counter() - begin)
         merged, unmerged = (top1(model, val, batch_size, each) for each in (r, 0))
-        told = f"loss {total / len(order):.3f}  top-1 {merged:.1%} (unmerged {unmerged:.1%})  {speed:.0f} images/s"
-        print(f"epoch {epoch + 1}/{epochs}  r {r}  {told}")
+        figures = f"loss {total / len(order):.3f}  top-1 {merged:.1%} (unmerged {unmerged:.1%})  {speed:.0f} images/s"
+        print(f"epoch {epoch + 1}/{epochs}  r {r}  {figures}")
     torch.save(model.state_dict(), out)
     print(f"weights: {out}")
 

@@ -21,8 +21,9 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 import tome
-from tome import measure, schedule
-from tome.cli.arguments import ScheduleType, random_weights
+from tome import measure
+from tome.cli import models
+from tome.cli.arguments import ScheduleType, device, random_weights
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -30,14 +31,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def clip(path: Path, count: int, size: int) -> Tensor:
     """The frames of a clip, evenly chosen, as the model takes them: float32 [1, count, 3, size, size]."""
     if path.is_dir():
-        frames = [Image.open(file) for file in sorted(path.iterdir())]
+        frames: list[Image.Image] = [Image.open(file) for file in sorted(path.iterdir())]
     else:
         frames = [frame.copy() for frame in ImageSequence.Iterator(Image.open(path))]
     if len(frames) == 1:  # a photograph: from its left edge to its right one
         frames = [ImageOps.fit(frames[0], (size, size), centering=(i / (count - 1), 0.5)) for i in range(count)]
     chosen = [frames[i * len(frames) // count] for i in range(count)]
-    bytes_ = [pil_to_tensor(ImageOps.fit(frame.convert("RGB"), (size, size))) for frame in chosen]
-    return normalize(torch.stack(bytes_).float() / 255, MEAN, STD)[None]
+    seen = torch.stack([pil_to_tensor(ImageOps.fit(frame.convert("RGB"), (size, size))) for frame in chosen])
+    x: Tensor = normalize(seen.float() / 255, MEAN, STD)
+    return x[None]
 
 
 def load(name: str, random_weights: bool) -> Any:
@@ -55,19 +57,21 @@ def load(name: str, random_weights: bool) -> Any:
 @click.argument("path", metavar="CLIP", type=click.Path(exists=True, path_type=Path))
 @click.option("--model", "name", default="MCG-NJU/videomae-base-finetuned-kinetics", show_default=True)
 @click.option("--r", "schedules", type=ScheduleType(), multiple=True, default=(64, 96), show_default=True)
+@device
 @random_weights
 @torch.inference_mode()
-def main(path: Path, name: str, schedules: tuple[schedule.Schedule, ...], random_weights: bool) -> None:
+def main(path: Path, name: str, schedules: tuple[Any, ...], device: str | None, random_weights: bool) -> None:
     """Tell what happens in CLIP, without merging and with each --r."""
     torch.manual_seed(0)
-    model = load(name, random_weights)
-    x = clip(path, model.config.num_frames, model.config.image_size)
+    where = models.find_device(device)
+    model = load(name, random_weights).to(where)
+    x = clip(path, model.config.num_frames, model.config.image_size).to(where)
     model(x)  # warms up
     base = None
     print(f"{'r':>10} {'tokens':>7} {'seconds':>8} {'cosine':>7}  answer")
     for r in (0, *schedules):
         model.r = r
-        seconds, out = measure.timed(partial(model, x), x.device)
+        seconds, out = measure.timed(partial(model, x), where)
         logits = out.logits
         base = logits if base is None else base
         cosine = torch.cosine_similarity(logits, base).item()

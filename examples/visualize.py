@@ -38,11 +38,11 @@ def pictures(model: Any, photo: Image.Image, schedules: Sequence[schedule.Schedu
     drawn = []
     for r in schedules:
         model.r = r
-        tokens = tome.merged(model, pixels.normalised(seen[None]))
-        picture = vis.draw(image, tokens.slot, model.patch_embed.grid_size)
-        drawn.append((picture, f"r = {r}: {tokens.count()} tokens"))
+        slot: Any = tome.merged(model, pixels.normalised(seen[None])).slot
+        picture = vis.draw(image, slot, model.patch_embed.grid_size)
+        drawn.append((picture, f"r = {r}: {slot.max() + 1} tokens"))
     whole = image.resize(drawn[0][0].size, Image.Resampling.LANCZOS)
-    return [(whole, f"{tokens.slot.shape[1]} tokens"), *drawn]
+    return [(whole, f"{slot.shape[1]} tokens"), *drawn]
 
 
 @click.command()
