@@ -43,9 +43,8 @@ def mosaics(photos: Tensor, count: int, size: int, seed: int) -> tuple[Tensor, T
 def features(model: Any, images: Tensor, r: schedule.Schedule) -> Tensor:
     """The patches' features [B, C, rows, columns] of images uint8 [B, 3, H, W], restored to the full grid."""
     model.r, pixels = r, data.pixels(model)
-    made = [model.forward_features(pixels.normalised(batch)) for batch in images.split(16)]
-    grid: Tensor = torch.cat(made)[:, model.num_prefix_tokens :].mT
-    return grid.unflatten(2, model.patch_embed.grid_size).contiguous()
+    tokens = torch.cat([model.forward_features(pixels.normalised(batch)) for batch in images.split(16)])
+    return tokens[:, model.num_prefix_tokens :].mT.unflatten(2, model.patch_embed.grid_size).contiguous()
 
 
 def fit(grid: Tensor, masks: Tensor, classes: int, steps: int = 150) -> nn.Module:
