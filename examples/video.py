@@ -31,13 +31,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def clip(path: Path, count: int, size: int) -> Tensor:
     """The frames of a clip, evenly chosen, as the model takes them: float32 [1, count, 3, size, size]."""
     if path.is_dir():
-        frames: list[Image.Image] = [Image.open(file) for file in sorted(path.iterdir())]
+        frames = [Image.open(file).convert("RGB") for file in sorted(path.iterdir())]
     else:
-        frames = [frame.copy() for frame in ImageSequence.Iterator(Image.open(path))]
+        with Image.open(path) as film:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
     if len(frames) == 1:  # a photograph: from its left edge to its right one
         frames = [ImageOps.fit(frames[0], (size, size), centering=(i / (count - 1), 0.5)) for i in range(count)]
     chosen = [frames[i * len(frames) // count] for i in range(count)]
-    seen = torch.stack([pil_to_tensor(ImageOps.fit(frame.convert("RGB"), (size, size))) for frame in chosen])
+    seen = torch.stack([pil_to_tensor(ImageOps.fit(frame, (size, size))) for frame in chosen])
     x: Tensor = normalize(seen.float() / 255, MEAN, STD)
     return x[None]
 
