@@ -7,9 +7,10 @@ MODEL and WEIGHTS are names of open_clip's. Only images merge: the text tower st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import click
@@ -18,8 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import tome
-from tome import measure, schedule
+from tome import evaluate, measure, schedule
 from tome.cli import models
 from tome.cli.arguments import ScheduleType, device, random_weights
 
@@ -27,32 +27,32 @@ from tome.cli.arguments import ScheduleType, device, random_weights
 class Answer(NamedTuple):
     """What a schedule makes of all images."""
 
-    r: schedule.Schedule
     shares: Tensor  # [B, K], of each text
-    cosine: float  # of the images' features with those of r = 0
-    seconds: float  # of all images, once
+    cosine: float  # of the images' features with those of the unpatched model
+    seconds: float  # of all images, the median
 
 
 @torch.inference_mode()
-def zero_shot(model: Any, images: Tensor, texts: Tensor, schedules: Sequence[schedule.Schedule]) -> Iterator[Answer]:
-    """Which text describes an image best, without merging and with each schedule.
+def zero_shot(model: Any, images: Tensor, texts: Tensor, schedules: Sequence[schedule.Schedule]) -> dict[str, Answer]:
+    """Which text describes an image best, by the unpatched model and with each schedule; they take turns.
 
     Args:
-        model: a CLIP of open_clip's, patched.
+        model: a CLIP of open_clip's, unpatched.
         images: [B, 3, H, W].
         texts: token numbers [K, L].
         schedules: what r may be.
 
     """
-    described = model.encode_text(texts, normalize=True)
-    base = None
-    for r in (0, *schedules):
-        model.r = r
-        model.encode_image(images)  # warms up
-        seconds, features = measure.timed(partial(model.encode_image, images, normalize=True), images.device)
-        base = features if base is None else base
+    variants = {"unpatched": model} | {f"r = {r}": evaluate.twin(model, r) for r in schedules}
+    calls = {name: partial(variant.encode_image, images, normalize=True) for name, variant in variants.items()}
+    seconds = measure.time_calls(calls, images.device, warm_up=1, runs=5, progress=False)
+    base, described = model.encode_image(images, normalize=True), model.encode_text(texts, normalize=True)
+    found = {}
+    for name, call in calls.items():
+        features = call()
         shares = (model.logit_scale.exp() * features @ described.T).softmax(dim=-1)
-        yield Answer(r, shares, float((features * base).sum(dim=-1).mean()), seconds)
+        found[name] = Answer(shares, float((features * base).sum(dim=-1).mean()), median(seconds[name]))
+    return found
 
 
 @click.command()
@@ -76,15 +76,13 @@ def main(
     torch.manual_seed(0)
     model, _, transform = open_clip.create_model_and_transforms(name, pretrained=None if random_weights else weights)
     where = models.find_device(device)
-    tome.patch.open_clip(model.eval().to(where))
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in photos]).to(where)
     texts = open_clip.get_tokenizer(name)([f"a photo of {label}" for label in labels]).to(where)
-    print(f"{'r':>10} {'cosine':>7} {'images/s':>9}  answers")
-    for answer in zero_shot(model, images, texts, schedules):
+    print(f"{'':>14} {'cosine':>7} {'images/s':>9}  answers")
+    for told, answer in zero_shot(model.eval().to(where), images, texts, schedules).items():
         shares, best = answer.shares.max(dim=-1)
-        told = (f"{p.name} {labels[i]} {share:.0%}" for p, i, share in zip(photos, best, shares, strict=True))
-        rate = len(images) / answer.seconds
-        print(f"{answer.r!s:>10} {answer.cosine:7.4f} {rate:9.1f}  {', '.join(told)}")
+        answers = (f"{p.name} {labels[i]} {share:.0%}" for p, i, share in zip(photos, best, shares, strict=True))
+        print(f"{told:>14} {answer.cosine:7.4f} {len(images) / answer.seconds:9.1f}  {', '.join(answers)}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
@@ -20,8 +21,7 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize, pil_to_tensor
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-import tome
-from tome import measure
+from tome import evaluate, measure
 from tome.cli import models
 from tome.cli.arguments import ScheduleType, device, random_weights
 
@@ -44,14 +44,14 @@ def clip(path: Path, count: int, size: int) -> Tensor:
 
 
 def load(name: str, random_weights: bool) -> Any:
-    """VideoMAE with a head, patched; random weights take the shape of VideoMAE-B, or of a folder's configuration."""
+    """VideoMAE with a head; random weights take the shape of VideoMAE-B, or of a folder's configuration."""
     if not random_weights:
         model = VideoMAEForVideoClassification.from_pretrained(name)
     elif Path(name).is_dir():
         model = VideoMAEForVideoClassification(VideoMAEConfig.from_pretrained(name))
     else:
         model = VideoMAEForVideoClassification(VideoMAEConfig(num_labels=400))
-    return tome.patch.transformers(model.eval())
+    return model.eval()
 
 
 @click.command()
@@ -67,18 +67,17 @@ def main(path: Path, name: str, schedules: tuple[Any, ...], device: str | None, 
     where = models.find_device(device)
     model = load(name, random_weights).to(where)
     x = clip(path, model.config.num_frames, model.config.image_size).to(where)
-    model(x)  # warms up
-    base = None
-    print(f"{'r':>10} {'tokens':>7} {'seconds':>8} {'cosine':>7}  answer")
-    for r in (0, *schedules):
-        model.r = r
-        seconds, out = measure.timed(partial(model, x), where)
-        logits = out.logits
-        base = logits if base is None else base
-        cosine = torch.cosine_similarity(logits, base).item()
+    variants = {"unpatched": model} | {f"r = {r}": evaluate.twin(model, r) for r in schedules}
+    calls = {told: partial(variant, x) for told, variant in variants.items()}
+    seconds = measure.time_calls(calls, where, warm_up=1, runs=3, progress=False)
+    base = model(x).logits
+    print(f"{'':>14} {'seconds':>8} {'cosine':>7}  answer")
+    for told, call in calls.items():
+        logits = call().logits
         share, label = logits.softmax(dim=-1).max(dim=-1)
-        told = f"{model.config.id2label[label.item()]} {share.item():.0%}"
-        print(f"{r!s:>10} {tome.merged(model, x).count():7} {seconds:8.2f} {cosine:7.4f}  {told}")
+        answer = f"{model.config.id2label[label.item()]} {share.item():.0%}"
+        cosine = torch.cosine_similarity(logits, base).item()
+        print(f"{told:>14} {median(seconds[told]):8.2f} {cosine:7.4f}  {answer}")
 
 
 if __name__ == "__main__":
