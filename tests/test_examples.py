@@ -1,8 +1,8 @@
 """The programs in examples/, each on something small: what they print is what the library gives, computed by hand."""
 
 import copy
-import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from pages import PAGES, ROOT, commands, words
 from PIL import Image
 from programs import COLOURS, digits_vit, one_thread, photos, run, vit
 from timm.models.vision_transformer import VisionTransformer
@@ -22,6 +23,7 @@ from tome.cli import models
 from tome.tokens import kept
 
 __all__ = ["one_thread", "photos"]
+PAGE = PAGES["docs/examples.md"]
 
 
 @pytest.fixture
@@ -58,6 +60,7 @@ def test_validation_prints_a_line_for_each_schedule(photos):
     assert [line[:14].strip() for line in lines[1:]] == ["unpatched", "r = 0", "r = (8, -1.0)"]
     assert lines[1].split()[1:4] == lines[2].split()[3:6]  # top-1, agreement, cosine
     assert lines[1].endswith(" 1.00x")
+    assert lines[0] in PAGE
 
 
 def test_the_benchmark_takes_medians_of_models_that_merge(small, monkeypatch):
@@ -78,6 +81,7 @@ def test_the_benchmark_takes_medians_of_models_that_merge(small, monkeypatch):
     assert [each.speedup for each in found.values()] == pytest.approx([1, 65 / 49, 65 / 17])
     assert found["r = 12"].allowed == pytest.approx(cost.flops(small) / cost.flops(small, 12))
     lines = run(benchmark, "--model", "programs:vit", "--r", 12, "--batch-size", 2, "--device", "cpu")
+    assert lines[1] in PAGE
     assert lines[-1].split() == ["r", "=", "12", "117.6", "3.82x", f"{found['r = 12'].allowed:.2f}x"]
 
 
@@ -137,7 +141,8 @@ def test_intersection_over_union():
 
 def test_a_head_on_restored_features_tells_photographs_apart(photos):
     files = [photos / name / "0.png" for name in COLOURS]
-    _, *rows = run(dense, *files, "--model", "programs:vit", "--r", 4, "--r", "[8, 8]", "--count", 12)
+    head, *rows = run(dense, *files, "--model", "programs:vit", "--r", 4, "--r", "[8, 8]", "--count", 12)
+    assert head in PAGE
     assert [row[:10].strip() for row in rows] == ["0", "4", "[8, 8]"]
     own, unmerged = torch.tensor([[float(share) for share in re.findall(r"([\d.]+)%", row)] for row in rows]).T.tolist()
     assert own[0] == unmerged[0] > 70
@@ -192,6 +197,21 @@ def test_weights_are_pretrained_unless_told_otherwise(program, photos, monkeypat
         assert f"vit_small_patch16_224 {pretrained}" in result.output
 
 
-def test_examples_are_short():
-    for file in Path(inspect.getfile(train)).parent.glob("*.py"):
+def test_examples_are_short_and_have_a_place_on_their_page():
+    for file in (ROOT / "examples").glob("*.py"):
         assert file.name == "finetune.py" or len(file.read_text().splitlines()) < 100, file
+        assert file.name in PAGE, file
+
+
+@pytest.mark.parametrize("command", [each for each in commands("docs/examples.md") if each.startswith("python ")])
+def test_commands_of_the_page_are_taken(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, file, *arguments = words(command)
+    for name in arguments:
+        if name.endswith((".jpg", ".png", ".gif")):
+            Path(name).touch()
+    if Path(file).stem in ("clip_zero_shot", "video"):
+        pytest.importorskip("open_clip")
+        pytest.importorskip("transformers")
+    program = import_module(f"examples.{Path(file).stem}")
+    program.main.make_context(file, arguments)

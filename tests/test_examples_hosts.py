@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from pages import PAGES
 from PIL import Image
 from programs import one_thread, photos, run
 
@@ -56,7 +57,8 @@ def test_zero_shot_answers_are_those_of_the_model(small_clip):
 
 def test_zero_shot_prints_the_best_label_of_each_photograph(small_clip, photos):
     files = (photos / "ant" / "0.png", photos / "bee" / "0.png")
-    _, *rows = run(clip_zero_shot, *files, "--model", small_clip, "--random-weights", "--label", "a cat", "--r", 4)
+    head, *rows = run(clip_zero_shot, *files, "--model", small_clip, "--random-weights", "--label", "a cat", "--r", 4)
+    assert head in PAGES["docs/examples.md"]
     assert [row[:14].strip() for row in rows] == ["unpatched", "r = 4"]
     assert all(row.endswith("0.png a cat 100%, 0.png a cat 100%") for row in rows)  # there is no other
 
@@ -107,10 +109,11 @@ def test_a_video_is_classified_with_and_without_merging(film, tmp_path):
     config = transformers.VideoMAEConfig(**VIDEO)
     torch.manual_seed(0)
     model = transformers.VideoMAEForVideoClassification(config).eval()
-    torch.nn.init.normal_(model.classifier.weight)
+    for weight in (each for each in model.parameters() if each.dim() == 2):
+        torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(tmp_path / "small")
     x = video.clip(film, 8, 24)
-    _, *rows = run(video, film, "--model", tmp_path / "small", "--r", 4, "--device", "cpu")
+    head, *rows = run(video, film, "--model", tmp_path / "small", "--r", 4, "--device", "cpu")
     patched = tome.patch.transformers(copy.deepcopy(model))
     expected = []
     with torch.inference_mode():
@@ -122,6 +125,7 @@ def test_a_video_is_classified_with_and_without_merging(film, tmp_path):
             cosine = torch.cosine_similarity(logits, base).item()
             told = ("walking", "running")[best.item()]
             expected.append((name, f"{cosine:.4f}", told, f"{share.item():.0%}"))
+    assert head in PAGES["docs/examples.md"]
     assert [answer(row) for row in rows] == expected
     assert expected[0][1] == "1.0000" != expected[1][1]
     rows = run(video, film, "--model", tmp_path / "small", "--r", 4, "--device", "cpu", "--random-weights")
