@@ -134,6 +134,16 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def notebooks(session: nox.Session) -> None:
+    """Execute examples/notebooks/ as Jupyter does; arguments are papermill's, such as -y "random_weights: true"."""
+    install(session, "notebooks")
+    done = session.create_tmp()
+    session.chdir("examples/notebooks")
+    for notebook in sorted(Path().glob("*.ipynb")):
+        session.run("papermill", "--kernel", "python3", notebook.name, f"{done}/{notebook.name}", *session.posargs)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/, to be read without a network; whatever is warned of is an error."""
     session.install(*nox.project.dependency_groups(PROJECT, "docs"))

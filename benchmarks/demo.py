@@ -17,6 +17,7 @@ from typing import Any
 import click
 import matplotlib
 import torch
+from matplotlib import pyplot
 from PIL import Image
 from rich import box
 from rich.console import Console
@@ -34,9 +35,6 @@ from tome.cli.tables import rate
 from tome.cli.visualize import see
 from tome.data import digits
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 ARCHITECTURE: dict[str, Any] = {
     "img_size": 16, "patch_size": 2, "in_chans": 1, "num_classes": 10, "embed_dim": 96, "depth": 5, "num_heads": 3,
 }  # fmt: skip
@@ -53,6 +51,7 @@ PHOTO_SCHEDULE = (16, -1.0)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo_output"))
 def main(out: Path) -> None:
     """Run the demonstration and write its pictures to OUT."""
+    matplotlib.use("Agg")  # not of who imports the model
     console = Console()
     model = trained(out, console)
     _, test = digits()
