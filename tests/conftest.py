@@ -32,6 +32,15 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param[1])
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on busy cores take most of the time of small models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def reference_without_gradients() -> Iterator[None]:
     """The reference backend, and no gradients but where a test turns them on."""

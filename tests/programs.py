@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -24,15 +23,6 @@ def digits_vit():
     model.pos_embed.data.normal_(std=0.5)
     model.pretrained_cfg = {"mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "input_size": (1, 16, 16)}
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on busy cores take most of the time of so small models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from pages import PAGES, ROOT, commands, words
 from PIL import Image
-from programs import COLOURS, digits_vit, one_thread, photos, run, vit
+from programs import COLOURS, digits_vit, photos, run, vit
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
 
@@ -22,7 +22,8 @@ from tome import cost, data, measure, vis
 from tome.cli import models
 from tome.tokens import kept
 
-__all__ = ["one_thread", "photos"]
+__all__ = ["photos"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = PAGES["docs/examples.md"]
 
 

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 from pages import PAGES
 from PIL import Image
-from programs import one_thread, photos, run
+from programs import photos, run
 
 import tome
 
@@ -16,7 +16,8 @@ open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
 from examples import clip_zero_shot, video  # noqa: E402
 
-__all__ = ["one_thread", "photos"]
+__all__ = ["photos"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CLIP = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 4, "layers": 4, "width": 64, "head_width": 32},

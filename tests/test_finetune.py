@@ -17,6 +17,7 @@ from PIL import Image
 import tome
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 MODELS = """
 from timm.models.vision_transformer import VisionTransformer
@@ -41,15 +42,6 @@ RECIPE = [
     "--r-warmup", "1", "--r-off", "1", "--epochs", "3", "--lr", "3e-3", "--drop-path", "0.2", "--clip-grad", "1",
     "--model-ema", "--model-ema-decay", "0.8", "--aa", "rand-m5", "--mixup", "0.2",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on busy cores take most of the time of so small models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

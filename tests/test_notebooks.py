@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from programs import one_thread
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("one_thread")
 NOTEBOOKS = Path(__file__).parents[1] / "examples" / "notebooks"
 SMALL = {
     "validation": {"name": "programs:digits_vit", "schedules": [0, 2]},
     "benchmark": {"name": "programs:vit", "schedules": [0, 4], "batch_size": 1, "runs": 1},
     "visualization": {"name": "programs:vit", "schedules": [4, 8]},
 }
-__all__ = ["one_thread"]
 
 
 def cells(name):

@@ -5,9 +5,10 @@ import tracemalloc
 from types import SimpleNamespace
 
 import pytest
-from serving_marks import Marks, classes, client_of, example, httpx, mark, one_thread, running, until
+from serving_marks import Marks, classes, client_of, example, httpx, mark, running, until
 
-__all__ = ["example", "one_thread"]
+__all__ = ["example"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_what_waits_goes_in_its_order_in_full_batches(example):

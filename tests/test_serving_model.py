@@ -14,9 +14,10 @@ import torch
 from click.testing import CliRunner
 from pages import ROOT, commands, words
 from PIL import Image
-from serving_marks import client_of, example, httpx, mark, one_thread, running
+from serving_marks import client_of, example, httpx, mark, running
 
-__all__ = ["example", "one_thread"]
+__all__ = ["example"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

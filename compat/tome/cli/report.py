@@ -29,7 +29,7 @@ def run(options: Options, wish: tune.Wish | None, calibration: int, count: int, 
     """Tune, evaluate, measure, draw, and write the page; the exit code."""
     setup = Setup(options, models.find_device(options.device))
     with models.failing_in_a_line():
-        batch_size = options.batch_size or min(setup.batch_size(), tuning.MOST_IMAGES)
+        batch_size = options.batch_size or setup.batch_size(tuning.MOST_IMAGES)
         options = replace(options, batch_size=batch_size)
         found = None
         if wish is not None:

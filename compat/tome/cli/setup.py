@@ -114,9 +114,9 @@ class Setup:
 
         return call
 
-    def batch_size(self) -> int:
-        """The largest that fits on a GPU."""
-        most: int = min(MOST, 1 << (len(self.images.dataset) - 1).bit_length())
+    def batch_size(self, most: int = MOST) -> int:
+        """The largest that fits on a GPU, up to ``most``."""
+        most = min(most, 1 << (len(self.images.dataset) - 1).bit_length())
         if self.device.type != "cuda":
             return min(most, ON_A_CPU)
 

@@ -24,7 +24,8 @@ UNMET = 1  # the exit code where no schedule does what was asked for
 def run(options: Options, wish: tune.Wish) -> int:
     """Tune, print, and write what was asked for; the exit code."""
     setup = Setup(options, models.find_device(options.device))
-    made = tuned(options, setup, setup.images, wish)
+    with models.failing_in_a_line():
+        made = tuned(options, setup, setup.images, wish)
     _show(made, wish)
     found, conditions = made.found, made.conditions
     if options.json_file is not None:
@@ -52,16 +53,15 @@ class Made(NamedTuple):
 
 
 def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) -> Made:
-    """Tune on these images.
+    """Tune on these images; what a run fails with is left to the caller (:func:`tome.cli.models.failing_in_a_line`).
 
     Raises:
         click.ClickException: the images are too few, or the wish is not one for this model.
 
     """
     device = setup.device
-    with models.failing_in_a_line():
-        batch_size = options.batch_size or min(setup.batch_size(), MOST_IMAGES)
-        x, labels, broken = _read(options, setup, images)
+    batch_size = options.batch_size or setup.batch_size(MOST_IMAGES)
+    x, labels, broken = _read(options, setup, images)
     columns = (TextColumn("tuning"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("", total=1.0)
@@ -70,16 +70,15 @@ def tuned(options: Options, setup: Setup, images: data.Images, wish: tune.Wish) 
             bar.update(task, completed=done, description=what)
 
         try:
-            with models.failing_in_a_line():
-                found = tune.tune(
-                    setup.base,
-                    x,
-                    wish,
-                    batch_size,
-                    labels,
-                    lambda: models.autocast_to(options.autocast, device),
-                    tell=tell,
-                )
+            found = tune.tune(
+                setup.base,
+                x,
+                wish,
+                batch_size,
+                labels,
+                lambda: models.autocast_to(options.autocast, device),
+                tell=tell,
+            )
         except ValueError as error:
             raise click.UsageError(str(error)) from error
     conditions = {
