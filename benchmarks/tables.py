@@ -19,7 +19,7 @@ from headline import BASE, MODELS, RESULTS, RUNS
 from hosts import HOSTS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("speed", "measured", "install", "choosing-r", "merging")
+PAGES = ("speed", "measured", "install", "choosing-r", "merging", "training")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 BATCHES = (1, 8, 32, 64)
 COMMANDS = {  # of what headline.py does not run
@@ -30,6 +30,9 @@ COMMANDS = {  # of what headline.py does not run
     "agreement-dinov2-cpu": "OMP_NUM_THREADS=1 python benchmarks/agreement.py --device cpu",
     "agreement-dinov2-cuda": "python benchmarks/agreement.py --device cuda --dtype float16 --batch-size 256 "
     "--crops 1024",
+    "finetune-vit_base-ddp-h200": "torchrun --nproc-per-node 2 -- examples/finetune.py crops --model vit_base_patch16_224 "
+    "--r 16 --amp --torchcompile --torchcompile-mode reduce-overhead --no-aug --sched-on-updates --epochs 2 --lr 2e-4 "
+    "--batch-size 128 --workers 15 --seed 0",
     **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
 }
 
@@ -172,20 +175,45 @@ def training() -> list[str]:
     name = "h200-training"
     data = load(name)
     lines = table(
-        *("r", "saved arithmetic allows", "eager", "images/s", "GiB", "a whole step", "compiled", "images/s", "GiB")
+        *("r", "saved arithmetic allows", "eager", "images/s", "GiB", "a whole step", "compiled", "images/s", "GiB"),
+        *("compiled, CUDA graphs", "images/s"),
     )
     for each in data["results"]:
         if each["mode"] == "eager":
-            step, compiled = (find(data, r=each["r"], mode=mode) for mode in ("step", "compiled"))
+            step, compiled, graphs = (find(data, r=each["r"], mode=mode) for mode in ("step", "compiled", "graphs"))
             memory = ("" if result is None else f"{result['peak_gib']:.1f}" for result in (each, compiled))
             lines.append(
                 row(
                     *(schedule(each), allowed(each), speed(each), rate(each), next(memory), speed(step)),
-                    *(speed(compiled), rate(compiled), next(memory)),
+                    *(speed(compiled), rate(compiled), next(memory), speed(graphs), rate(graphs)),
                 )
             )
     said = data["conditions"]
     return [*lines, *measured(f"{said['model']}, batch {said['batch size']}, {said['dtype']}", {name: data})]
+
+
+def processes() -> list[str]:
+    """vit_base trained on one GPU and on two, the same global batch and twice the images."""
+    runs = {
+        "one, batch 128": "one",
+        "two, batch 128 each, DDP": "ddp",
+        "two, batch 128 each, FSDP2; resumed on one": "fsdp-then-one",
+        "one, batch 256": "one256-seed0",
+        "one, batch 256, another seed": "one256-seed1",
+    }
+    lines = table(
+        *("GPUs", "images/s of the second epoch", "after its first batch", "GiB a GPU", "loss of the first", "second")
+    )
+    found = {name: load(f"finetune-vit_base-{file}-h200") for name, file in runs.items()}
+    for name, data in found.items():
+        first, last = data["epochs"]
+        images = last["images_per_second"] * last["seconds"]
+        rates = whole(last["images_per_second"]), whole(images / (last["seconds"] - last["seconds_to_first_batch"]))
+        losses = (f"{each['train_loss']:.4f}" for each in (first, last))
+        shown = ("", "") if data["options"]["resume"] else rates
+        lines.append(row(name, *shown, f"{first['peak_memory_gib']:.1f}", *losses))
+    kept = {"finetune-vit_base-ddp-h200": found["two, batch 128 each, DDP"]}
+    return [*lines, *measured("vit_base_patch16_224, r = 16, bfloat16, compiled, CUDA graphs", kept)]
 
 
 def hosts() -> list[str]:
@@ -341,6 +369,7 @@ TABLES = {
     "models": models,
     "hosts": hosts,
     "training": training,
+    "processes": processes,
     "sweep": sweep,
     "reference": reference,
     "claim": claim,

@@ -1,11 +1,12 @@
 """The table of training: forward and backward passes of a ViT, merging and not, against the unpatched model.
 
-    python benchmarks/training.py [--model NAME] [--batch-size 128] [--json FILE] [--no-compile]
+    python benchmarks/training.py [--model NAME] [--batch-size 128] [--json FILE] [--modes eager step compiled graphs]
 
-bfloat16 autocast, gradients of all parameters. Unpatched and patched models are timed in turns, eager and compiled each
-against its own unpatched one, and ROW passes at a time: as in training, the host runs ahead of the GPU. ``step`` is a
-whole step of training, with stochastic depth of 0.1, clipped gradients and a fused AdamW. Memory is the most that a
-pass takes beside parameters and gradients.
+bfloat16 autocast, gradients of all parameters. Unpatched and patched models are timed in turns, in each mode against
+their own unpatched one, and ROW passes at a time: as in training, the host runs ahead of the GPU. ``step`` is a whole
+step of training, with stochastic depth of 0.1, clipped gradients and a fused AdamW; ``graphs`` is compiled with the
+mode reduce-overhead, which replays CUDA graphs. Memory is the most that a pass takes beside parameters and gradients.
+Rows of other modes that FILE holds stay as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tome import cost, measure
 
 RESULTS = Path(__file__).parent / "results"
 ROW = 5
+MODES = {"eager": None, "step": None, "compiled": None, "graphs": "reduce-overhead"}  # as torch.compile names them
 SCHEDULES: tuple[Any, ...] = (None, 0, 8, 16, (16, -1.0))  # None: unpatched
 
 
@@ -37,14 +39,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--runs", type=int, default=11)
-    parser.add_argument("--no-compile", action="store_true", help="leave compiled models out")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--json", type=Path, default=RESULTS / "h200-training.json")
     options = parser.parse_args()
     device = measure.checked_device(options.device)
     conditions = {"model": options.model, "batch size": str(options.batch_size), "dtype": "bfloat16 autocast"}
     conditions |= measure.machine(device)
-    results: list[dict[str, Any]] = []
-    for mode in ("eager", "step", *(() if options.no_compile else ("compiled",))):
+    stored = json.loads(options.json.read_text())["results"] if options.json.exists() else []
+    results: list[dict[str, Any]] = [row for row in stored if row["mode"] not in options.modes]
+    for mode in options.modes:
         rows = measured(options.model, options.batch_size, mode, device, options.runs)
         for row in rows:
             print(
@@ -69,10 +72,12 @@ def measured(name: str, batch: int, mode: str, device: torch.device, runs: int) 
         flops[str(r)] = cost.flops(whole, r or 0)
         if r is not None:
             tome.patch.timm(model).r = r
-        calls[str(r)] = _step(model, x, labels) if mode == "step" else _passes(model, x, labels, mode == "compiled")
+        run = torch.compile(model, mode=MODES[mode]) if mode in ("compiled", "graphs") else model
+        calls[str(r)] = _step(model, x, labels) if mode == "step" else _passes(model, run, x, labels)
     rows = {r: _in_a_row(call) for r, call in calls.items()}
     seconds = measure.time_calls(rows, device, warm_up=1, runs=runs, progress=False)
-    memory = {r: measure.peak_memory(call, device) for r, call in calls.items()}
+    # What graphs use is theirs for good.
+    memory = {r: None if mode == "graphs" else measure.peak_memory(call, device) / 2**30 for r, call in calls.items()}
     medians = {r: statistics.median(times) / ROW for r, times in seconds.items()}
     return [
         {
@@ -82,7 +87,7 @@ def measured(name: str, batch: int, mode: str, device: torch.device, runs: int) 
             "median_ms": 1e3 * medians[r],
             "speedup": medians["None"] / medians[r],
             "allowed": flops["None"] / flops[r],
-            "peak_gib": memory[r] / 2**30,
+            "peak_gib": memory[r],
         }
         for r in calls
     ]
@@ -96,9 +101,7 @@ def _in_a_row(call: measure.Call) -> measure.Call:
     return calls
 
 
-def _passes(model: nn.Module, x: Tensor, labels: Tensor, compiles: bool) -> measure.Call:
-    run: Callable[..., Tensor] = torch.compile(model) if compiles else model
-
+def _passes(model: nn.Module, run: Callable[..., Tensor], x: Tensor, labels: Tensor) -> measure.Call:
     @torch.inference_mode(False)
     def call() -> None:
         model.zero_grad(set_to_none=True)
@@ -112,7 +115,7 @@ def _passes(model: nn.Module, x: Tensor, labels: Tensor, compiles: bool) -> meas
 
 def _step(model: nn.Module, x: Tensor, labels: Tensor) -> measure.Call:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    passes = _passes(model, x, labels, False)
+    passes = _passes(model, model, x, labels)
 
     @torch.inference_mode(False)
     def call() -> None:

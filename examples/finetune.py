@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,11 +55,14 @@ from tome.cli.processes import Place, joined
 from tome.measure import machine
 from tome.patch.model import patched_in
 
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPHED = ("reduce-overhead", "max-autotune")
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
 FUSED = ("adam", "adamw")  # in one launch on a GPU; of torch's others sharded tensors know no such
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What a run that goes on may change: none of it changes what is computed, but for rounding.
-FREE = {"device", "workers", "output", "resume", "fsdp", "torchcompile", "grad_accum_steps", "grad_checkpointing"}
+FREE = {"device", "workers", "output", "resume", "grad_accum_steps", "grad_checkpointing"}
+FREE |= {"fsdp", "torchcompile", "torchcompile_mode"}
 
 
 def digits_vit() -> nn.Module:
@@ -87,7 +90,9 @@ def seed(*numbers: int) -> None:
     torch_seed, numpy_seed = (int(each) for each in np.random.SeedSequence(numbers).generate_state(2))
     random.seed(numpy_seed)
     np.random.seed(numpy_seed)
-    torch.manual_seed(torch_seed)
+    torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed takes note of each call, for devices to come
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(torch_seed)
 
 
 class Augmented(data.ImageDataset):
@@ -190,6 +195,8 @@ class Run:
         self.o, self.place, self.rows = o, place, list[dict[str, Any]]()
         train, val = open_sources(o)
         classes = len(train.classes or ())
+        if place.device.type == "cuda":
+            torch.cuda.init()
         seed(o.seed)
         self.model, told = make_model(o, classes, place.device)
         self.pixels = data.pixels(self.model, told(), crop_pct=o.crop_pct)
@@ -208,7 +215,11 @@ class Run:
         self.call = self.wrapped
         if o.torchcompile:
             torch._dynamo.config.recompile_limit = 16 + 2 * o.epochs  # each r is a graph
-            self.call = torch.compile(self.wrapped, dynamic=False)
+            options = {"dynamic": False, "mode": o.torchcompile_mode}
+            if o.fsdp:  # inside of FSDP's hooks, which cannot be traced
+                self.model.forward = torch.compile(self.model.forward, **options)
+            else:
+                self.call = torch.compile(self.wrapped, **options)
         try:
             fused = {"fused": True} if place.device.type == "cuda" and o.opt in FUSED else {}
             self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(o), **fused)
@@ -220,19 +231,22 @@ class Run:
 
     def distributed(self) -> Any:
         """The model as it is called in training; its parts are sharded in place."""
-        place = self.place
-        if self.o.fsdp:
+        place, o = self.place, self.o
+        if o.fsdp:
             mesh = init_device_mesh(place.device.type, (place.world,))
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if o.amp else MixedPrecisionPolicy()
             for model in [self.model] if self.ema is None else [self.model, self.ema.module]:
-                for block in patched_in(model)._tome_blocks().values():
-                    fully_shard(block, mesh=mesh)
-                fully_shard(model, mesh=mesh)
+                for block in () if o.torchcompile else patched_in(model)._tome_blocks().values():
+                    fully_shard(block, mesh=mesh, mp_policy=policy)
+                fully_shard(model, mesh=mesh, mp_policy=policy)
                 if place.device.type == "cpu":
                     model.set_force_sum_reduction_for_comms(True)  # gloo has no mean
             return self.model
         if place.world == 1:
             return self.model
-        return DistributedDataParallel(self.model, device_ids=[place.device] if place.device.type == "cuda" else None)
+        devices = [place.device] if place.device.type == "cuda" else None
+        # A compiled model is cut at each bucket: few large ones cost the host less.
+        return DistributedDataParallel(self.model, devices, bucket_cap_mb=100, gradient_as_bucket_view=True)
 
     def autocast(self) -> AbstractContextManager[object]:
         return models.autocast_to("bfloat16" if self.o.amp else None, self.place.device)
@@ -260,12 +274,13 @@ class Run:
         order = torch.randperm(len(self.augmented), generator=shuffled).tolist()
         order = order[: self.updates * self.micro_batches * o.batch_size]
         batches = self.read(data.Images(self.augmented, None, "train"), order)
-        total, broken, begin = torch.zeros(2, device=device), list[str](), time.perf_counter()
+        total, broken, begin, started = torch.zeros(2, device=device), list[str](), time.perf_counter(), 0.0
         told = f"epoch {epoch + 1}/{self.epochs}"
         for i in track(range(self.updates), told, console=Console(stderr=True), disable=self.place.rank > 0):
             update = epoch * self.updates + i
             for step, batch in enumerate(itertools.islice(batches, o.grad_accum_steps), 1):
                 seed(o.seed, 2, update, (step - 1) * self.place.world + self.place.rank)
+                started = started or time.perf_counter()
                 with self.accumulating(step == o.grad_accum_steps):
                     total += self.backward(batch)
                 broken += batch.broken
@@ -283,6 +298,7 @@ class Run:
             raise click.ClickException(f"the loss of epoch {epoch + 1} is {loss}: choose a smaller --lr")
         row = {"epoch": epoch, "r": self.model.r, "lr": max(group["lr"] for group in self.optimizer.param_groups)}
         row |= {"train_loss": loss / seen, "seconds": seconds, "images_per_second": seen / seconds}
+        row["seconds_to_first_batch"] = started - begin
         if device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         broken = sorted(itertools.chain(*self.place.gathered(broken)))
@@ -308,6 +324,7 @@ class Run:
             dist.all_reduce(values)
         return values.tolist()
 
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def validate(self, model: Any, r: schedule.Schedule) -> dict[str, float]:
         """Loss and accuracies in percent of a model as it would be used, with r."""
@@ -460,6 +477,11 @@ def check(o: Any) -> None:
         raise click.UsageError("choose one of --pretrained and --initial-checkpoint")
     if (o.mixup or o.cutmix) and o.batch_size % 2:
         raise click.UsageError("--mixup and --cutmix need an even --batch-size")
+    if o.torchcompile_mode and not o.torchcompile:
+        raise click.UsageError("--torchcompile-mode needs --torchcompile")
+    if o.torchcompile_mode in GRAPHED and o.grad_accum_steps > 1:
+        # The next micro-batch would write over the gradients of this one.
+        raise click.UsageError(f"--torchcompile-mode {o.torchcompile_mode} takes no --grad-accum-steps")
     if o.r_warmup + o.r_off > o.epochs:
         raise click.UsageError(f"--r-warmup {o.r_warmup} and --r-off {o.r_off} are more than --epochs {o.epochs}")
     if o.resume is None and (o.output / "last.pt").exists():
@@ -514,6 +536,7 @@ OPTIONS = [
     option("--model-ema-warmup", False, "Let the decay grow.", is_flag=True),
     option("--amp", False, "Autocast to bfloat16.", is_flag=True),
     option("--torchcompile", False, "Compile the step.", is_flag=True),
+    option("--torchcompile-mode", None, "reduce-overhead: replay CUDA graphs.", type=click.Choice(MODES)),
     option("--grad-checkpointing", False, "Compute activations again instead of keeping them.", is_flag=True),
     option("--fsdp", False, "Shard weights and optimiser over processes (FSDP2).", is_flag=True),
     option("--workers", 4, "Processes that read images.", type=click.IntRange(min=0)),

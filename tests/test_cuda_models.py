@@ -170,6 +170,42 @@ def test_a_graph_of_a_model_replays_on_new_images():
         assert torch.equal(out, model(x))
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_a_graph_of_a_step_of_training_replays(drop_path):
+    """With the halves of eager training, its gradients to the last bit, and its draws of stochastic depth."""
+    model = make("plain", **REAL, drop_path_rate=drop_path).cuda().train()
+    tome.patch.timm(model).r = 8
+    x = images(4, 224).cuda()
+
+    def step() -> None:
+        with torch.enable_grad():
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                loss = model(x).float().square().mean()
+            loss.backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side), recording.recorded() as calls:
+        step()
+    assert [call.op for call in calls if call.reason == "one call"].count("attend_half") == len(model.blocks)
+    captured = {name: p.grad for name, p in model.named_parameters()}
+    for seed in range(3):
+        x.normal_()
+        torch.manual_seed(seed)
+        graph.replay()
+        found = {name: grad.clone() for name, grad in captured.items()}
+        model.zero_grad()
+        torch.manual_seed(seed)
+        step()
+        for name, p in model.named_parameters():
+            assert torch.equal(found[name], p.grad), (seed, name)
+
+
 def test_the_report_of_a_model_names_the_kernels():
     model = tome.patch.timm(make("plain", **WIDE)).half().cuda()
     model.r = 4
