@@ -30,9 +30,9 @@ COMMANDS = {  # of what headline.py does not run
     "agreement-dinov2-cpu": "OMP_NUM_THREADS=1 python benchmarks/agreement.py --device cpu",
     "agreement-dinov2-cuda": "python benchmarks/agreement.py --device cuda --dtype float16 --batch-size 256 "
     "--crops 1024",
-    "finetune-vit_base-ddp-h200": "torchrun --nproc-per-node 2 -- examples/finetune.py crops --model vit_base_patch16_224 "
-    "--r 16 --amp --torchcompile --torchcompile-mode reduce-overhead --no-aug --sched-on-updates --epochs 2 --lr 2e-4 "
-    "--batch-size 128 --workers 15 --seed 0",
+    "finetune-vit_base-ddp-h200": "torchrun --nproc-per-node 2 -- examples/finetune.py crops "
+    "--model vit_base_patch16_224 --r 16 --amp --torchcompile --torchcompile-mode reduce-overhead --no-aug "
+    "--sched-on-updates --epochs 2 --lr 2e-4 --batch-size 128 --workers 15 --seed 0",
     **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
 }
 
