@@ -147,5 +147,6 @@ def _tell(contents: page.Contents, out: Path, size: int) -> None:
         told = f"no schedule was found that does {tuning.asked(contents.wish)}; this is of the nearest:"
         console.print(told, soft_wrap=True, markup=False)
     tuned = f", tuned: {rows[name].speedup:.2f}x, cosine {rows[name].cosine:.4f}" if name == TUNED else ""
-    told = f"{out}: {len(rows) - 1} schedules, {contents.figures.run['images']} images{tuned} ({size / 1e6:.1f} MB)"
+    merged = ", ".join(r for r in rows if r != UNPATCHED)
+    told = f"{out}: r {merged} on {contents.figures.run['images']} images{tuned} ({size / 1e6:.1f} MB)"
     console.print(told, soft_wrap=True, markup=False)
