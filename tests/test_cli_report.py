@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
 import numpy as np
@@ -19,7 +20,7 @@ from tuning import flops_clock
 
 from tome import measure
 from tome import tune as tuning
-from tome.cli import charts, page
+from tome.cli import charts, page, report
 
 MODELS = """
 from timm.models.vision_transformer import VisionTransformer
@@ -187,6 +188,28 @@ def test_random_weights_and_a_checkpoint(capsys):
 def test_a_wish_that_nothing_meets(capsys):
     text = written(capsys, *MODEL, "--r", "4", "--speedup", "40", "--pictures", "1", code=1)
     assert "No schedule was found that does <code>--speedup 40</code>; this is the nearest." in text
+
+
+def test_a_wish_that_needs_no_merging(capsys):
+    text = written(capsys, *MODEL, "--r", "4", "--latency-ms", "1e9", "--pictures", "1")
+    assert "Nothing has to merge for --latency-ms 1000000000: without merging the model is 1.00x as fast" in text
+
+
+@pytest.mark.parametrize(("device", "kernels", "expected"), [("cuda", 1.66, 2.5), ("cuda", 0.9, 1.5), ("cpu", 3, 1.5)])
+def test_the_usual_wish_is_a_gain_by_merging(monkeypatch, device, kernels, expected):
+    setup = SimpleNamespace(device=torch.device(device), size=(3, 8, 8), dtype=torch.float16, shape=(4,), base=None)
+    monkeypatch.setattr(report.torch, "randn", lambda *size, **kwargs: size)
+    monkeypatch.setattr(report, "seconds_of", lambda *args: {"unpatched": kernels, "tuned": 1.0})
+    assert report._usual_wish(setup, 4) == ("speedup", expected)
+
+
+def test_fast_models_have_rates_in_digits():
+    rows = {
+        "unpatched": SimpleNamespace(speedup=1.0, images_per_second=23_921.3, cosine=1.0, top1=None),
+        "8": SimpleNamespace(speedup=1.6, images_per_second=38_183.0, cosine=0.99, top1=None),
+    }
+    contents = SimpleNamespace(figures=SimpleNamespace(rows=rows), made=None, tokens={"8": (197, 101)})
+    assert {"what": "Images per second", "value": "38200", "than": "23900 unpatched"} in page._tiles(contents)
 
 
 def test_models_that_cannot_be_drawn_have_a_page(capsys, monkeypatch):

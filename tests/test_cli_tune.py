@@ -80,6 +80,13 @@ def test_a_wish_that_nothing_meets(place, capsys, quick):
     assert "host" not in out
 
 
+def test_a_wish_that_needs_no_merging(place, capsys, quick):
+    code, out, _ = run(capsys, "tune", *MODEL, "--latency-ms", "1e9")
+    assert code == 0
+    assert "nothing has to merge for --latency-ms 1000000000: without merging the model is 1.00x as fast" in out
+    assert "model.r = [0, 0, 0, 0]" in out
+
+
 def test_where_the_host_sets_the_pace_it_says_so(place, capsys, quick, monkeypatch):
     def clock(*args, **kwargs):
         return {name: [10 + time for time in times] for name, times in flops_clock(*args, **kwargs).items()}

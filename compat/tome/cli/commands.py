@@ -139,7 +139,8 @@ def tune(**options: Any) -> int:
 @arguments.images
 @arguments.schedules
 @arguments.wishes
-@click.option("--no-tune", is_flag=True, help="Without a tuned schedule. [default: tune for --speedup 1.5]")
+@click.option("--no-tune", is_flag=True,
+              help="Without a tuned schedule. [default: tune for 1.5 times the speed without merging]")  # fmt: skip
 @click.option("--tune-images", type=click.IntRange(min=2), default=64, show_default=True, metavar="N",
               help="Tune on N of the images.")  # fmt: skip
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only N images, spread over all.")
@@ -167,7 +168,7 @@ def report(no_tune: bool, tune_images: int, pictures: int, out: Path, **options:
         from tome.cli.setup import Options
         from tome.tune import Wish
     given = Options(compiled=False, resume=False, json_file=None, plot_file=None, **options)
-    return work.run(given, None if no_tune else Wish(*(wish or ("speedup", 1.5))), tune_images, pictures, out)
+    return work.run(given, not no_tune, None if wish is None else Wish(*wish), tune_images, pictures, out)
 
 
 @cli.command(epilog=examples.INFO)

@@ -18,7 +18,7 @@ from tome.cli import bench, charts, info, tables
 from tome.cli.bench import Result
 from tome.cli.evaluate import Figures
 from tome.cli.setup import UNPATCHED
-from tome.cli.tune import Made, asked
+from tome.cli.tune import Made, asked, nothing_merges
 from tome.cli.tune import cells as proof
 from tome.tune import Wish
 from tome.tune.proof import CONSTANT, FALLING, TUNED
@@ -102,7 +102,7 @@ def _context(contents: Contents) -> dict[str, Any]:
             marks, evaluate.pareto(list(shown.values())), "images/s of the model alone", ordinate
         ) if marks else [],
         "scatter_told": "Scatter plot. " + "; ".join(
-            f"{name}: {x:.4g} images/s, {ordinate.partition(',')[0]} {y:.4g}"
+            f"{name}: {tables.rate(x)} images/s, {ordinate.partition(',')[0]} {y:.4g}"
             for name, (x, y) in shown.items()
         ),
         "evaluated": tables.cells(rows, contents.tokens),
@@ -143,8 +143,8 @@ def _tiles(contents: Contents) -> list[dict[str, str]]:
     return [
         {"what": "Speed-up", "value": f"{row.speedup:.2f}\N{MULTIPLICATION SIGN}", "than": told},
         near,
-        {"what": "Images per second", "value": f"{row.images_per_second:.4g}",
-         "than": f"{base.images_per_second:.4g} unpatched"},
+        {"what": "Images per second", "value": tables.rate(row.images_per_second),
+         "than": f"{tables.rate(base.images_per_second)} unpatched"},
         {"what": "Tokens left", "value": str(tokens[-1]), "than": f"of {tokens[0]}"},
     ]  # fmt: skip
 
@@ -157,6 +157,7 @@ def _tuned(contents: Contents) -> dict[str, Any] | None:
     return {
         "asked": asked(contents.wish),
         "is_met": found.is_met,
+        "nothing": nothing_merges(found, contents.wish),
         "images": int(contents.made.conditions["images"]),
         "literal": f"model.r = {found.r}",
         "json": "data:application/json;base64," + base64.b64encode(file.encode()).decode(),

@@ -134,6 +134,14 @@ def asked(wish: tune.Wish) -> str:
     return f"--{wish.kind.replace('_', '-')} {wish.value:.12g}"
 
 
+def nothing_merges(found: tune.Tuned, wish: tune.Wish) -> str | None:
+    """What there is to say where the kernels alone do what was asked for."""
+    if not wish.is_of_time or not found.is_met or any(found.r):
+        return None
+    without = f"without merging the model is {found.tuned.speedup:.2f}x as fast as unpatched"
+    return f"nothing has to merge for {asked(wish)}: {without}. Ask for more to see what merging gives."
+
+
 def _show(made: Made, wish: tune.Wish) -> None:
     found, conditions, broken = made
     console = Console(width=max(Console().width, 100))
@@ -150,6 +158,8 @@ def _show(made: Made, wish: tune.Wish) -> None:
                 "the host sets the pace, and merging saves nothing there. Try a larger --batch-size.",
                 soft_wrap=True,
             )
+    elif (nothing := nothing_merges(found, wish)) is not None:
+        console.print(nothing, soft_wrap=True, markup=False)
     console.print(f"model.r = {found.r}", soft_wrap=True, markup=False)
 
 
