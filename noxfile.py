@@ -137,7 +137,7 @@ def demo(session: nox.Session) -> None:
 def notebooks(session: nox.Session) -> None:
     """Execute examples/notebooks/ as Jupyter does; arguments are papermill's, such as -y "random_weights: true"."""
     install(session, "notebooks")
-    done = session.create_tmp()
+    done = Path(session.create_tmp()).resolve()
     session.chdir("examples/notebooks")
     for notebook in sorted(Path().glob("*.ipynb")):
         session.run("papermill", "--kernel", "python3", notebook.name, f"{done}/{notebook.name}", *session.posargs)
