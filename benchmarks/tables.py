@@ -22,6 +22,20 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("speed", "measured", "install", "choosing-r", "merging", "training")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 BATCHES = (1, 8, 32, 64)
+GRAPHS = "--torchcompile --torchcompile-mode reduce-overhead --workers 15"
+RECIPE = "examples/finetune.py crops --model vit_base_patch16_224 --r 16 --amp --no-aug --sched-on-updates --epochs 2 "
+RECIPE += f"--lr 2e-4 {GRAPHS} --batch-size 128 --seed 0"
+FINETUNED = {  # rows of the table of processes, and what gives them
+    "one": ("one, batch 128", f"python {RECIPE}"),
+    "ddp": ("two, batch 128 each, DDP", f"torchrun --nproc-per-node 2 -- {RECIPE}"),
+    "fsdp": ("two, batch 128 each, FSDP2", f"torchrun --nproc-per-node 2 -- {RECIPE} --fsdp"),
+    "fsdp-resumed-on-one": (
+        "that run, resumed on one, eager, two micro-batches",
+        f"python {RECIPE.replace(GRAPHS, '--workers 6')} --grad-accum-steps 2 --resume last.pt",
+    ),
+    "one256-seed0": ("one, batch 256", f"python {RECIPE} --batch-size 256"),
+    "one256-seed1": ("one, batch 256, another seed", f"python {RECIPE} --batch-size 256 --seed 1"),
+}
 COMMANDS = {  # of what headline.py does not run
     "cpu-vit_small": "tome bench vit_small_patch16_224 --r 8 --r 16 --r 16,-1.0 --runs 21",
     "h200-operations": 'pytest benchmarks -k "cuda and not kth and not random"',
@@ -30,9 +44,7 @@ COMMANDS = {  # of what headline.py does not run
     "agreement-dinov2-cpu": "OMP_NUM_THREADS=1 python benchmarks/agreement.py --device cpu",
     "agreement-dinov2-cuda": "python benchmarks/agreement.py --device cuda --dtype float16 --batch-size 256 "
     "--crops 1024",
-    "finetune-vit_base-ddp-h200": "torchrun --nproc-per-node 2 -- examples/finetune.py crops "
-    "--model vit_base_patch16_224 --r 16 --amp --torchcompile --torchcompile-mode reduce-overhead --no-aug "
-    "--sched-on-updates --epochs 2 --lr 2e-4 --batch-size 128 --workers 15 --seed 0",
+    **{f"finetune-vit_base-{name}-h200": command for name, (_, command) in FINETUNED.items()},
     **{f"hosts-{name}": f"python benchmarks/hosts.py --only {name}" for name in HOSTS},
 }
 
@@ -193,27 +205,23 @@ def training() -> list[str]:
 
 
 def processes() -> list[str]:
-    """vit_base trained on one GPU and on two, the same global batch and twice the images."""
-    runs = {
-        "one, batch 128": "one",
-        "two, batch 128 each, DDP": "ddp",
-        "two, batch 128 each, FSDP2; resumed on one": "fsdp-then-one",
-        "one, batch 256": "one256-seed0",
-        "one, batch 256, another seed": "one256-seed1",
-    }
+    """vit_base trained on one GPU and on two, and the losses of the same updates on one."""
     lines = table(
         *("GPUs", "images/s of the second epoch", "after its first batch", "GiB a GPU", "loss of the first", "second")
     )
-    found = {name: load(f"finetune-vit_base-{file}-h200") for name, file in runs.items()}
-    for name, data in found.items():
-        first, last = data["epochs"]
+    runs = {f"finetune-vit_base-{file}-h200": name for file, (name, _) in FINETUNED.items()}
+    found = {name: load(name) for name in runs}
+    for file, data in found.items():
+        last = data["epochs"][-1]
         images = last["images_per_second"] * last["seconds"]
         rates = whole(last["images_per_second"]), whole(images / (last["seconds"] - last["seconds_to_first_batch"]))
-        losses = (f"{each['train_loss']:.4f}" for each in (first, last))
-        shown = ("", "") if data["options"]["resume"] else rates
-        lines.append(row(name, *shown, f"{first['peak_memory_gib']:.1f}", *losses))
-    kept = {"finetune-vit_base-ddp-h200": found["two, batch 128 each, DDP"]}
-    return [*lines, *measured("vit_base_patch16_224, r = 16, bfloat16, compiled, CUDA graphs", kept)]
+        losses = [f"{each['train_loss']:.4f}" for each in data["epochs"]]
+        shown = rates if len(losses) > 1 else ("", "")
+        lines.append(row(runs[file], *shown, f"{last['peak_memory_gib']:.1f}", *losses, *[""] * (2 - len(losses))))
+    two = "finetune-vit_base-ddp-h200"
+    lines += measured("vit_base_patch16_224, r = 16, bfloat16, compiled, CUDA graphs", {two: found[two]})
+    lines[-1] += " FSDP2 by `--fsdp` behind it, one GPU by `python` before it."
+    return lines
 
 
 def hosts() -> list[str]:

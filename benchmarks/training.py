@@ -45,8 +45,10 @@ def main() -> None:
     device = measure.checked_device(options.device)
     conditions = {"model": options.model, "batch size": str(options.batch_size), "dtype": "bfloat16 autocast"}
     conditions |= measure.machine(device)
-    stored = json.loads(options.json.read_text())["results"] if options.json.exists() else []
-    results: list[dict[str, Any]] = [row for row in stored if row["mode"] not in options.modes]
+    stored = json.loads(options.json.read_text()) if options.json.exists() else {"results": []}
+    results: list[dict[str, Any]] = [row for row in stored["results"] if row["mode"] not in options.modes]
+    if results and stored["conditions"] != conditions:
+        raise SystemExit(f"{options.json} holds rows of another machine, model or batch: measure all --modes")
     for mode in options.modes:
         rows = measured(options.model, options.batch_size, mode, device, options.runs)
         for row in rows:

@@ -92,7 +92,7 @@ def seed(*numbers: int) -> None:
     np.random.seed(numpy_seed)
     torch.default_generator.manual_seed(torch_seed)  # torch.manual_seed takes note of each call, for devices to come
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(torch_seed)
+        torch.cuda.manual_seed_all(torch_seed)
 
 
 class Augmented(data.ImageDataset):
@@ -245,8 +245,8 @@ class Run:
         if place.world == 1:
             return self.model
         devices = [place.device] if place.device.type == "cuda" else None
-        # A compiled model is cut at each bucket: few large ones cost the host less.
-        return DistributedDataParallel(self.model, devices, bucket_cap_mb=100, gradient_as_bucket_view=True)
+        megabytes = 100 if o.torchcompile else None  # a compiled model is cut at each bucket: few cost the host less
+        return DistributedDataParallel(self.model, devices, bucket_cap_mb=megabytes, gradient_as_bucket_view=True)
 
     def autocast(self) -> AbstractContextManager[object]:
         return models.autocast_to("bfloat16" if self.o.amp else None, self.place.device)
@@ -324,7 +324,7 @@ class Run:
             dist.all_reduce(values)
         return values.tolist()
 
-    @torch.compiler.set_stance("force_eager")
+    @torch.compiler.set_stance("force_eager")  # also where the model's own forward is compiled, as FSDP needs it
     @torch.no_grad()
     def validate(self, model: Any, r: schedule.Schedule) -> dict[str, float]:
         """Loss and accuracies in percent of a model as it would be used, with r."""

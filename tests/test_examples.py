@@ -148,7 +148,6 @@ def test_a_head_on_restored_features_tells_photographs_apart(photos):
     own, unmerged = torch.tensor([[float(share) for share in re.findall(r"([\d.]+)%", row)] for row in rows]).T.tolist()
     assert own[0] == unmerged[0] > 70
     assert min(own) > 60
-    assert len({*own, *unmerged}) > 1, "merging changes something"
 
 
 def test_a_plain_loop_trains_a_model_that_merges(tmp_path):

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +124,7 @@ assert run("--output", "fsdp", "--fsdp") == 130
 finetune.Run.save = save
 if os.environ["RANK"] == "0":
     shutil.copy("fsdp/last.pt", "first.pt")
+assert run("--output", "half", "--fsdp", "--amp") == 0
 compiled = torch.compile
 torch.compile = lambda f, dynamic, mode: compiled(f, backend="eager", dynamic=dynamic)
 assert run("--output", "fsdp", "--fsdp", "--torchcompile", "--resume", "fsdp/last.pt") == 0
@@ -132,10 +134,11 @@ assert run("--output", "fsdp", "--fsdp", "--torchcompile", "--resume", "fsdp/las
 @pytest.fixture(scope="module")
 def two(folder):
     """The folder in which two processes have trained by DDP, and by FSDP2, stopped behind an epoch and resumed."""
-    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-        for each in (a, b, c):
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
+        for each in sockets:
             each.bind(("localhost", 0))
-        ports = [str(each.getsockname()[1]) for each in (a, b, c)]
+        ports = [str(each.getsockname()[1]) for each in sockets]
     path = os.pathsep.join([str(ROOT / "examples"), str(folder), *sys.path])
     env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "PYTHONPATH": path}
     both = [
@@ -175,6 +178,12 @@ def test_sharded_and_resumed_gives_the_curve_of_one(one, two):
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_sharded_in_bfloat16_stays_near(one, two):
+    half = [row["train_loss"] for row in logged(two / "half")]
+    assert half == pytest.approx([row["train_loss"] for row in one], rel=0.05)
+    assert all(value.dtype is torch.float32 for value in torch.load(two / "half" / "model.pt").values())
+
+
 def test_one_process_goes_on_where_two_stopped(finetune, one, two):
     assert finetune.main([*RECIPE, "--grad-accum-steps", "4", "--resume", "first.pt", "--output", "first"]) == 0
     assert_same_curve(logged("first"), one)
@@ -209,8 +218,16 @@ def test_checkpointing_of_activations_changes_nothing(finetune, one):
 def test_a_compiled_step_gives_the_same_curve(finetune, one, monkeypatch):
     compiled = torch.compile
     # Others test the compiler; this one keeps the numbers that are drawn.
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: compiled(f, backend="eager", dynamic=dynamic))
-    assert finetune.main([*RECIPE, "--grad-accum-steps", "4", "--torchcompile", "--output", "compiled"]) == 0
+    modes = []
+
+    def compile(f, dynamic, mode):
+        modes.append(mode)
+        return compiled(f, backend="eager", dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    options = ("--torchcompile", "--torchcompile-mode", "max-autotune-no-cudagraphs")
+    assert finetune.main([*RECIPE, "--grad-accum-steps", "4", *options, "--output", "compiled"]) == 0
+    assert modes == ["max-autotune-no-cudagraphs"]
     assert_same_curve(logged("compiled"), one)
 
 

@@ -92,6 +92,19 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(host):
     assert sum(g is not None and bool(g.abs().sum() > 0) for g in outcomes[0]) > 20
 
 
+def test_a_compiled_checkpoint_merges_as_the_model_does():
+    model = patched("plain", 3).train()
+    outcomes = []
+    for checkpointing, run in ((False, model), (True, torch.compile(model, backend="aot_eager"))):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        loss = run(images()).square().sum()
+        loss.backward()
+        outcomes.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for plain, checkpointed in zip(*outcomes, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
 def test_training_with_merging_learns():
     torch.manual_seed(0)
     model = patched("plain").train()

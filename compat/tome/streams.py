@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def side_stream(x: Tensor) -> torch.cuda.Stream | None:
-    """A stream that has waited for the current one; None where no graph is captured, and in training.
+    """A stream that has waited for the current one; None where no graph is captured, or one with gradients.
 
     Few images fill no GPU, so that the two take hardly longer than one of them. Outside of a graph the host would pay
     more for a second stream than the GPU gains, and the batches of training fill it. Each capture has a side stream of
     its own, since it has a current stream of its own. Who uses it lets the current stream wait for it before anything
     that it reads is freed.
     """
-    idle = x.is_cuda and not x.requires_grad and not torch.compiler.is_compiling()
-    if not idle or not torch.cuda.is_current_stream_capturing():
+    infers = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not x.is_cuda or not infers or not torch.cuda.is_current_stream_capturing():
         return None
     capturing = torch.cuda.current_stream(x.device)
     side = _side_of(capturing)
