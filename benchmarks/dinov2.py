@@ -71,6 +71,8 @@ def weights() -> dict[str, Tensor]:
     """The weights under timm's names (vit_small_patch14_dinov2), for a grid of 37 x 37."""
     file = cache() / "dinov2_vits14.pt"
     if not file.exists():
+        if find_spec("onnx") is None:  # before the download
+            raise MissingError("onnx is not installed: pip install onnx")
         part = file.with_suffix(".part")
         torch.save(_converted(onnx_file()), part)
         part.replace(file)
@@ -79,11 +81,9 @@ def weights() -> dict[str, Tensor]:
 
 
 def _converted(file: Path) -> dict[str, Tensor]:
-    try:
-        import onnx
-        from onnx import numpy_helper
-    except ImportError as error:
-        raise MissingError("onnx is not installed") from error
+    import onnx
+    from onnx import numpy_helper
+
     graph = onnx.load(file).graph
     named = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
     # Matrices lost their names in the export, and are known by the node that multiplies with them.

@@ -315,7 +315,9 @@ def test_visualize_layer_by_layer_on_one_sheet_or_as_steps(photo, tmp_path, caps
     drawn = ("visualize", photo, other, "--model", TINY, "--random-weights", "--r", "9", "--out", tmp_path)
     code, out, err = run(capsys, *drawn, "--layers", "--sheet", tmp_path / "all.png")
     assert code == 0, err
-    assert out.strip().splitlines()[-1] == f"{tmp_path / 'all.png'}: 101 -> 47 tokens"
+    *_, drawn_into, told = out.strip().splitlines()
+    assert drawn_into == f"{tmp_path / 'all.png'}: 101 -> 47 tokens"
+    assert told == "the weights are random: a trained model merges other patches"
     sheet = np.asarray(Image.open(tmp_path / "all.png"))
     assert sheet.shape == (2 * (450 + 28) + 8, 7 * 458 - 8, 3)  # six layers and the image
     assert not np.array_equal(sheet[:450, :450], sheet[486:936, :450])
@@ -557,7 +559,7 @@ def test_weights_that_cannot_be_loaded_name_the_way_out(photo, capsys, offline, 
     code, _, err = run(capsys, "visualize", photo, "--model", TINY, "--out", tmp_path)
     assert code == 2
     assert "cannot load the pretrained weights of 'test_vit'" in err
-    assert "--checkpoint or --random-weights" in err
+    assert "use --checkpoint, or --random-weights if only speed counts" in err
     assert len(err.strip().splitlines()) == 1
 
 

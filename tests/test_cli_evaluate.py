@@ -62,6 +62,7 @@ def run(capsys, *args):
 def place(tmp_path, monkeypatch):
     """A folder with models, and images of two classes, of which one is broken."""
     (tmp_path / "my_models.py").write_text(MODELS)
+    (tmp_path / "needs_more.py").write_text("def model():\n    import no_such_part")
     for name in ("ant", "bee"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i in range(6):
@@ -124,7 +125,7 @@ def test_figures_and_picture(capsys):
         assert text in out
     with Image.open("out.png") as picture:
         assert picture.size > (300, 300)
-    assert {*os.listdir()} - {"__pycache__"} == {"my_models.py", "out.json", "out.png", "photos"}
+    assert {*os.listdir()} - {"__pycache__"} == {"my_models.py", "needs_more.py", "out.json", "out.png", "photos"}
 
 
 def test_agreement_only(capsys):
@@ -142,6 +143,7 @@ def test_agreement_only(capsys):
     }
     assert data["conditions"]["pixels"]["interpolation"] == "bilinear"
     assert "top-1" not in out.replace("same top-1", "")
+    assert "the weights are random: speed is right, but agreement says nothing of a trained model" in out
     assert "cosine with the unpatched model" in Path("out.svg").read_text()
 
 
@@ -273,6 +275,8 @@ def test_what_is_resumed_is_the_same_run(capsys, monkeypatch):
     ("args", "message"),
     [
         bad("my_models:small", "Missing option '--data'"),
+        bad("no_such:model", "--data", "nowhere/else", "there is no folder nowhere/else"),  # before the model is loaded
+        bad("needs_more:model", "--data", "photos", "(No module named 'no_such_part': pip install no_such_part)"),
         bad("my_models:small", "--data", "nowhere/else", "there is no folder nowhere/else: expected a folder of"),
         bad("my_models:small", "--data", "CIFAR1", "torchvision has no such dataset; did you mean CIFAR10?"),
         bad("my_models:small", "--data", "CIFAR10", "--root", "photos", "torchvision cannot open CIFAR10 in photos"),

@@ -39,6 +39,8 @@ def show_backends() -> None:
         console.print(f"cuda: {escape(missing)}", soft_wrap=True)
         if torch.cuda.is_available():
             console.print(f"merging runs on {backend.REFERENCE}", soft_wrap=True)
+        else:
+            console.print("no GPU here: the reference is what runs, and it lacks nothing", soft_wrap=True)
     for name, value in facts().items():
         console.print(f"{name:<22}{escape(value)}", soft_wrap=True)
     if chosen == "cuda" and missing is not None:

@@ -123,7 +123,7 @@ def create_model(
         if not timm.is_model_pretrained(name):
             raise click.UsageError(f"timm has no pretrained weights for {name!r}: use {RANDOM_WEIGHTS}")
         failed = f"cannot load the pretrained weights of {name!r}"
-        mend = f": connect to the model hub, or use --checkpoint or {RANDOM_WEIGHTS}"
+        mend = f": connect to the model hub, or use --checkpoint, or {RANDOM_WEIGHTS} if only speed counts"
     try:
         with warnings.catch_warnings(), torch.device(device):  # random weights of large models are slow on a CPU
             warnings.simplefilter("ignore")
@@ -259,6 +259,8 @@ def _in_short(error: Exception) -> str:
     """The first line; of weights that do not fit, the first line of each kind: missing, unexpected, of another size."""
     first, *more = str(error).strip().splitlines() or [""]
     first = first if " " in first else f"{type(error).__name__}: {first}"  # of KeyError it is but the key
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        first += f": pip install {error.name.partition('.')[0]}"
     kinds: dict[str, str] = {}
     for line in more:
         kinds.setdefault(line.split()[0], line)

@@ -12,7 +12,7 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from tome import cost, data, evaluate, patch, schedule
+from tome import cost, data, datasets, evaluate, patch, schedule
 from tome.cli import models
 from tome.cli.bench import DEFAULT
 from tome.cli.sources import SOURCES
@@ -63,6 +63,10 @@ class Setup:
         set_fused_attn(True)
         torch.manual_seed(0)
         pretrained = not options.random_weights
+        try:  # before the weights, which may take long
+            source = datasets.find(options.data, options.root)
+        except data.DataError as error:
+            raise click.UsageError(str(error)) from error
         model, told = models.load(options.model, pretrained, device, options.checkpoint)
         shape = models.patched_shape(model)
         if options.image_size is not None:
@@ -77,11 +81,11 @@ class Setup:
         try:
             chosen = {key: getattr(options, key) for key in ("mean", "std", "interpolation")}
             self.pixels = data.pixels(model, told(), crop_pct=options.crop, **chosen)
-            self.images = data.open_images(options.data, self.pixels, options.root, options.limit)
         except data.DataError as error:
             raise click.UsageError(str(error)) from error
+        self.images = data.Images(data.ImageDataset(source, self.pixels, options.limit), source.classes, options.data)
         if options.json_file is not None:
-            self.checksums.append(self.images.dataset.source.checksum())
+            self.checksums.append(source.checksum())
         self.size = cost.input_size(model)
         patch.unpatch(model)
         self.dtype, self.device = models.dtype_of(options.dtype), device

@@ -76,7 +76,7 @@ def show(
     """The table, and what is to be known of the run."""
     console = Console(width=max(Console().width, 100))  # figures cut short are worse than a long line
     cells(rows, tokens).show(console, "against the unpatched model, same run")
-    for line in about(rows, run):
+    for line in about(rows, run, conditions):
         console.print(escape(line), soft_wrap=True)
     console.print(escape(", ".join(f"{name} {short(value)}" for name, value in conditions.items())), soft_wrap=True)
 
@@ -105,6 +105,7 @@ def draw(rows: dict[str, Result], conditions: dict[str, Any], file: Path, format
     weights = f"{conditions['model']}, weights: {conditions['weights']}, {conditions['data']}"
     axes.set_title(f"{weights}\nbatch {conditions['batch size']}, {conditions['dtype']}, {device}", fontsize=8)
     axes.margins(x=0.14, y=0.14)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend(loc="lower left", fontsize=8)
     place(axes, points, [f"{name}, {row.speedup:.2f}x" for name, row in zip(names, rows.values(), strict=True)])
     try:
@@ -113,7 +114,7 @@ def draw(rows: dict[str, Result], conditions: dict[str, Any], file: Path, format
         pyplot.close(figure)
 
 
-def about(rows: dict[str, Result], run: dict[str, Any]) -> list[str]:
+def about(rows: dict[str, Result], run: dict[str, Any], conditions: dict[str, Any]) -> list[str]:
     """What is to be known of a run, in sentences."""
     lines = []
     broken = run["broken"]
@@ -130,7 +131,13 @@ def about(rows: dict[str, Result], run: dict[str, Any]) -> list[str]:
         f"waited for images for {100 * run['waited']:.1f}% of its time"
     )
     lines += [f"r {name}: {row.nonfinite} images gave no finite output" for name, row in rows.items() if row.nonfinite]
-    return lines
+    return lines + random_weights(conditions)
+
+
+def random_weights(conditions: dict[str, Any]) -> list[str]:
+    """What to say of figures of an untrained model."""
+    told = "the weights are random: speed is right, but agreement says nothing of a trained model"
+    return [told] if conditions["weights"] == "random" else []
 
 
 def short(value: Any) -> str:

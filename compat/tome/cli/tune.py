@@ -146,8 +146,8 @@ def _show(made: Made, wish: tune.Wish) -> None:
     found, conditions, broken = made
     console = Console(width=max(Console().width, 100))
     cells(found).show(console, "at one measured speed, against the unpatched model, same run")
-    for name in broken:
-        console.print(escape(f"not read: {name}"), soft_wrap=True)
+    for told in [f"not read: {name}" for name in broken] + tables.random_weights(conditions):
+        console.print(escape(told), soft_wrap=True)
     console.print(", ".join(f"{name} {value}" for name, value in conditions.items()), soft_wrap=True, markup=False)
     if not found.is_met:
         told = f"no schedule was found that does {asked(wish)}; this is the nearest:"

@@ -99,6 +99,8 @@ def run(
     console = Console()
     for target, (first, last) in zip(targets if sheet is None else [sheet], counts, strict=False):
         console.print(f"{target}: {first} -> {last} tokens", soft_wrap=True)
+    if random_weights:
+        console.print("the weights are random: a trained model merges other patches")
 
 
 def see(
