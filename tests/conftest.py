@@ -1,6 +1,7 @@
 """Fixtures and Hypothesis profiles of every test."""
 
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from backends import BACKENDS
 from hypothesis import HealthCheck, settings
 
 from tome import use_backend
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it, and what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Workers share the cores, and so does what they start.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
