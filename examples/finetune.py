@@ -61,8 +61,10 @@ SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "none")
 FUSED = ("adam", "adamw")  # in one launch on a GPU; of torch's others sharded tensors know no such
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # What a run that goes on may change: none of it changes what is computed, but for rounding.
-FREE = {"device", "workers", "output", "resume", "grad_accum_steps", "grad_checkpointing"}
-FREE |= {"fsdp", "torchcompile", "torchcompile_mode"}
+FREE = {
+    "device", "workers", "output", "resume", "fsdp", "torchcompile", "torchcompile_mode", "grad_accum_steps",
+    "grad_checkpointing",
+}  # fmt: skip
 
 
 def digits_vit() -> nn.Module:
@@ -201,7 +203,7 @@ class Run:
         self.model, told = make_model(o, classes, place.device)
         self.pixels = data.pixels(self.model, told(), crop_pct=o.crop_pct)
         self.augmented = Augmented(train, self.pixels, o)
-        self.val = data.Images(data.ImageDataset(val, self.pixels), val.classes, "val")
+        self.val = data.Images.of(val, self.pixels, "val")
         self.micro_batches = o.grad_accum_steps * place.world  # of an update
         self.updates = len(train) // (self.micro_batches * o.batch_size)  # of an epoch
         if not self.updates:

@@ -89,7 +89,7 @@ class Batcher:
                 try:
                     answers = await loop.run_in_executor(thread, self.engine, [image for image, _, _ in batch])
                     self.failed_in_a_row = 0
-                except Exception as error:
+                except Exception as error:  # whatever a model raises is the answer to its batch, and the server goes on
                     logging.getLogger("uvicorn.error").exception("a batch of %d images failed", len(batch))
                     answers = [NoAnswerError(500, f"the model failed: {type(error).__name__}")] * len(batch)
                     self.failed_in_a_row += 1

@@ -66,7 +66,7 @@ def main(
     )
     model, told = models.load(name, not random_weights, where)
     pixels = data.pixels(model, told())
-    train, val = (data.Images(data.ImageDataset(each, pixels), each.classes, data_dir) for each in sources)
+    train, val = (data.Images.of(each, pixels, data_dir) for each in sources)
     model.reset_classifier(len(train.classes or ()))
     tome.patch.timm(model.to(where))
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)

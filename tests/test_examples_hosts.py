@@ -14,7 +14,7 @@ import tome
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
-from examples import clip_zero_shot, video  # noqa: E402
+from examples import clip_zero_shot, video  # noqa: E402 - they import what may be missing
 
 __all__ = ["photos"]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -89,6 +89,11 @@ class Images(NamedTuple):
     classes: list[str] | None
     name: str
 
+    @classmethod
+    def of(cls, source: Source, transform: Transform, name: str, limit: int | None = None) -> Images:
+        """Of a source; the rest as :func:`open_images` takes it."""
+        return cls(ImageDataset(source, transform, limit), source.classes, name)
+
 
 def open_images(data: str, transform: Transform, root: Path | None = None, limit: int | None = None) -> Images:
     """Open images by a name.
@@ -106,7 +111,7 @@ def open_images(data: str, transform: Transform, root: Path | None = None, limit
     from tome import datasets
 
     source = datasets.find(data, root)
-    return Images(ImageDataset(source, transform, limit), source.classes, data)
+    return Images.of(source, transform, data, limit)
 
 
 class Pixels:

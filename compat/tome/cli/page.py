@@ -106,7 +106,7 @@ def _context(contents: Contents) -> dict[str, Any]:
             for name, (x, y) in shown.items()
         ),
         "evaluated": tables.cells(rows, contents.tokens),
-        "about": tables.about(rows, run, contents.figures.conditions),
+        "about": tables.about(rows, run, conditions),
         "tokens": charts.lines(
             series, kinds, "layer that the tokens enter; last: behind all layers", "tokens of an image"
         ),

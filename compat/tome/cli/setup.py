@@ -83,7 +83,7 @@ class Setup:
             self.pixels = data.pixels(model, told(), crop_pct=options.crop, **chosen)
         except data.DataError as error:
             raise click.UsageError(str(error)) from error
-        self.images = data.Images(data.ImageDataset(source, self.pixels, options.limit), source.classes, options.data)
+        self.images = data.Images.of(source, self.pixels, options.data, options.limit)
         if options.json_file is not None:
             self.checksums.append(source.checksum())
         self.size = cost.input_size(model)
