@@ -15,7 +15,7 @@ from models import WIDE, images, make
 from torch import Tensor, nn
 
 import tome
-from tome import cost, recording, report, schedule
+from tome import cost, ops, recording, report, schedule
 
 pytestmark = [NO_EXTENSION, pytest.mark.usefixtures("no_grad")]
 
@@ -217,9 +217,10 @@ def test_the_report_of_a_model_names_the_kernels():
     attend, mlp = halves = parts[2].calls
     assert attend == recording.Call("attend_half", "cuda", "one call")
     assert mlp[:2] == ("mlp_half", "cuda")
-    assert mlp.reason.startswith("one call without a product with GELU inside: the kernel ")
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert mlp.reason.startswith("one call with GELU inside" if is_hopper else "one call without a product with GELU")
     assert parts[3].calls[:2] == halves
-    assert [call.op for call in parts[3].calls[2:]] == ["linear_gelu", "restore"]  # of few rows, by torch
+    assert [call.op for call in parts[3].calls[2:]] == ["linear_gelu", "restore"]
     assert parts[4].calls == (recording.Call("merge_add_norm", "cuda", None),)
     with tome.use_backend("auto"):
         wide = report.ranges(report.parts(model.float(), images().cuda()))[2]
@@ -228,6 +229,22 @@ def test_the_report_of_a_model_names_the_kernels():
     assert "the kernels of attention know float16 and bfloat16" in half.reason
     (attention,) = [call for call in wide.calls if call.op == "attention"]
     assert "by torch: the kernels of attention know float16 and bfloat16" in attention.reason
+
+
+@pytest.mark.parametrize("gelu", ["erf", "quick"])
+def test_autocast_decides_what_halves_compute_in(gelu):
+    """What float16 weights make of float16 tokens is no float16 number, and one of autocast's dtype."""
+    channels, norm = 32, (None, None, 1e-5)
+    x, y = torch.zeros(2, 9, channels, device="cuda"), torch.full((2, 9, channels), 300.0, device="cuda").half()
+    large, small = (torch.full((channels, channels), n, device="cuda").half() for n in (300.0, 1e-3))
+    values = torch.cat((torch.zeros(2 * channels, channels, device="cuda").half(), large))
+    with tome.use_backend("cuda"), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        attend = (x, (y,), 1, None, None, 7, 1, True, None, (values, None), (small, None), None, norm, None)
+        mlp = (x, y, (large, None), gelu, (small, None), None, norm, None)
+        for name, args in (("attend_half", attend), ("mlp_half", mlp)):
+            assert ops.one_call(name, *args) is not None
+            made = getattr(ops, name)(*args)[0]
+            assert bool((made.isfinite() & (made > 65504.0)).all())
 
 
 def launches(model: nn.Module, x: Tensor) -> int:

@@ -123,7 +123,12 @@ def test_mlp_half_is_its_parts(device, case):
         kinds = {"erf": F.gelu, "tanh": lambda x: F.gelu(x, approximate="tanh"), "quick": ops.quick_gelu}
         hidden = kinds[gelu](F.linear(y, *fc1))
         expected = ops.merge_add_norm(x, F.linear(hidden, *fc2), None, case.n, None, *norm, gamma, norm_dtype)
-        assert same(ops.mlp_half(*mlp), expected[:2])
+        found = ops.mlp_half(*mlp)
+    if tome.get_backend() == "cuda" and y.dtype is not torch.float32:  # for which they have a GELU of their own
+        bound = 8 * torch.finfo(y.dtype).eps
+        torch.testing.assert_close(found, expected[:2], rtol=bound, atol=bound)
+    else:
+        assert same(found, expected[:2])
 
 
 def is_real(value):

@@ -20,7 +20,7 @@ from tome_cuda import predicates
 
 HALVES = (torch.float16, torch.bfloat16)
 KINDS = ("none", "tanh")
-SOURCE = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "product" / "product.cpp"
+SOURCE = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "activation" / "gelu.h"
 
 
 def build(shape, j, k, dtype, has_bias=True, scale=1.0, seed=0, device="cpu"):
@@ -52,9 +52,14 @@ def two_steps(x, weight, bias, approximate):
     *(st.sampled_from(KINDS), st.integers(0, 2**31 - 1)),
 )
 def test_it_is_torch_s_two_steps(device, shape, j, k, dtype, has_bias, approximate, seed):
-    """Where there are few rows, on every backend and by the same bits."""
     args = build(shape, j, k, dtype, has_bias, 1.0, seed, device)
-    assert torch.equal(ops.linear_gelu(*args, approximate), two_steps(*args, approximate))
+    assert_like(ops.linear_gelu(*args, approximate), two_steps(*args, approximate))
+
+
+def assert_like(found, expected):
+    """The same bits, other than from a product on a GPU, which rounds once less."""
+    eps = 4 * torch.finfo(found.dtype).eps if found.is_cuda and found.dtype in HALVES else 0.0
+    torch.testing.assert_close(found, expected, rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("approximate", KINDS)
@@ -74,7 +79,7 @@ def test_autocast(device):
     with torch.autocast(kind, torch.bfloat16):
         found = ops.linear_gelu(x, weight, bias)
         assert found.dtype == torch.bfloat16
-        assert torch.equal(found, two_steps(x, weight, bias, "none"))
+        assert_like(found, two_steps(x, weight, bias, "none"))
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -85,15 +90,15 @@ def test_compiles(device):
     torch.testing.assert_close(function(*args, "tanh"), two_steps(*args, "tanh"))
 
 
-def polynomials():
-    """Those of the host code, by name: the terms of v squared."""
-    number = r"-?[\d.]+(?:e[-+]?\d+)?"
-    found = re.findall(r"constexpr Gelu (\w+)\{\s*\{([^}]*)\}\}", SOURCE.read_text())
-    return {name: [float(n) for n in re.findall(number, terms)] for name, terms in found}
+def polynomial(name: str, terms: int) -> list[float]:
+    """One of the host code: the terms of v squared, of exact ones with the last that is added to them."""
+    (numbers,) = re.findall(rf"constexpr Gelu<\w+> {name}\{{\s*\{{([^}}]*)\}}\}}", SOURCE.read_text())
+    found = [float(n) for n in re.findall(r"-?[\d.]+(?:e[-+]?\d+)?", numbers)]
+    return found if len(found) > 2 else [*found, *[0.0] * (terms - 3), -2e-38]
 
 
 def by_formula(v: Tensor, terms: list[float]) -> Tensor:
-    """The gelu() of csrc/product, step by step in float32."""
+    """The gelu() of csrc/activation, step by step in float32."""
 
     def single(value: Tensor) -> Tensor:
         return value.float().double()
@@ -110,7 +115,7 @@ def by_formula(v: Tensor, terms: list[float]) -> Tensor:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_formula(dtype, approximate):
     name = "kTanh" if approximate == "tanh" else "kErfHalf" if dtype is torch.float16 else "kErfBFloat16"
-    formula = polynomials()[name]
+    formula = polynomial(name, 5)
     for lowest, highest in ((1e-6, 1e-2), (1e-2, 1.0), (1.0, 3.0), (3.0, 5.0), (5.0, 10.0), (10.0, 100.0)):
         size = torch.logspace(*torch.tensor([lowest, highest]).log10().tolist(), 20001)
         for v in (size, -size):
@@ -120,10 +125,34 @@ def test_the_formula(dtype, approximate):
             # PyTorch's GELU is zero below -5.5 or so; what is left of ours at -10 is nothing beside anything.
             assert ours.max() <= theirs.max() + 1e-18, (lowest, highest, ours.max(), theirs.max())
             assert ours.mean() <= theirs.mean() + 1e-18, (lowest, highest, ours.mean(), theirs.mean())
+    check_limits(formula)
+
+
+def check_limits(formula: list[float]) -> None:
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 3e38, -1e30])
     found = by_formula(special, formula)
     assert found.isnan().tolist() == [True, False, True, *[False] * 4]
     assert found[[1, 3, 4, 5, 6]].tolist() == [torch.inf, 0.0, 0.0, special[5].item(), 0.0]
+
+
+@pytest.mark.parametrize("kind", ["erf", "tanh", "quick"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_formula_of_rounded_numbers(dtype, kind):
+    """Of every number that there is: where PyTorch's two steps are taken the second is as good as PyTorch's."""
+    formula = polynomial(f"k{kind.title()}", 7)
+    check_limits(formula)
+    v = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    v = v[v.isfinite() & (v != 0)]
+    if kind == "quick":
+        truth, theirs = v.double() * torch.sigmoid(1.702 * v.double()), v.float() * torch.sigmoid(1.702 * v.float())
+    else:
+        approximate = "tanh" if kind == "tanh" else "none"
+        truth, theirs = exact_gelu(v, approximate), F.gelu(v.float(), approximate=approximate)
+    ours, theirs = ((t.to(dtype).double() - truth).abs() for t in (by_formula(v, formula), theirs))
+    for lowest, highest in ((0.0, 0.1), (0.1, 1.0), (1.0, 3.0), (3.0, 6.0), (6.0, torch.inf)):
+        among = (v.abs() >= lowest) & (v.abs() < highest)
+        assert ours[among].max() <= 1.1 * theirs[among].max(), (lowest, highest)
+        assert ours[among].mean() <= 1.01 * theirs[among].mean(), (lowest, highest)
 
 
 @pytest.fixture
@@ -146,7 +175,7 @@ def test_what_the_kernel_leaves_to_torch() -> None:
     assert reason(x) == reason(x, bias=None) == "None"
     assert reason(x.view(2, 2, 256, 16)) == reason(x.flatten(0, 1)) == "None"
     assert reason(torch.zeros(2, 512, 32).half()[..., :16]) == "None"
-    assert "the kernel of linear_gelu is for 1024 rows and more" in reason(x[:, 1:])
+    assert reason(x[:1, :1]) == "None"
     assert "float16 and bfloat16, not torch.float32" in reason(x.float(), weight.float(), bias.float())
     assert "a weight and a bias of torch.float16" in reason(x, weight.float())
     assert "a weight and a bias of torch.float16" in reason(x, bias=bias.float())

@@ -14,7 +14,7 @@ from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from torch import nn
 
 import tome
-from tome import Tokens, UnsupportedModelError
+from tome import Tokens, UnsupportedModelError, ops
 from tome_reference import follow
 
 SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7, "pos_embed_grid_size": (6, 6)}
@@ -318,7 +318,7 @@ def test_blocks_of_other_kinds_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_on_a_gpu_padding_weighs_nothing_either(host, dtype, autocast):
-    model = tome.patch.timm(make(host, embed_dim=128)).cuda()
+    model = tome.patch.timm(make(host, embed_dim=128), matching=steady).cuda()
     model.r = R
     truth = model.double()(moved(patches(), torch.float64))
     model.to(torch.float32 if autocast else dtype)
@@ -331,6 +331,24 @@ def test_on_a_gpu_padding_weighs_nothing_either(host, dtype, autocast):
     errors = {name: float((each.double() - truth).abs().max()) for name, each in out.items()}
     floor = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}[dtype] * float(truth.abs().max())
     assert errors["cuda"] <= 2 * errors["reference"] + floor
+
+
+def steady(keys, r, prefix):
+    """Whatever rounding makes of the keys, the same match, of padding nothing."""
+    drawn = torch.randn(keys.shape, generator=torch.Generator().manual_seed(keys.shape[2])).to(keys.device)
+    return ops.match(drawn.masked_fill(keys.isnan(), torch.nan), r, prefix)
+
+
+@NO_EXTENSION
+@pytest.mark.parametrize("host", ["avg", "axial", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu_padding_matches_nothing(host, dtype):
+    model = tome.patch.timm(make(host, embed_dim=128)).cuda().to(dtype)
+    model.r = R
+    with tome.use_backend("cuda"):
+        found = [model(moved(patches(**filled), dtype)) for filled in ({}, {"filling": 7.0})]
+    assert bool(found[0].isfinite().all())
+    assert torch.equal(*found)
 
 
 def moved(batch, dtype):

@@ -121,7 +121,7 @@ def test_activations(batch: int, n: int, channels: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-@pytest.mark.parametrize("tile", range(-1, 2))
+@pytest.mark.parametrize("tile", range(-1, 3))
 @pytest.mark.parametrize(("rows", "k", "j"), [*product((1, 127, 700), (8, 72, 264), (8, 200, 392))])
 def test_linear_gelu(rows: int, k: int, j: int, tile: int, dtype: torch.dtype) -> None:
     """Where there are no products the operator is torch's own."""

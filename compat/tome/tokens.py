@@ -177,10 +177,6 @@ class Tokens:
         """M, the number of tokens that are left."""
         return self.unadded.shape[1]
 
-    def device_type(self) -> str:
-        """The type of the device that x lies on."""
-        return self.unadded.device.type
-
     def enter(self, norm: Norm | None) -> tuple[Tokens, Tensor | None]:
         """The same with nothing waiting and, where a norm is given and can be had with the addition, x normed."""
         if self.waiting is None:

@@ -5,7 +5,6 @@
 #include "attention/attention.h"
 #include "match/match.h"
 #include "ops.h"
-#include "product/product.h"
 #include "restore/restore.h"
 
 #ifndef TOME_ARCHS
@@ -127,8 +126,7 @@ std::string build_info() {
   }
   json << "], \"max_channels\": " << tome::match::kMaxChannels
        << ", \"least_scale\": " << tome::attention_ops::kLeastScale
-       << ", \"max_steps\": " << tome::restoring::kMaxSteps
-       << ", \"least_rows\": " << tome::products::kLeastRows << "}";
+       << ", \"max_steps\": " << tome::restoring::kMaxSteps << "}";
   return json.str();
 }
 

@@ -41,6 +41,15 @@ inline Tensor linear_of(const Tensor& x, const Tensor& weight, const std::option
   return out;
 }
 
+// The same by torch's dispatcher where autocast has yet to cast.
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const ScalarType dtype = x.scalar_type();
+  const bool is_alike = weight.scalar_type() == dtype && (!bias.has_value() || bias->scalar_type() == dtype);
+  if (is_alike && weight.dim() == 2) return linear_of(x, weight, bias);
+  using torch::stable::detail::from;
+  return call<3>("aten::linear", "", {from(x), from(weight), from(bias)});
+}
+
 // grad [B, N, O] weight: the gradient of x.
 inline Tensor linear_grad(const Tensor& grad, const Tensor& weight) {
   const Tensor out = new_empty(grad, {grad.size(0), grad.size(1), weight.size(1)}, grad.scalar_type());

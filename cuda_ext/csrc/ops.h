@@ -46,16 +46,20 @@ Tensor homes(const Tensor& slot, int64_t tokens, const std::optional<Tensor>& ho
 // [B, H, M, M], each row filled up to a multiple of eight.
 Tensor pair_bias(const Tensor& bias, const Tensor& home, const std::optional<Tensor>& key_bias);
 
-// Of tokens [B, N, C].
+// Of tokens [B, N, C]. kind: 0 by erf, 1 by tanh, 2 quick. in_place: x is its caller's own, and may be what
+// is returned.
+Tensor gelu(const Tensor& x, int64_t kind, bool in_place);
 Tensor quick_gelu(const Tensor& x);
 Tensor swiglu(const Tensor& gate, const Tensor& x);
 // The norm of its first `width` channels, and zeros behind them.
 Tensor swiglu_norm(const Tensor& gate, const Tensor& x, int64_t width, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, double eps);
-// gelu(x weight^T + bias) of tokens [B, N, K]. tile: -1, or for benchmarks a number of gelu/gelu.cpp.
 // x weight^T + bias of [B, N, K]: by a product of ours where it takes less time than PyTorch's.
 Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
-
+// gelu(x weight^T + bias) of [B, N, K]. kind as above; tile: -1, or for tests and benchmarks a number of
+// product/product.cpp.
+Tensor linear_with_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        int64_t kind, int64_t tile);
 Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool is_tanh,
                    int64_t tile);
 

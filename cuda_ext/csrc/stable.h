@@ -102,16 +102,6 @@ Tensor call(const char* name, const char* overload, std::array<StableIValue, kAr
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
-  return call<3>("aten::linear", "", {from(x), from(weight), from(bias)});
-}
-
-inline Tensor gelu(const Tensor& x, bool is_tanh) {
-  using torch::stable::detail::from;
-  return call<2>("aten::gelu", "", {from(x), from(std::string(is_tanh ? "tanh" : "none"))});
-}
-
 // A length as the kernels count; the eighth of the range leaves room for padding and sums.
 inline int to_int(int64_t value, const char* name) {
   TOME_CHECK(value >= 0 && value <= std::numeric_limits<int>::max() / 8, name, " is out of range: ", value);

@@ -367,7 +367,7 @@ def _vectors(like: Tensor, wanted: int, width: int, channels: int) -> Tensor | N
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     kind = x.device.type
-    is_cast = kind == "cuda" and torch.is_autocast_enabled(kind)
+    is_cast = kind == "cuda" and weight.dtype is not x.dtype and torch.is_autocast_enabled(kind)
     return x.new_empty((*x.shape[:2], weight.shape[0]), dtype=torch.get_autocast_dtype(kind) if is_cast else x.dtype)
 
 

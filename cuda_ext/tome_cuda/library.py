@@ -36,7 +36,6 @@ class BuildInfo(NamedTuple):
     max_channels: int  # of a metric
     least_scale: float  # of attention
     max_steps: int  # merges that are followed in one launch
-    least_rows: int  # of a linear layer whose GELU is computed with it
 
 
 class _Loaded(NamedTuple):
@@ -93,7 +92,6 @@ def _read(path: Path, told: dict[str, Any]) -> BuildInfo:
         max_channels=told["max_channels"],
         least_scale=told["least_scale"],
         max_steps=told["max_steps"],
-        least_rows=told["least_rows"],
     )
 
 

@@ -218,7 +218,8 @@ def attend_half(
             *(is_weighted, scale, norm[2], norm_dtype, predicates.linear_dtype(q), _keeps_branch(gamma)),
         )
         return x, y, size if total is None else total, slot if made is None else made
-    if torch.compiler.is_compiling() and torch.is_autocast_enabled():  # outside of which compiled code runs
+    # The operator leaves to autocast what has another dtype than the tokens. Compiled code runs outside of it.
+    if torch.is_autocast_enabled() and (torch.compiler.is_compiling() or qkv[0].dtype is not _autocast_dtype()):
         proj = _cast_layer(*proj)
         if weight is not None:
             qkv, (weight, bias) = (_cast(qkv[0]),), _cast_layer(weight, bias)
@@ -252,9 +253,9 @@ def mlp_half(
         )
     if torch.is_autocast_enabled():
         is_compiling = torch.compiler.is_compiling()
-        if is_compiling or (gelu != "quick" and predicates.without_product(y, *fc1) is None):
-            y, fc1 = _cast(y), _cast_layer(*fc1)
-        fc2 = _cast_layer(*fc2) if is_compiling else fc2
+        if is_compiling or predicates.without_product(y, *fc1) is None:
+            fc1 = _cast_layer(*fc1)
+        y, fc2 = _cast(y), _cast_layer(*fc2) if is_compiling else fc2
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
 
 
@@ -275,7 +276,11 @@ def _rows(x: Tensor) -> Tensor:
 
 def _cast(x: Tensor) -> Tensor:
     """What autocast does for F.linear, and for no operator of others."""
-    return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled() else x
+    return x.to(_autocast_dtype()) if torch.is_autocast_enabled() else x
+
+
+def _autocast_dtype() -> torch.dtype:
+    return torch.get_autocast_dtype("cuda")
 
 
 def _cast_layer(weight: Tensor, bias: Tensor | None) -> Linear:

@@ -166,9 +166,10 @@ PREDICATES: dict[str, Callable[..., str | None]] = {
 def remark(op: str, *args: Any, **kwargs: Any) -> str | None:
     """What else to know of an operation that can run on these arguments: some, or a part, may be left to torch."""
     if op == "mlp_half":
-        _, y, fc1, gelu = args[:4]
-        reason = "of quick GELU there is none" if gelu == "quick" else without_product(y, *fc1)
-        return "with GELU inside its product" if reason is None else f"without a product with GELU inside: {reason}"
+        _, y, fc1 = args[:3]
+        reason = without_product(y, *fc1)
+        inside = "with GELU inside its product where it pays"
+        return inside if reason is None else f"without a product with GELU inside: {reason}"
     left: dict[str, Callable[..., str | None]] = {"attention": without_kernel, "linear_gelu": without_product}
     reason = left[op](*args, **kwargs) if op in left else None
     return None if reason is None else f"by torch: {reason}"
@@ -215,9 +216,6 @@ def without_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, appro
     outputs, inputs = weight.shape
     if inputs % 8 or outputs % 8 or inputs == 0:
         return f"the kernel of linear_gelu takes multiples of 8 channels, not {inputs} to {outputs}"
-    rows, least = x.numel() // inputs, library.info().least_rows
-    if rows < least:
-        return f"the kernel of linear_gelu is for {least} rows and more"
     is_dense = weight.is_contiguous() and (bias is None or bias.is_contiguous())
     if not is_dense or (x.dtype is dtype and not _has_rows(x)):
         return "the kernel of linear_gelu reads rows of x at even distances of 16 bytes, and a weight without gaps"

@@ -35,7 +35,7 @@ class MergingBlock(Halves):
 
     def beside(self, *args: Any, **kwargs: Any) -> Beside:
         """What the host passes beside the tokens; raises UnsupportedModelError for what merging cannot give."""
-        if any(other is not None and other is not False for other in (*args, *kwargs.values())):
+        if (args or kwargs) and any(other is not None and other is not False for other in (*args, *kwargs.values())):
             raise self.refused("a patched block takes no attn_mask: merging moves the tokens")
         return NOTHING
 
@@ -86,7 +86,7 @@ class MergingBlock(Halves):
         """Whether a block that merges nothing is faster by the kernels, and nobody wants more of it than they give."""
         if torch.is_grad_enabled() or has_hooks(self) or not backend.takes_kernels(x):
             return False
-        if (plain.autocast_dtype("cuda") or x.dtype) not in (torch.float16, torch.bfloat16):
+        if (plain.autocast_dtype(x) or x.dtype) not in (torch.float16, torch.bfloat16):
             return False  # attention would be PyTorch's
         if plain.why_watched(x) is not None:
             return False
@@ -123,7 +123,7 @@ class MergingBlock(Halves):
         s, row, attn = self._tome, self._tome_row, self._modules[self._tome_row.attn]
         watched = plain.why_watched(tokens.unadded)
         plan = self.plan() if watched is None else Plan(watched, watched, watched, (None, None), {})
-        autocast = plain.autocast_dtype(tokens.device_type())
+        autocast = plain.autocast_dtype(tokens.unadded)
         norm1, norm2 = self.norms(attn, autocast, plan)
         tokens, y = tokens.enter(norm1)
         x = tokens.unadded

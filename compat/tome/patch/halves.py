@@ -78,7 +78,10 @@ class Halves(Patched):
             record("mlp_half", None, parts if isinstance(parts, str) else gated)
             return None
         call = one_call(calls, "mlp_half", x, y, *parts[:4], norm[:3], norm.dtype)
-        return None if call is None else Mlp(y, parts._replace(drop=kept_of(plan.drops[1], x)), call)
+        if call is None:  # the part that is called draws by itself
+            return None
+        drop = kept_of(plan.drops[1], x)
+        return Mlp(y, parts if drop is None else parts._replace(drop=drop), call)
 
     def norms(self, attn: Any, to: torch.dtype | None, plan: Plan) -> tuple[Norm | None, Norm | None]:
         """The norms that attention and MLP read x through, where they can be computed with the addition before."""
@@ -149,7 +152,7 @@ def kept_of(drop: nn.Module | None, x: Tensor) -> Tensor | None:
     """What stochastic depth leaves of each image's branch in this pass: [B]."""
     if drop is None:
         return None
-    dtype = plain.autocast_dtype(x.device.type) or x.dtype  # of the branch, for which it would draw
+    dtype = plain.autocast_dtype(x) or x.dtype  # of the branch, for which it would draw
     kept: Tensor = drop(x.new_ones((x.shape[0], 1, 1), dtype=dtype))
     return kept.flatten()
 

@@ -6,6 +6,7 @@ A library's own types join the tables here when its file in this folder is impor
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,29 +66,40 @@ class Reading:
 
     def __init__(self, root: Any) -> None:
         self._root = root._modules
-        self._modules: list[tuple[nn.Module, dict[str, Any], type, bool]] = []
-        self._entries: list[tuple[dict[str, Any], str, object]] = []
+        # Entry i: the value that the owner, a dictionary of a module, has by that name.
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[object] = []
+        self._modules: list[nn.Module] = []
+        self._kinds: list[type] = []
         self._lengths: list[tuple[dict[str, Any], int]] = []
 
     def holds(self, root: Any) -> bool:
         """Whether everything that was read of ``root`` is still as it was (and root no replica of it)."""
-        if root._modules is not self._root or [owner for owner, length in self._lengths if len(owner) != length]:
+        # By map, in less of the host's time: every block asks this in every pass.
+        if (
+            root._modules is not self._root
+            or not all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            or not all(map(operator.is_, map(type, self._modules), self._kinds))
+            or [owner for owner, length in self._lengths if len(owner) != length]
+        ):
             return False
-        for owner, name, value in self._entries:
-            if owner.get(name) is not value:
-                return False
-        for module, own, kind, was_training in self._modules:  # as has_hooks, in less of the host's time
+        for module in self._modules:  # as has_hooks
+            own = module.__dict__
             if (
-                own["training"] is not was_training
-                or (own["_forward_hooks"] and are_awake(own["_forward_hooks"]))
+                (own["_forward_hooks"] and are_awake(own["_forward_hooks"]))
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
                 or "forward" in own
-                or type(module) is not kind
             ):
                 return False
         return True
+
+    def _keep(self, owner: dict[str, Any], name: str, value: object) -> None:
+        self._owners.append(owner)
+        self._names.append(name)
+        self._values.append(value)
 
     def unwatched(self, owner: Any, name: str) -> Any:
         """The child of that name, of whatever type, which nobody watches."""
@@ -97,9 +109,11 @@ class Reading:
     def part(self, owner: Any, name: str, kinds: Kinds) -> Any:
         """The child of that name, which must be of one of these types and unwatched."""
         child = owner._modules.get(name)
-        self._entries.append((owner._modules, name, child))
+        self._keep(owner._modules, name, child)
         if child is not None:
-            self._modules.append((child, child.__dict__, type(child), child.training))
+            self._modules.append(child)
+            self._kinds.append(type(child))
+            self._keep(child.__dict__, "training", child.training)
         if child is None or type(child) not in kinds:
             raise NotPlain(f"{name} is a {type(child).__name__}")
         if has_hooks(child):
@@ -110,7 +124,9 @@ class Reading:
         """A LayerNorm over the last dimension."""
         child = self.part(owner, name, NORMS)
         weight, bias = child._parameters.get("weight"), child._parameters.get("bias")
-        self._entries += [(child._parameters, "weight", weight), (child._parameters, "bias", bias)]
+        self._keep(child._parameters, "weight", weight)
+        self._keep(child._parameters, "bias", bias)
+        self._keep(child.__dict__, "eps", child.__dict__.get("eps"))
         found = norm(name, child, None)
         if found is None:
             raise NotPlain(f"{name} is not plain")
@@ -136,7 +152,7 @@ class Reading:
     def _is_missing(self, owner: Any, name: str) -> bool:
         is_missing = owner._modules.get(name) is None
         if is_missing:
-            self._entries.append((owner._modules, name, None))
+            self._keep(owner._modules, name, None)
         return is_missing
 
     def _rate(self, child: nn.Module) -> float:
@@ -144,7 +160,7 @@ class Reading:
         if rate is None or not child.training:
             return 0.0
         value: float = getattr(child, rate)
-        self._entries.append((child.__dict__, rate, value))
+        self._keep(child.__dict__, rate, value)
         return value
 
     def linear(self, owner: Any, name: str) -> Linear:
@@ -153,7 +169,7 @@ class Reading:
 
     def affine(self, module: nn.Module, weight: str, bias: str) -> Linear:
         """Weight and bias of a module, by the names of its parameters."""
-        self._entries.append((module._parameters, bias, module._parameters.get(bias)))
+        self._keep(module._parameters, bias, module._parameters.get(bias))
         return self.parameter(module, weight), module._parameters[bias]
 
     def steps(self, sequence: Any) -> list[str]:
@@ -169,7 +185,7 @@ class Reading:
             return None
         for own in (owner._parameters, owner.__dict__):  # of blocks that keep no module for it
             if scale in own:
-                self._entries.append((own, scale, own[scale]))
+                self._keep(own, scale, own[scale])
                 return None if own[scale] is None else self.parameter(owner, scale)
         child = self.part(owner, scale, SCALES)
         factor = SCALES[type(child)]
@@ -178,6 +194,7 @@ class Reading:
     def gelu(self, owner: Any, name: str) -> str:
         """Which GELU a child is."""
         child = self.part(owner, name, GELUS)
+        self._keep(child.__dict__, "approximate", child.__dict__.get("approximate"))
         return GELUS[type(child)](child)
 
     def parameter(self, module: nn.Module, name: str) -> Tensor:
@@ -185,7 +202,7 @@ class Reading:
         value = module._parameters.get(name)
         if type(value) is not nn.Parameter:
             raise NotPlain(f"a weight is a {type(value).__name__}")
-        self._entries.append((module._parameters, name, value))
+        self._keep(module._parameters, name, value)
         return value
 
 
@@ -208,8 +225,9 @@ def norm(name: str, module: Any, dtype: torch.dtype | None) -> Norm | None:
     return None
 
 
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast rounds to on this type of device, where it is on."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds to on the tokens' type of device, where it is on."""
+    device = "cuda" if x.is_cuda else x.device.type  # the latter takes the host longer
     is_on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_on else None
 

@@ -131,7 +131,7 @@ class VisionTransformerModel(TimmModel):
         table = host.pos_embed
         if extra:
             count = 0 if host.no_embed_class else host.num_prefix_tokens
-            first = torch.cat(extra, dim=1)
+            first = extra[0] if len(extra) == 1 else torch.cat(extra, dim=1)
             table = torch.cat((first + table[:, :count] if count else first, table[:, count:]), dim=1)
         dtype = torch.promote_types(table.dtype, x.dtype)
         return Tokens(table.to(dtype).expand(x.shape[0], -1, -1), waiting=Branch(x))

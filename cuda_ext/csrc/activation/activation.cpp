@@ -1,9 +1,9 @@
-// Host side of quick_gelu, swiglu and swiglu_norm: checks, outputs, launches.
+// Host side of the GELUs, swiglu and swiglu_norm: checks, outputs, launches.
 #include "activation.h"
 
 #include "../norm/host.h"
 #include "../ops.h"
-#include "backward.h"
+#include "gelu.h"
 
 namespace tome {
 namespace {
@@ -48,8 +48,42 @@ Tensor quick_gelu(const Tensor& x) { return activate(x, std::nullopt); }
 
 Tensor swiglu(const Tensor& gate, const Tensor& x) { return activate(x, gate); }
 
-Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind) {
+namespace {
+
+activation::GeluKind gelu_kind(int64_t kind) {
   TOME_CHECK(kind >= 0 && kind <= 2, "gelu must be 0, 1 or 2, got ", kind);
+  return static_cast<activation::GeluKind>(kind);
+}
+
+bool is_aligned_list(const Tensor& x) {
+  return is_aligned(x.const_data_ptr(), element_size(floating_dtype(x, "x")), 1, x.numel(), {});
+}
+
+}  // namespace
+
+Tensor gelu(const Tensor& given, int64_t kind, bool in_place) {
+  const activation::GeluKind which = gelu_kind(kind);
+  check_tensor(given, "x", 3);
+  const Dtype dtype = floating_dtype(given, "x");
+  if (dtype == Dtype::kFloat) {
+    using torch::stable::detail::from;
+    if (which == activation::GeluKind::kQuick) return quick_gelu(given);
+    return call<2>("aten::gelu", "", {from(given), from(std::string(kind == 1 ? "tanh" : "none"))});
+  }
+  const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const DeviceScope scope(x);
+  Tensor out = in_place ? x : new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  const activation::GeluParams p{x.const_data_ptr(), out.mutable_data_ptr(), x.numel(),
+                                 activation::gelu_of<activation::kManyTerms>(which, dtype)};
+  if (p.count == 0) return out;
+  check_grid(p.count / activation::kThreads + 1);
+  activation::launch_gelu(p, dtype, is_aligned_list(x), current_stream(x));
+  check_launch();
+  return out;
+}
+
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind) {
+  const activation::GeluKind which = gelu_kind(kind);
   check_tensor(x, "x", 3);
   check_like(grad, "grad", x, x.scalar_type());
   TOME_CHECK(x.is_contiguous() && grad.is_contiguous() && grad.numel() == x.numel(),
@@ -60,12 +94,8 @@ Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind) {
   const activation::GeluBackwardParams p{grad.const_data_ptr(), x.const_data_ptr(), out.mutable_data_ptr(),
                                          x.numel()};
   if (p.count == 0) return out;
-  const auto is_aligned_list = [&](const void* data_ptr) {
-    return is_aligned(data_ptr, element_size(dtype), 1, p.count, {});
-  };
   check_grid(p.count / activation::kThreads + 1);
-  activation::launch_gelu_backward(p, static_cast<activation::GeluKind>(kind), dtype,
-                                   is_aligned_list(p.grad_ptr) && is_aligned_list(p.x_ptr),
+  activation::launch_gelu_backward(p, which, dtype, is_aligned_list(grad) && is_aligned_list(x),
                                    current_stream(x));
   check_launch();
   return out;

@@ -4,6 +4,7 @@
 // the GPU's where there are few images.
 #include <vector>
 
+#include "../matmul.h"
 #include "../ops.h"
 #include "heads.h"
 
@@ -44,12 +45,6 @@ struct Attended {
   std::optional<Tensor> slot;
 };
 
-Tensor hidden_layer(const Tensor& y, const Tensor& weight, const std::optional<Tensor>& bias, int64_t gelu) {
-  TOME_CHECK(gelu >= 0 && gelu <= 2, "gelu must be 0, 1 or 2, got ", gelu);
-  return gelu == 2 ? quick_gelu(linear_product(y, weight, bias))
-                   : linear_gelu(y, weight, bias, gelu == 1, -1);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
@@ -83,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
 }
 
 std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tensor& fc1_weight,
-                                    const std::optional<Tensor>& fc1_bias, int64_t gelu,
+                                    const std::optional<Tensor>& fc1_bias, int64_t gelu_kind,
                                     const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
                                     const std::optional<Tensor>& gamma,
                                     const std::optional<Tensor>& norm_weight,
@@ -92,9 +87,10 @@ std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tens
   check_tensor(x, "x", 3);
   check_tensor(y, "y", 3);
   TOME_CHECK(y.size(1) == x.size(1), "y must have the tokens of x");
+  TOME_CHECK(gelu_kind >= 0 && gelu_kind <= 2, "gelu must be 0, 1 or 2, got ", gelu_kind);
   const DeviceScope scope(x);
   const auto branch = [&] {  // whose wide input is free before the norm needs memory
-    return linear(hidden_layer(y, fc1_weight, fc1_bias, gelu), fc2_weight, fc2_bias);
+    return linear(linear_with_gelu(y, fc1_weight, fc1_bias, gelu_kind, -1), fc2_weight, fc2_bias);
   };
   const Normed out = merged_norm(x, branch(), std::nullopt, x.size(1), std::nullopt, norm_weight, norm_bias,
                                  eps, gamma, norm_dtype, false);

@@ -5,9 +5,9 @@
 #include <array>
 #include <vector>
 
+#include "../matmul.h"
 #include "../norm/columns_host.h"
 #include "../ops.h"
-#include "../matmul.h"
 #include "cast.h"
 #include "heads.h"
 
@@ -220,7 +220,7 @@ MlpForward mlp_half_training(const Tensor& x, const Tensor& y, const Tensor& fc1
   const DeviceScope scope(x);
   const Layers layers = layers_of(fc1_weight, fc2_weight, fc1_bias, fc2_bias, dtype);
   const Tensor hidden = linear_of(as(y, dtype), layers.first_weight, layers.first_bias);
-  const Tensor active = gelu_kind == 2 ? quick_gelu(hidden) : gelu(hidden, gelu_kind == 1);
+  const Tensor active = gelu(hidden, gelu_kind, false);
   const Tensor branch = dropped(linear_of(active, layers.second_weight, layers.second_bias), drop);
   const Normed out = merged_norm(x, branch, std::nullopt, x.size(1), std::nullopt, norm_weight, norm_bias,
                                  eps, gamma, norm_dtype, true);

@@ -2,6 +2,6 @@
 
 namespace tome::products {
 bool launch_hopper_gelu_wide(const ProductParams& params, Dtype dtype, cudaStream_t stream) {
-  return launch_product<kWideOutputs, true>(params, dtype, stream);
+  return launch_product<kWide.rows, kWide.outputs, true>(params, dtype, stream);
 }
 }  // namespace tome::products

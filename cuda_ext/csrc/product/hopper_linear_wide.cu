@@ -2,6 +2,6 @@
 
 namespace tome::products {
 bool launch_hopper_linear_wide(const ProductParams& params, Dtype dtype, cudaStream_t stream) {
-  return launch_product<kWideOutputs, false>(params, dtype, stream);
+  return launch_product<kWide.rows, kWide.outputs, false>(params, dtype, stream);
 }
 }  // namespace tome::products

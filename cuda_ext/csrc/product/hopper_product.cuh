@@ -12,31 +12,14 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include "../activation/gelu.cuh"
 #include "../launch.cuh"
 #include "product.h"
 
 namespace tome::products {
 namespace {
 
-// Each one instruction. Both give what the limits need: 2^inf = inf, 1 / inf = 0.
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float gelu(float v, const Gelu& g) {
-  const float square = v * v;
-  float r = g.terms[kTerms - 1];
-#pragma unroll
-  for (int i = kTerms - 2; i >= 0; --i) r = fmaf(r, square, g.terms[i]);
-  return v * reciprocal(1.0f + power_of_two(v * r));
-}
+using Gelu = activation::Gelu<activation::kFewTerms>;
 
 // What an epilogue computes of sums and biases. CUTLASS asks the scalar for the arguments' type.
 template <class T>
@@ -50,18 +33,19 @@ struct GeluOfSum<cutlass::Array<float, kCount>> {
   CUTLASS_DEVICE Values operator()(const Values& sums, const Values& bias, const Gelu& g) const {
     Values out;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) out[i] = gelu(sums[i] + bias[i], g);
+    for (int i = 0; i < kCount; ++i) out[i] = activation::gelu(sums[i] + bias[i], g);
     return out;
   }
 };
 
-// T: of x, weight, bias and out. Two blocks with tiles of the same outputs share what they load of weight,
-// and tiles follow each other along rows of out, so that x is read from memory once.
-template <class T, int kTileOutputs, bool kHasGelu>
+// T: of x, weight, bias and out. Where there are many rows two blocks with tiles of the same outputs share
+// what they load of weight, and tiles follow each other along rows of out, so that x is read from memory
+// once.
+template <class T, int kTileRows, int kTileOutputs, bool kHasGelu>
 struct Product {
-  using Tile =
-      cute::Shape<cute::_128, cute::Int<kTileOutputs>, cute::_64>;  // rows, outputs, inputs of a step
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  // rows, outputs, inputs of a step
+  using Tile = cute::Shape<cute::Int<kTileRows>, cute::Int<kTileOutputs>, cute::_64>;
+  using Cluster = cute::Shape<cute::Int<kTileRows / 64>, cute::_1, cute::_1>;
   using RowMajor = cutlass::layout::RowMajor;
   using ColumnMajor = cutlass::layout::ColumnMajor;
   using Sm90 = cutlass::arch::Sm90;
@@ -114,10 +98,12 @@ struct Product {
   }
 };
 
-template <int kTileOutputs, bool kHasGelu>
+template <int kTileRows, int kTileOutputs, bool kHasGelu>
 bool launch_product(const ProductParams& params, Dtype dtype, cudaStream_t stream) {
-  if (dtype == Dtype::kHalf) return Product<cutlass::half_t, kTileOutputs, kHasGelu>::launch(params, stream);
-  return Product<cutlass::bfloat16_t, kTileOutputs, kHasGelu>::launch(params, stream);
+  const auto launch = dtype == Dtype::kHalf
+                          ? Product<cutlass::half_t, kTileRows, kTileOutputs, kHasGelu>::launch
+                          : Product<cutlass::bfloat16_t, kTileRows, kTileOutputs, kHasGelu>::launch;
+  return launch(params, stream);
 }
 
 }  // namespace

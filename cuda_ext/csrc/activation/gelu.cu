@@ -1,5 +1,6 @@
-// out = grad * gelu'(x), rounded once. A block owns consecutive packs, a thread every 256th of them.
-#include "backward.h"
+// out = gelu(x), and out = grad * gelu'(x), rounded once. A block owns consecutive packs, a thread one of
+// them or, on the way back, every 256th.
+#include "gelu.cuh"
 
 #include "../launch.cuh"
 #include "../vector.cuh"
@@ -8,6 +9,26 @@
 
 namespace tome::activation {
 namespace {
+
+template <class T, int kCount>
+__global__ __launch_bounds__(kThreads) void gelu_kernel(const GeluParams p) {
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
+  await_previous();
+  if (at >= p.count) return;
+  float v[kCount];
+  // Not through the path for what a kernel only reads: out may be x.
+  unpack(load_pack<T, kCount, false>(static_cast<const T*>(p.x_ptr) + at), v);
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) v[c] = gelu(v[c], p.gelu);
+  store_pack(static_cast<T*>(p.out_ptr) + at, to_pack<T>(v));
+}
+
+template <class T>
+void launch(const GeluParams& p, bool aligned, cudaStream_t stream) {
+  const int64_t each = static_cast<int64_t>(kThreads) * (aligned ? kPackSize<T> : 1);
+  const auto kernel = aligned ? gelu_kernel<T, kPackSize<T>> : gelu_kernel<T, 1>;
+  launch_kernel(kernel, (p.count + each - 1) / each, kThreads, 0, 0, stream, p, true);
+}
 
 template <GeluKind kKind, class T>
 __device__ __forceinline__ float slope(float x) {
@@ -60,6 +81,10 @@ void launch(const GeluBackwardParams& p, Dtype dtype, bool aligned, cudaStream_t
 }
 
 }  // namespace
+
+void launch_gelu(const GeluParams& p, Dtype dtype, bool aligned, cudaStream_t stream) {
+  dtype == Dtype::kHalf ? launch<__half>(p, aligned, stream) : launch<__nv_bfloat16>(p, aligned, stream);
+}
 
 void launch_gelu_backward(const GeluBackwardParams& p, GeluKind kind, Dtype dtype, bool aligned,
                           cudaStream_t stream) {
