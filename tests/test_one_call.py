@@ -217,6 +217,11 @@ def change_eps(block):
     block.norm2.eps = 0.5
 
 
+def make_sparse(block):
+    weight = block.mlp.fc2.weight
+    block.mlp.fc2.weight = nn.Parameter(weight.detach().to_sparse_csr(), requires_grad=False)
+
+
 def change_gelu(block):
     block.mlp.act.approximate = "tanh"
 
@@ -224,7 +229,8 @@ def change_gelu(block):
 READ = (replace_linear, change_eps, change_gelu)  # what is called instead of read, if at all, stands before attention
 
 
-@pytest.mark.parametrize("change", [*READ, parametrize, replace_activation, train_one, drop_weights])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")  # torch's own
+@pytest.mark.parametrize("change", [*READ, parametrize, make_sparse, replace_activation, train_one, drop_weights])
 def test_a_part_that_has_changed_is_read_again_or_called(change, stand_in):
     model = patched("plain")
     with torch.no_grad():
@@ -235,7 +241,7 @@ def test_a_part_that_has_changed_is_read_again_or_called(change, stand_in):
         whole = model(images())
         torch.manual_seed(0)
         assert torch.equal(whole, by_parts(model, images()))
-        assert change is parametrize or not torch.equal(whole, before)
+        assert change in (parametrize, make_sparse) or not torch.equal(whole, before)
     assert min(stand_in.counts()) == (4 if change in READ else 3)
 
 
@@ -399,7 +405,8 @@ def test_the_bits_of_its_parts_on_a_gpu(host, autocast, dtype, r):
         with recording.recorded() as calls:
             whole = model(x)
         parts = by_parts(model, x)
-    if host == "clip quickgelu":  # in one call it is part of a product, which rounds once less
+    # In one call a quick GELU is part of a product, which rounds once less; and without products others are ours.
+    if host == "clip quickgelu" or torch.cuda.get_device_capability() != (9, 0):
         torch.testing.assert_close(whole, parts, rtol=0.02, atol=0.02)
     else:
         assert torch.equal(whole, parts)

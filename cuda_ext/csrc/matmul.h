@@ -1,5 +1,5 @@
 // Products of matrices by torch's functions for CUDA, past its dispatcher: no autocast, no autograd, and half
-// of the host's time. The caller has seen to dtypes and devices.
+// of the host's time. The caller has seen to devices and, but for linear(), to dtypes.
 #pragma once
 
 #include "stable.h"

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import predicates
-
 
 def _bipartite_match(keys: Tensor, r: int, prefix: int) -> Tensor:
     return _match(keys, keys.shape[0], keys.shape[-2], keys.shape[-1])
@@ -204,10 +202,8 @@ def _mlp_half(
     norm_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     hidden = _linear(y, fc1_weight)
-    if gelu == 2 or predicates.without_product(y, fc1_weight, fc1_bias) is not None:
-        branch = _linear(torch.empty_like(hidden), fc2_weight)  # what GELU makes stands beside what it reads
-    else:
-        branch = _linear(hidden, fc2_weight)
+    # What GELU makes stands beside what it reads in float32 alone.
+    branch = _linear(torch.empty_like(hidden) if hidden.dtype is torch.float32 else hidden, fc2_weight)
     del hidden
     x, y, _, _ = _merge_add_norm(x, branch, None, x.shape[1], None, None, None, eps, gamma, norm_dtype, False)
     return x, y

@@ -18,6 +18,7 @@ from .predicates import Linear, Norm
 from .registration import _unmerge_context, _unmerge_grad, launch
 
 GELUS = {"erf": 0, "tanh": 1, "quick": 2}
+MANY_ROWS = 2048  # beside whose product the cast of a weight is nothing
 S = TypeVar("S", Tensor, "Tensor | None")
 
 
@@ -253,7 +254,8 @@ def mlp_half(
         )
     if torch.is_autocast_enabled():
         is_compiling = torch.compiler.is_compiling()
-        if is_compiling or predicates.without_product(y, *fc1) is None:
+        # A product that computes the GELU too reads 16 bits. Of fewer rows autocast casts for PyTorch's, and keeps it.
+        if is_compiling or (y.shape[0] * y.shape[1] >= MANY_ROWS and predicates.without_product(y, *fc1) is None):
             fc1 = _cast_layer(*fc1)
         y, fc2 = _cast(y), _cast_layer(*fc2) if is_compiling else fc2
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]

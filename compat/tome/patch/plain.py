@@ -200,8 +200,9 @@ class Reading:
     def parameter(self, module: nn.Module, name: str) -> Tensor:
         """A parameter of a module; a replica of DataParallel has none."""
         value = module._parameters.get(name)
-        if type(value) is not nn.Parameter:
-            raise NotPlain(f"a weight is a {type(value).__name__}")
+        if type(value) is not nn.Parameter or value.layout is not torch.strided:
+            kind = value.layout if type(value) is nn.Parameter else type(value).__name__
+            raise NotPlain(f"a weight is a {kind}")
         self._keep(module._parameters, name, value)
         return value
 

@@ -20,7 +20,7 @@ struct Gelu {
 
 // By the error function R is fitted to log2(Phi(-v) / Phi(v)) / v. Inside of a product, errors are weighed by
 // those of PyTorch's two roundings in each dtype, of which the result has less in every range. Of numbers
-// that are rounded already it is within a tenth of a unit of the truth (tests/test_linear_gelu.py).
+// that are rounded already it is as near to the truth as PyTorch's is (tests/test_linear_gelu.py).
 constexpr int kFewTerms = 5, kManyTerms = 7;
 constexpr Gelu<kFewTerms> kErfHalf{
     {-2.30128303f, -1.06564434e-01f, 8.90788943e-04f, 2.21912399e-05f, -7.49920311e-07f}};

@@ -1,7 +1,7 @@
 // The two halves of a transformer block, each in one call: from queries, keys and values to the normed input
-// of the MLP, and from there to the normed input of the next block. They launch what their parts launch, in
-// the same order; what they save is the host's work of asking for them one by one, which takes longer than
-// the GPU's where there are few images.
+// of the MLP, and from there to the normed input of the next block. What their parts launch in the same
+// order, but for a GELU inside or right behind its product; what they save is the host's work of asking for
+// them one by one, which takes longer than the GPU's where there are few images.
 #include <vector>
 
 #include "../matmul.h"
