@@ -221,3 +221,19 @@ def test_the_operator_in_a_graph() -> None:
     function = torch.compile(ops.linear_gelu, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(function(*args), two_steps(*args, "none"))
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("rows", [9, tome_cuda.ops.MANY_ROWS])
+def test_what_a_half_casts_itself_under_autocast(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens, and of many rows fc1; the rest is autocast's, which casts a weight once for all passes."""
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    monkeypatch.setattr(tome_cuda.ops, "launch", lambda name, *args: seen.extend(args[i].dtype for i in (1, 2, 5)))
+    x, fc1, bias = build((1, rows), 24, 16, torch.float32)
+    for y in (x, x.half(), x.bfloat16()):
+        with torch.no_grad():
+            tome_cuda.mlp_half(x, y, (fc1, bias), "erf", (fc1.T.contiguous(), None), None, (None, None, 1e-5), None)
+    weight = torch.float32 if rows == 9 else torch.bfloat16
+    assert seen == 3 * [torch.bfloat16, weight, torch.float32]
