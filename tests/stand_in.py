@@ -23,7 +23,7 @@ from tome_reference import checks
 
 NAMESPACE = "tome_stand_in"
 BINDING = Path(__file__).parents[1] / "cuda_ext" / "csrc" / "binding.cpp"
-INFO = library.BuildInfo("here.so", "2.11", "13.2", "4.2.0", ("90a-real",), (32, 64, 72), 256, 1e-30, 3)
+INFO = library.BuildInfo("here.so", "2.11", "13.2", "4.2.0", ("90a-real",), (32, 64, 72), 256, 1e-30, 3, 1024)
 
 
 class Halves:

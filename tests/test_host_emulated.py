@@ -192,6 +192,7 @@ def test_what_is_shared_with_python_is_as_promised() -> None:
     told = json.loads(describe())
     assert tuple(told["head_dims"]) == HEAD_DIMS
     assert (told["max_channels"], told["least_scale"], told["max_steps"]) == (256, 1e-30, 64)
+    assert told["least_rows"] == 2048
 
 
 @pytest.mark.parametrize("shape", [(0, 9, 8), (2, 9, 0)])

@@ -224,7 +224,7 @@ def test_the_operator_in_a_graph() -> None:
 
 
 @pytest.mark.usefixtures("on_hopper")
-@pytest.mark.parametrize("rows", [9, tome_cuda.ops.MANY_ROWS])
+@pytest.mark.parametrize("rows", [9, stand_in.INFO.least_rows])
 def test_what_a_half_casts_itself_under_autocast(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, and of many rows fc1; the rest is autocast's, which casts a weight once for all passes."""
     seen: list[torch.dtype] = []

@@ -5,6 +5,7 @@
 #include "attention/attention.h"
 #include "match/match.h"
 #include "ops.h"
+#include "product/product.h"
 #include "restore/restore.h"
 
 #ifndef TOME_ARCHS
@@ -126,7 +127,8 @@ std::string build_info() {
   }
   json << "], \"max_channels\": " << tome::match::kMaxChannels
        << ", \"least_scale\": " << tome::attention_ops::kLeastScale
-       << ", \"max_steps\": " << tome::restoring::kMaxSteps << "}";
+       << ", \"max_steps\": " << tome::restoring::kMaxSteps
+       << ", \"least_rows\": " << tome::products::kLeastRows << "}";
   return json.str();
 }
 

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "activation/gelu.h"
 #include "stable.h"
 
 #define TOME_STRING(...) #__VA_ARGS__
@@ -46,9 +47,11 @@ Tensor homes(const Tensor& slot, int64_t tokens, const std::optional<Tensor>& ho
 // [B, H, M, M], each row filled up to a multiple of eight.
 Tensor pair_bias(const Tensor& bias, const Tensor& home, const std::optional<Tensor>& key_bias);
 
-// Of tokens [B, N, C]. kind: 0 by erf, 1 by tanh, 2 quick. in_place: x is its caller's own, and may be what
-// is returned.
-Tensor gelu(const Tensor& x, int64_t kind, bool in_place);
+// gelu of a schema: 0 by erf, 1 by tanh, 2 quick.
+using activation::GeluKind;
+GeluKind gelu_kind(int64_t gelu);
+// Of tokens [B, N, C]. in_place: x is its caller's own, and may be what is returned.
+Tensor gelu(const Tensor& x, GeluKind kind, bool in_place);
 Tensor quick_gelu(const Tensor& x);
 Tensor swiglu(const Tensor& gate, const Tensor& x);
 // The norm of its first `width` channels, and zeros behind them.
@@ -56,10 +59,10 @@ Tensor swiglu_norm(const Tensor& gate, const Tensor& x, int64_t width, const std
                    const std::optional<Tensor>& bias, double eps);
 // x weight^T + bias of [B, N, K]: by a product of ours where it takes less time than PyTorch's.
 Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
-// gelu(x weight^T + bias) of [B, N, K]. kind as above; tile: -1, or for tests and benchmarks a number of
+// gelu(x weight^T + bias) of [B, N, K]. tile: -1, or for tests and benchmarks a number of
 // product/product.cpp.
 Tensor linear_with_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        int64_t kind, int64_t tile);
+                        GeluKind kind, int64_t tile);
 Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool is_tanh,
                    int64_t tile);
 
@@ -115,8 +118,8 @@ std::tuple<Tensor, Tensor> merge_add_norm_backward(
 // [2, C]: sums over rows of a, and of a * b or a * (b - mean) / standard deviation.
 Tensor column_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& stats);
 
-// From the gradient of gelu(x) to that of x. kind: 0 by erf, 1 by tanh, 2 quick.
-Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind);
+// From the gradient of gelu(x) to that of x.
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, GeluKind kind);
 
 // The halves in training: what attend_half and mlp_half return, and behind it what the way back reads.
 // Undefined tensors stand for what there is none of. Linear layers compute in `dtype`; `cast` holds the

@@ -36,6 +36,7 @@ class BuildInfo(NamedTuple):
     max_channels: int  # of a metric
     least_scale: float  # of attention
     max_steps: int  # merges that are followed in one launch
+    least_rows: int  # from which on a linear layer and its GELU are surely one product, where they can be
 
 
 class _Loaded(NamedTuple):
@@ -92,6 +93,7 @@ def _read(path: Path, told: dict[str, Any]) -> BuildInfo:
         max_channels=told["max_channels"],
         least_scale=told["least_scale"],
         max_steps=told["max_steps"],
+        least_rows=told["least_rows"],
     )
 
 

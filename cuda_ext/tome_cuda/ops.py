@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import by_torch, predicates, training
+from . import by_torch, library, predicates, training
 from .predicates import Linear, Norm
 from .registration import _unmerge_context, _unmerge_grad, launch
 
 GELUS = {"erf": 0, "tanh": 1, "quick": 2}
-MANY_ROWS = 2048  # beside whose product the cast of a weight is nothing
 S = TypeVar("S", Tensor, "Tensor | None")
 
 
@@ -220,7 +219,9 @@ def attend_half(
         )
         return x, y, size if total is None else total, slot if made is None else made
     # The operator leaves to autocast what has another dtype than the tokens. Compiled code runs outside of it.
-    if torch.is_autocast_enabled() and (torch.compiler.is_compiling() or qkv[0].dtype is not _autocast_dtype()):
+    if torch.is_autocast_enabled() and (
+        torch.compiler.is_compiling() or qkv[0].dtype is not predicates.linear_dtype(qkv[0])
+    ):
         proj = _cast_layer(*proj)
         if weight is not None:
             qkv, (weight, bias) = (_cast(qkv[0]),), _cast_layer(weight, bias)
@@ -255,7 +256,8 @@ def mlp_half(
     if torch.is_autocast_enabled():
         is_compiling = torch.compiler.is_compiling()
         # A product that computes the GELU too reads 16 bits. Of fewer rows autocast casts for PyTorch's, and keeps it.
-        if is_compiling or (y.shape[0] * y.shape[1] >= MANY_ROWS and predicates.without_product(y, *fc1) is None):
+        rows = y.shape[0] * y.shape[1]
+        if is_compiling or (rows >= library.info().least_rows and predicates.without_product(y, *fc1) is None):
             fc1 = _cast_layer(*fc1)
         y, fc2 = _cast(y), _cast_layer(*fc2) if is_compiling else fc2
     return launch("mlp_half", x, y, *fc1, GELUS[gelu], *fc2, gamma, *norm, norm_dtype)  # type: ignore[no-any-return]
@@ -278,11 +280,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _cast(x: Tensor) -> Tensor:
     """What autocast does for F.linear, and for no operator of others."""
-    return x.to(_autocast_dtype()) if torch.is_autocast_enabled() else x
-
-
-def _autocast_dtype() -> torch.dtype:
-    return torch.get_autocast_dtype("cuda")
+    return x.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled() else x
 
 
 def _cast_layer(weight: Tensor, bias: Tensor | None) -> Linear:

@@ -3,7 +3,6 @@
 
 #include "../norm/host.h"
 #include "../ops.h"
-#include "gelu.h"
 
 namespace tome {
 namespace {
@@ -42,39 +41,35 @@ Tensor activate(const Tensor& x, const std::optional<Tensor>& gate) {
   return out;
 }
 
-}  // namespace
-
-Tensor quick_gelu(const Tensor& x) { return activate(x, std::nullopt); }
-
-Tensor swiglu(const Tensor& gate, const Tensor& x) { return activate(x, gate); }
-
-namespace {
-
-activation::GeluKind gelu_kind(int64_t kind) {
-  TOME_CHECK(kind >= 0 && kind <= 2, "gelu must be 0, 1 or 2, got ", kind);
-  return static_cast<activation::GeluKind>(kind);
-}
-
 bool is_aligned_list(const Tensor& x) {
   return is_aligned(x.const_data_ptr(), element_size(floating_dtype(x, "x")), 1, x.numel(), {});
 }
 
 }  // namespace
 
-Tensor gelu(const Tensor& given, int64_t kind, bool in_place) {
-  const activation::GeluKind which = gelu_kind(kind);
+Tensor quick_gelu(const Tensor& x) { return activate(x, std::nullopt); }
+
+Tensor swiglu(const Tensor& gate, const Tensor& x) { return activate(x, gate); }
+
+GeluKind gelu_kind(int64_t gelu) {
+  TOME_CHECK(gelu >= 0 && gelu <= 2, "gelu must be 0, 1 or 2, got ", gelu);
+  return static_cast<GeluKind>(gelu);
+}
+
+Tensor gelu(const Tensor& given, GeluKind kind, bool in_place) {
   check_tensor(given, "x", 3);
   const Dtype dtype = floating_dtype(given, "x");
   if (dtype == Dtype::kFloat) {
     using torch::stable::detail::from;
-    if (which == activation::GeluKind::kQuick) return quick_gelu(given);
-    return call<2>("aten::gelu", "", {from(given), from(std::string(kind == 1 ? "tanh" : "none"))});
+    if (kind == GeluKind::kQuick) return quick_gelu(given);
+    return call<2>("aten::gelu", "",
+                   {from(given), from(std::string(kind == GeluKind::kTanh ? "tanh" : "none"))});
   }
   const Tensor x = given.is_contiguous() ? given : torch::stable::contiguous(given);
   const DeviceScope scope(x);
   Tensor out = in_place ? x : new_empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   const activation::GeluParams p{x.const_data_ptr(), out.mutable_data_ptr(), x.numel(),
-                                 activation::gelu_of<activation::kManyTerms>(which, dtype)};
+                                 activation::gelu_of<activation::kManyTerms>(kind, dtype)};
   if (p.count == 0) return out;
   check_grid(p.count / activation::kThreads + 1);
   activation::launch_gelu(p, dtype, is_aligned_list(x), current_stream(x));
@@ -82,8 +77,7 @@ Tensor gelu(const Tensor& given, int64_t kind, bool in_place) {
   return out;
 }
 
-Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind) {
-  const activation::GeluKind which = gelu_kind(kind);
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, GeluKind kind) {
   check_tensor(x, "x", 3);
   check_like(grad, "grad", x, x.scalar_type());
   TOME_CHECK(x.is_contiguous() && grad.is_contiguous() && grad.numel() == x.numel(),
@@ -95,7 +89,7 @@ Tensor gelu_backward(const Tensor& grad, const Tensor& x, int64_t kind) {
                                          x.numel()};
   if (p.count == 0) return out;
   check_grid(p.count / activation::kThreads + 1);
-  activation::launch_gelu_backward(p, which, dtype, is_aligned_list(grad) && is_aligned_list(x),
+  activation::launch_gelu_backward(p, kind, dtype, is_aligned_list(grad) && is_aligned_list(x),
                                    current_stream(x));
   check_launch();
   return out;

@@ -103,28 +103,6 @@ __device__ __forceinline__ unsigned forget(unsigned x) {
   return x;
 }
 
-// 2^x in one instruction; results below 2^-126 are zero.
-__device__ __forceinline__ float fast_exp2(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
-// 1 / x in one instruction, to the last bit or two.
-__device__ __forceinline__ float fast_reciprocal(float x) {
-#ifdef __CUDACC__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.0f / x;
-#endif
-}
-
 // One warp copies kCount rows of a head to shared memory, of which the first `valid` exist; the others become
 // zero.
 template <class T, int kHeadDim, int kCount>

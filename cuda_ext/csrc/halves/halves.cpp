@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_half(
 }
 
 std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tensor& fc1_weight,
-                                    const std::optional<Tensor>& fc1_bias, int64_t gelu_kind,
+                                    const std::optional<Tensor>& fc1_bias, int64_t gelu_code,
                                     const Tensor& fc2_weight, const std::optional<Tensor>& fc2_bias,
                                     const std::optional<Tensor>& gamma,
                                     const std::optional<Tensor>& norm_weight,
@@ -87,10 +87,10 @@ std::tuple<Tensor, Tensor> mlp_half(const Tensor& x, const Tensor& y, const Tens
   check_tensor(x, "x", 3);
   check_tensor(y, "y", 3);
   TOME_CHECK(y.size(1) == x.size(1), "y must have the tokens of x");
-  TOME_CHECK(gelu_kind >= 0 && gelu_kind <= 2, "gelu must be 0, 1 or 2, got ", gelu_kind);
+  const GeluKind kind = gelu_kind(gelu_code);
   const DeviceScope scope(x);
   const auto branch = [&] {  // whose wide input is free before the norm needs memory
-    return linear(linear_with_gelu(y, fc1_weight, fc1_bias, gelu_kind, -1), fc2_weight, fc2_bias);
+    return linear(linear_with_gelu(y, fc1_weight, fc1_bias, kind, -1), fc2_weight, fc2_bias);
   };
   const Normed out = merged_norm(x, branch(), std::nullopt, x.size(1), std::nullopt, norm_weight, norm_bias,
                                  eps, gamma, norm_dtype, false);

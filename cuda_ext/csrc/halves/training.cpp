@@ -212,15 +212,15 @@ MlpForward mlp_half_training(const Tensor& x, const Tensor& y, const Tensor& fc1
                              const std::optional<Tensor>& fc1_bias, const Tensor& fc2_weight,
                              const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma,
                              const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-                             const std::optional<Tensor>& drop, int64_t gelu_kind, double eps,
+                             const std::optional<Tensor>& drop, int64_t gelu_code, double eps,
                              ScalarType norm_dtype, ScalarType dtype, bool keeps_branch) {
   check_tensor(x, "x", 3);
   check_tensor(y, "y", 3);
-  TOME_CHECK(gelu_kind >= 0 && gelu_kind <= 2, "gelu must be 0, 1 or 2, got ", gelu_kind);
+  const GeluKind kind = gelu_kind(gelu_code);
   const DeviceScope scope(x);
   const Layers layers = layers_of(fc1_weight, fc2_weight, fc1_bias, fc2_bias, dtype);
   const Tensor hidden = linear_of(as(y, dtype), layers.first_weight, layers.first_bias);
-  const Tensor active = gelu(hidden, gelu_kind, false);
+  const Tensor active = gelu(hidden, kind, false);
   const Tensor branch = dropped(linear_of(active, layers.second_weight, layers.second_bias), drop);
   const Normed out = merged_norm(x, branch, std::nullopt, x.size(1), std::nullopt, norm_weight, norm_bias,
                                  eps, gamma, norm_dtype, true);
@@ -233,10 +233,11 @@ Gradients mlp_half_backward(const std::optional<Tensor>& grad_x, const std::opti
                             const std::optional<Tensor>& branch, const std::optional<Tensor>& drop,
                             const std::optional<Tensor>& cast, const std::optional<Tensor>& fc1_weight,
                             const std::optional<Tensor>& fc2_weight, const Tensor& y, const Tensor& hidden,
-                            const Tensor& active, int64_t gelu_kind, int64_t wanted) {
+                            const Tensor& active, int64_t gelu_code, int64_t wanted) {
   check_tensor(merged, "merged", 3);
   check_tensor(hidden, "hidden", 3);
   check_tensor(y, "y", 3);
+  const GeluKind kind = gelu_kind(gelu_code);
   const DeviceScope scope(merged);
   const ScalarType dtype = hidden.scalar_type();
   Weights weights{cast};
@@ -247,7 +248,7 @@ Gradients mlp_half_backward(const std::optional<Tensor>& grad_x, const std::opti
                               norm_weight, gamma, branch, drop, merged.size(1), dtype, wanted, sums);
   sums.add(grads.branch, std::nullopt, std::nullopt, wants(wanted, kSecondBias), false);
   const Tensor of_fc2 = weight_grad_if(wants(wanted, kSecondWeight), grads.branch, active, fc2_weight);
-  const Tensor grad = gelu_backward(linear_grad(grads.branch, second_weight), hidden, gelu_kind);
+  const Tensor grad = gelu_backward(linear_grad(grads.branch, second_weight), hidden, kind);
   sums.add(grad, std::nullopt, std::nullopt, wants(wanted, kFirstBias), false);
   const Tensor of_fc1 = weight_grad_if(wants(wanted, kFirstWeight), grad, as(y, dtype), fc1_weight);
   return {grads.x, linear_grad(grad, first_weight), of_fc1, of_fc2, sums.run()};

@@ -36,8 +36,7 @@ int64_t cost(const Choice& choice, const ProductParams& p) {
 // Between the few rows of an image, which save a launch, and many, the product of cuBLAS and a GELU behind it
 // take up to 20 % less time.
 bool pays_with_gelu(const ProductParams& p) {
-  constexpr int kLeastRows = 2048;
-  return p.rows >= kLeastRows || turns(products::kFlat, p) <= 1;
+  return p.rows >= products::kLeastRows || turns(products::kFlat, p) <= 1;
 }
 
 constexpr int64_t kManyRows = 16384;
@@ -108,7 +107,7 @@ Tensor multiply(ProductParams p, const Tensor& x, products::Launch* launch) {
 }  // namespace
 
 Tensor linear_with_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        int64_t kind, int64_t tile) {
+                        GeluKind kind, int64_t tile) {
   check_tensor(x, "x", 3);
   const DeviceScope scope(x);
   TOME_CHECK(tile >= -1 && tile < static_cast<int64_t>(kGelus.size()), "tile must be in [-1, ", kGelus.size(),
@@ -116,8 +115,7 @@ Tensor linear_with_gelu(const Tensor& x, const Tensor& weight, const std::option
   if constexpr (kHasHopper) {
     std::optional<ProductParams> p = product_params(x, weight, bias);
     if (p.has_value() && (tile != -1 || pays_with_gelu(*p))) {
-      p->gelu = activation::gelu_of<activation::kFewTerms>(static_cast<activation::GeluKind>(kind),
-                                                           floating_dtype(x, "x"));
+      p->gelu = activation::gelu_of<activation::kFewTerms>(kind, floating_dtype(x, "x"));
       constexpr products::Launch* kLaunches[]{products::launch_hopper_gelu_wide, products::launch_hopper_gelu,
                                               products::launch_hopper_gelu_flat};
       const auto best = std::min_element(kGelus.begin(), kGelus.end(),
@@ -131,7 +129,7 @@ Tensor linear_with_gelu(const Tensor& x, const Tensor& weight, const std::option
 
 Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool is_tanh,
                    int64_t tile) {
-  return linear_with_gelu(x, weight, bias, is_tanh ? 1 : 0, tile);
+  return linear_with_gelu(x, weight, bias, is_tanh ? GeluKind::kTanh : GeluKind::kErf, tile);
 }
 
 Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
