@@ -301,9 +301,7 @@ def test_what_is_resumed_is_the_same_run(capsys, monkeypatch):
         bad("my_models:small", "--data", "photos", "--resume", "--resume needs the --json of the run"),
         bad("my_models:small", "--data", "photos", "--json", "no/where.json", "there is no folder "),
         bad("my_models:small", "--data", "photos", "--plot", "out.bogus", "Format 'bogus' is not supported"),
-        bad(
-            "my_models:hungry", "--data", "photos", "--r", "2", "out of memory (CUDA out of memory.): choose a smaller"
-        ),
+        bad("my_models:hungry", "--data", "photos", "--batch-size", "9", "(CUDA out of memory.): choose a smaller"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(args, message, capsys, place):
