@@ -25,7 +25,7 @@ from tome.recording import is_recording, record
 CHOICES = ("auto", "reference", "cuda")
 REFERENCE = (
     "the PyTorch reference, which on a GPU is slower than the unpatched model "
-    "(0.45x to 0.50x of its images/s, ViT-B/16 at batch 256 on an H200)"
+    "(0.49x to 0.55x of its images/s, ViT-B/16 at batch 256 on an H200)"
 )
 
 
