@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import matplotlib
-from tables import BASE, ROOT, Data, agreements, load
+from tables import BASE, ROOT, Data, load
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -45,7 +45,7 @@ def throughput() -> None:
 
 def agreement() -> None:
     """Agreement against speed-up: constant and falling schedules."""
-    data = next(iter(agreements().values()))
+    data = load("agreement-dinov2-cpu")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     base, *merged = (each for each in data["results"] if each["r"] != "0")
     kinds: dict[str, list[Data]] = {"the same r in each layer": [], "falling, (r, -1)": []}

@@ -286,31 +286,26 @@ def claim() -> list[str]:
     return [f"{where}: **{', '.join(told)}**."]
 
 
-def agreements() -> dict[str, Data]:
-    """Of each device."""
-    return {name: load(name) for name in ("agreement-dinov2-cpu", "agreement-dinov2-cuda")}
-
-
 def agreement() -> list[str]:
     """Agreement of DINOv2 with its real weights on photographs, beside its speed."""
-    runs = agreements()
-    rates = {name: "a CPU" if name.endswith("cpu") else "a GPU, kernels" for name in runs}
-    lines = table("r", "tokens left", "cosine", *(f"speed-up on {where}" for where in rates.values()))
-    first = next(iter(runs.values()))
-    for each in first["results"]:
-        others = (find(data, r=each["r"]) for data in runs.values())
-        lines.append(row(each["r"], each["tokens"][-1], f"{each['cosine']:.4f}", *map(speed, others)))
+    runs = {name: load(name) for name in ("agreement-dinov2-cpu", "agreement-dinov2-cuda")}
+    on_cpu, on_gpu = runs.values()
+    lines = table("r", "tokens left", "cosine", "speed-up on a CPU", "speed-up on a GPU, kernels")
+    for each in on_cpu["results"]:
+        other = find(on_gpu, r=each["r"])
+        lines.append(row(each["r"], each["tokens"][-1], f"{each['cosine']:.4f}", speed(each), speed(other)))
     lines.append("")
-    for name, data in runs.items():
+    for what, (name, data) in zip(("DINOv2 ViT-S/14, ", ""), runs.items(), strict=True):
         said = data["conditions"]
-        what = f"DINOv2 ViT-S/14, {said['data']}, 224 pixels, batch {said['batch size']}, {said['dtype']}"
-        lines.append(measured(what if name == next(iter(runs)) else what.split(", ", 1)[1], {name: data})[1])
+        what += f"{said['data']}, 224 pixels, batch {said['batch size']}, {said['dtype']}"
+        lines.append(measured(what, {name: data})[1])
     return lines
 
 
 def sizes() -> list[str]:
     """The same agreement with sizes in attention, and without."""
-    name, data = next(iter(agreements().items()))
+    name = "agreement-dinov2-cpu"
+    data = load(name)
     lines = table("r", "with sizes", "without")
     lines += [row(each["r"], f"{each['with']:.4f}", f"{each['without']:.4f}") for each in data["sizes"]]
     return [*lines, *measured("128 crops of photographs, 224 pixels, float32", {name: data})]
