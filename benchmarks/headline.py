@@ -32,8 +32,8 @@ RUNS = {
     "h200-base-sweep": f"{BASE} {SWEEP} --batch-size 256 {HALF} --backend cuda --backend reference",
     "h200-base-compiled": f"{BASE} {HEADLINE} --batch-size 256 {HALF} --backend cuda --compile",
     **{
-        f"h200-base-batch{batch}{suffix}": f"{BASE} --r 8 --r 16 --batch-size {batch} {HALF} --backend cuda {option}"
-        f" --runs {runs}"
+        f"h200-base-batch{batch}{suffix}": f"{BASE} --r 8 --r 16 --r 16,-1.0 --batch-size {batch} {HALF} "
+        f"--backend cuda {option} --runs {runs}"
         for batch in (1, 8, 32, 64)
         for suffix, option, runs in (("", "", 61), ("-graph", "--cuda-graph", 31))
     },

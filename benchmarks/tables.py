@@ -161,13 +161,12 @@ def headline() -> list[str]:
 
 def batches() -> list[str]:
     """vit_base in small batches."""
-    modes = {"eager": "", "CUDA graph": "-graph"}
-    runs = {name: load(name) for b in BATCHES for name in (f"h200-base-batch{b}{suffix}" for suffix in modes.values())}
+    modes = {"": "eager", "-graph": "CUDA graph"}
+    rows = {(batch, mode): f"h200-base-batch{batch}{suffix}" for batch in BATCHES for suffix, mode in modes.items()}
+    runs = {name: load(name) for name in rows.values()}
     values = schedules(next(iter(runs.values())))
-    lines = table("batch", *(f"{mode}, r = {r}" for mode in modes for r in values))
-    for batch in BATCHES:
-        found = (find(runs[f"h200-base-batch{batch}{suffix}"], r=r) for suffix in modes.values() for r in values)
-        lines.append(row(batch, *map(speed, found)))
+    lines = table("batch", "mode", *(f"r = {r}" for r in values))
+    lines += [row(*head, *(speed(find(runs[name], r=r)) for r in values)) for head, name in rows.items()]
     return [*lines, *measured(f"{BASE}, float16", runs)]
 
 

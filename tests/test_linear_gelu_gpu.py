@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends import NO_EXTENSION
-from gpu import assert_replays, assert_same_bits, compiled
+from gpu import assert_replays, assert_same_bits, assert_writes_nothing_else, compiled
 from hypothesis import given
 from hypothesis import strategies as st
 from test_linear_gelu import HALVES, KINDS, build, exactly, two_steps
@@ -120,6 +120,22 @@ def test_a_product_without_gelu(rows, j, k, dtype):
         assert ours.mean() <= 1.002 * error.mean()
     assert_same_bits(lambda: tome_cuda.operators().linear_product(x, weight, bias))
     torch.library.opcheck(tome_cuda.operators().linear_product.default, (x, weight, bias))
+
+
+@HAS_PRODUCTS
+@pytest.mark.parametrize(("rows", "j"), [(32, 8), (96, 200), (160, 392), (520, 3072)])
+def test_a_product_with_gelu_writes_nothing_else(rows, j):
+    """What a tile has beyond the last row or column is left out by the bulk copy that stores it."""
+    x, weight, bias = build((1, rows), j, 72, torch.float16, True, 1.0, 0, "cuda")
+    operator = tome_cuda.operators().linear_gelu
+    for tile in range(TILES):
+        assert_writes_nothing_else(lambda tile=tile: operator(x, weight, bias, False, tile), 2 * rows * j)
+
+
+@HAS_PRODUCTS
+def test_a_product_without_gelu_writes_nothing_else():
+    x, weight, bias = build((1, 16416), 184, 72, torch.float16, True, 1.0, 0, "cuda")
+    assert_writes_nothing_else(lambda: tome_cuda.operators().linear_product(x, weight, bias), 2 * 16416 * 184)
 
 
 @HAS_PRODUCTS
