@@ -24,7 +24,7 @@ def pypi_toolkit() -> Path:
     folders = [] if spec is None else [Path(p) for p in spec.submodule_search_locations or ()]
     found = [nvcc for folder in folders for nvcc in folder.glob("cu*/bin/nvcc")]
     if not found:
-        sys.exit("cannot find nvcc among the installed packages; pip install 'cuda-toolkit[nvcc,cudart,cccl]'")
+        sys.exit("cannot find nvcc among the installed packages; pip install 'cuda-toolkit[nvcc,cudart,cccl,cublas]'")
     return max(found, key=lambda nvcc: int(nvcc.parts[-3].removeprefix("cu"))).parent.parent
 
 

@@ -2,6 +2,7 @@
 // of the host's time. The caller has seen to devices and, but for linear(), to dtypes.
 #pragma once
 
+#include "product/cublaslt.h"
 #include "stable.h"
 
 namespace tome {
@@ -31,6 +32,7 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 inline Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t outputs = weight.size(0);
   const Tensor out = new_empty(x, {x.size(0), x.size(1), outputs}, x.scalar_type());
+  if (bias.has_value() && products::launch_cublaslt(out, x, weight, *bias)) return out;
   const Tensor rows = rows_of(out), from = rows_of(x), matrix = transposed(weight);
   if (bias.has_value()) {
     STABLE_TORCH_ERROR_CODE_CHECK(

@@ -72,7 +72,8 @@ def _library() -> ctypes.CDLL | subprocess.CalledProcessError:
 
 def _build(library: Path) -> None:
     kernels = [path for path in CSRC.glob("*/*.cu") if not path.name.startswith("hopper")]
-    host = [CSRC / "binding.cpp", *CSRC.glob("*/*.cpp"), HERE / "host.cpp", HERE / "plans.cpp"]
+    elsewhere = {CSRC / "product" / "cublaslt.cpp"}  # a library for GPUs
+    host = [CSRC / "binding.cpp", *{*CSRC.glob("*/*.cpp")} - elsewhere, HERE / "host.cpp", HERE / "plans.cpp"]
     with tempfile.TemporaryDirectory(prefix="cuda-emulator-") as folder:
 
         def compiled(source: Path) -> str:

@@ -39,8 +39,6 @@ bool pays_with_gelu(const ProductParams& p) {
   return p.rows >= products::kLeastRows || turns(products::kFlat, p) <= 1;
 }
 
-constexpr int64_t kManyRows = 16384;
-
 // Whether the product of many rows beats that of cuBLAS: there, few inputs take 5 to 10 % longer.
 bool pays(const ProductParams& p) {
   constexpr int kManyInputs = 1280;
@@ -135,7 +133,7 @@ Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Te
 Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_tensor(x, "x", 3);
   if constexpr (kHasHopper) {
-    if (x.size(0) * x.size(1) >= kManyRows) {
+    if (x.size(0) * x.size(1) >= products::kManyRows) {
       const std::optional<ProductParams> p = product_params(x, weight, bias);
       if (p.has_value() && pays(*p)) return multiply(*p, x, products::launch_hopper_linear_wide);
     }

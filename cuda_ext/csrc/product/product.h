@@ -12,6 +12,8 @@ namespace tome::products {
 
 // From as many on the product with a GELU takes less time than that of cuBLAS and a GELU behind it.
 constexpr int kLeastRows = 2048;
+// From as many on, a plain product may be ours; with fewer it waits for the host.
+constexpr int64_t kManyRows = 16384;
 
 struct ProductParams {
   const void* x_ptr;       // [rows, inputs]

@@ -1,0 +1,177 @@
+#include "cublaslt.h"
+
+#include <cublasLt.h>
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "product.h"
+
+namespace tome::products {
+namespace {
+
+// Of the library that PyTorch has loaded: linked, it would tie the wheel to one of its versions.
+struct Library {
+  decltype(&cublasLtCreate) create = nullptr;
+  decltype(&cublasLtMatmulDescInit_internal) init_product = nullptr;
+  decltype(&cublasLtMatmulDescSetAttribute) set_product = nullptr;
+  decltype(&cublasLtMatrixLayoutInit_internal) init_layout = nullptr;
+  decltype(&cublasLtMatmulPreferenceInit_internal) init_preference = nullptr;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) set_preference = nullptr;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) find_algorithms = nullptr;
+  decltype(&cublasLtMatmul) multiply = nullptr;
+  bool is_whole = false;
+};
+
+template <class Function>
+bool look_up(void* handle, const char* name, Function& function) {
+  function = reinterpret_cast<Function>(dlsym(handle, name));
+  return function != nullptr;
+}
+
+Library load() {
+  Library found;
+  void* handle = dlopen("libcublasLt.so.13", RTLD_LAZY | RTLD_NOLOAD);
+  found.is_whole = handle != nullptr && look_up(handle, "cublasLtCreate", found.create) &&
+                   look_up(handle, "cublasLtMatmulDescInit_internal", found.init_product) &&
+                   look_up(handle, "cublasLtMatmulDescSetAttribute", found.set_product) &&
+                   look_up(handle, "cublasLtMatrixLayoutInit_internal", found.init_layout) &&
+                   look_up(handle, "cublasLtMatmulPreferenceInit_internal", found.init_preference) &&
+                   look_up(handle, "cublasLtMatmulPreferenceSetAttribute", found.set_preference) &&
+                   look_up(handle, "cublasLtMatmulAlgoGetHeuristic", found.find_algorithms) &&
+                   look_up(handle, "cublasLtMatmul", found.multiply);
+  return found;
+}
+
+const Library& library() {
+  static const Library loaded = load();
+  return loaded;
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
+}
+
+// One for each device, for all threads and for good; null where there is none.
+cublasLtHandle_t handle_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, cublasLtHandle_t> handles;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cublasLtHandle_t& handle = handles[device];
+  if (handle == nullptr && library().create(&handle) != CUBLAS_STATUS_SUCCESS) handle = nullptr;
+  return handle;
+}
+
+struct Shape {
+  int device;
+  ScalarType dtype;
+  int64_t rows, outputs, inputs;
+
+  bool operator<(const Shape& other) const {
+    return std::tie(rows, outputs, inputs, dtype, device) <
+           std::tie(other.rows, other.outputs, other.inputs, other.dtype, other.device);
+  }
+};
+
+// As the library sees it matrices lie in columns: out^T = weight x^T.
+struct Plan {
+  cublasLtHandle_t handle = nullptr;  // where there is an algorithm
+  cublasLtMatmulDescOpaque_t product{};
+  cublasLtMatrixLayoutOpaque_t weight{}, x{}, out{};
+  cublasLtMatmulAlgo_t algorithm{};
+  int64_t scratch_bytes = 0;
+};
+
+template <class Value>
+bool set(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t attribute, Value value) {
+  return library().set_product(product, attribute, &value, sizeof(value)) == CUBLAS_STATUS_SUCCESS;
+}
+
+template <class Value>
+bool set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute, Value value) {
+  return library().set_preference(preference, attribute, &value, sizeof(value)) == CUBLAS_STATUS_SUCCESS;
+}
+
+Plan make_plan(const Shape& shape, const void* bias) {
+  constexpr size_t kMostScratch = 1 << 20;  // as PyTorch has it
+  const Library& lib = library();
+  const cudaDataType type = shape.dtype == ScalarType::Half ? CUDA_R_16F : CUDA_R_16BF;
+  const auto lay = [&](cublasLtMatrixLayoutOpaque_t& layout, int64_t rows, int64_t columns) {
+    return lib.init_layout(&layout, sizeof(layout), type, rows, columns, rows) == CUBLAS_STATUS_SUCCESS;
+  };
+  Plan plan;
+  cublasLtMatmulPreferenceOpaque_t preference{};
+  cublasLtMatmulHeuristicResult_t found{};
+  int count = 0;
+  const cublasLtHandle_t handle = handle_of(shape.device);
+  // Sums of parts in float32, whatever PyTorch is told to allow.
+  const bool is_found =
+      handle != nullptr &&
+      lib.init_product(&plan.product, sizeof(plan.product), CUBLAS_COMPUTE_32F, CUDA_R_32F) ==
+          CUBLAS_STATUS_SUCCESS &&
+      set(&plan.product, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T) &&
+      set(&plan.product, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS) &&
+      set(&plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias) &&
+      lay(plan.weight, shape.inputs, shape.outputs) && lay(plan.x, shape.inputs, shape.rows) &&
+      lay(plan.out, shape.outputs, shape.rows) &&
+      lib.init_preference(&preference, sizeof(preference)) == CUBLAS_STATUS_SUCCESS &&
+      set(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMostScratch) &&
+      set(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+          static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)) &&
+      lib.find_algorithms(handle, &plan.product, &plan.weight, &plan.x, &plan.out, &plan.out, &preference, 1,
+                          &found, &count) == CUBLAS_STATUS_SUCCESS &&
+      count == 1 && found.state == CUBLAS_STATUS_SUCCESS;
+  if (!is_found) return {};
+  plan.algorithm = found.algo;
+  plan.scratch_bytes = static_cast<int64_t>(found.workspaceSize);
+  plan.handle = handle;
+  return plan;
+}
+
+// Of this thread, as a plan is written to in every call. Null where one can't be made now.
+Plan* plan_of(const Shape& shape, const void* bias, cudaStream_t stream) {
+  constexpr size_t kMostPlans = 1024;  // of images in all sizes there is no end
+  thread_local std::map<Shape, Plan> plans;
+  const auto known = plans.find(shape);
+  if (known != plans.end()) return &known->second;
+  if (is_capturing(stream)) return nullptr;  // a new handle may not be asked for
+  if (plans.size() >= kMostPlans) plans.clear();
+  return &plans.emplace(shape, make_plan(shape, bias)).first->second;
+}
+
+}  // namespace
+
+bool launch_cublaslt(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  constexpr uintptr_t kAlignment = 256;  // what an algorithm is looked for with
+  const int device = x.get_device_index();
+  const ScalarType dtype = x.scalar_type();
+  const auto is_plain = [&](const Tensor& tensor) {
+    return tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == dtype &&
+           tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
+  };
+  const int64_t rows = x.size(0) * x.size(1), inputs = x.size(2), outputs = out.size(2);
+  if ((dtype != ScalarType::Half && dtype != ScalarType::BFloat16) || rows < 1 || rows >= kManyRows ||
+      inputs <= 1 || outputs <= 1 || !is_plain(out) || !is_plain(x) || !is_plain(weight) || !is_plain(bias) ||
+      weight.dim() != 2 || weight.size(1) != inputs || bias.dim() != 1 || bias.size(0) != outputs ||
+      !library().is_whole) {
+    return false;
+  }
+  const DeviceScope scope(x);
+  const cudaStream_t stream = current_stream(x);
+  Plan* plan = plan_of({device, dtype, rows, outputs, inputs}, bias.const_data_ptr(), stream);
+  if (plan == nullptr || plan->handle == nullptr) return false;
+  if (!set(&plan->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr())) return false;
+  std::optional<Tensor> scratch;
+  if (plan->scratch_bytes > 0) scratch = new_empty(x, {plan->scratch_bytes}, ScalarType::Byte);
+  const float one = 1.0f, zero = 0.0f;
+  void* out_ptr = out.mutable_data_ptr();
+  return library().multiply(plan->handle, &plan->product, &one, weight.const_data_ptr(), &plan->weight,
+                            x.const_data_ptr(), &plan->x, &zero, out_ptr, &plan->out, out_ptr, &plan->out,
+                            &plan->algorithm, scratch.has_value() ? scratch->mutable_data_ptr() : nullptr,
+                            plan->scratch_bytes, stream) == CUBLAS_STATUS_SUCCESS;
+}
+
+}  // namespace tome::products
