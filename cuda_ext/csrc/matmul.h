@@ -32,7 +32,6 @@ inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
 inline Tensor linear_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t outputs = weight.size(0);
   const Tensor out = new_empty(x, {x.size(0), x.size(1), outputs}, x.scalar_type());
-  if (bias.has_value() && products::launch_cublaslt(out, x, weight, *bias)) return out;
   const Tensor rows = rows_of(out), from = rows_of(x), matrix = transposed(weight);
   if (bias.has_value()) {
     STABLE_TORCH_ERROR_CODE_CHECK(
@@ -43,11 +42,15 @@ inline Tensor linear_of(const Tensor& x, const Tensor& weight, const std::option
   return out;
 }
 
-// The same by torch's dispatcher where autocast has yet to cast.
+// The same in inference: of few rows by cuBLASLt, and by torch's dispatcher where autocast has yet to cast.
 inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType dtype = x.scalar_type();
   const bool is_alike = weight.scalar_type() == dtype && (!bias.has_value() || bias->scalar_type() == dtype);
-  if (is_alike && weight.dim() == 2) return linear_of(x, weight, bias);
+  if (is_alike && weight.dim() == 2) {
+    std::optional<Tensor> out;
+    if (bias.has_value()) out = products::linear_by_cublaslt(x, weight, *bias);
+    return out.has_value() ? *out : linear_of(x, weight, bias);
+  }
   using torch::stable::detail::from;
   return call<3>("aten::linear", "", {from(x), from(weight), from(bias)});
 }

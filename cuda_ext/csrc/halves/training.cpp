@@ -19,7 +19,7 @@ enum Wanted { kFirstWeight, kFirstBias, kSecondWeight, kSecondBias, kGamma, kNor
 
 bool wants(int64_t wanted, Wanted what) { return wanted >> what & 1; }
 
-constexpr int64_t kCastStep = 128;  // elements; where each parameter starts, as aligned as products want it
+constexpr int64_t kCastStep = 64;  // elements; where each parameter starts, for products that read 16 bytes
 
 int64_t padded(int64_t count) { return (count + kCastStep - 1) / kCastStep * kCastStep; }
 

@@ -144,7 +144,7 @@ Plan* plan_of(const Shape& shape, const void* bias, cudaStream_t stream) {
 
 }  // namespace
 
-bool launch_cublaslt(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+std::optional<Tensor> linear_by_cublaslt(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   constexpr uintptr_t kAlignment = 256;  // what an algorithm is looked for with
   const int device = x.get_device_index();
   const ScalarType dtype = x.scalar_type();
@@ -152,26 +152,32 @@ bool launch_cublaslt(const Tensor& out, const Tensor& x, const Tensor& weight, c
     return tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == dtype &&
            tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
   };
-  const int64_t rows = x.size(0) * x.size(1), inputs = x.size(2), outputs = out.size(2);
-  if ((dtype != ScalarType::Half && dtype != ScalarType::BFloat16) || rows < 1 || rows >= kManyRows ||
-      inputs <= 1 || outputs <= 1 || !is_plain(out) || !is_plain(x) || !is_plain(weight) || !is_plain(bias) ||
-      weight.dim() != 2 || weight.size(1) != inputs || bias.dim() != 1 || bias.size(0) != outputs ||
-      !library().is_whole) {
-    return false;
+  if ((dtype != ScalarType::Half && dtype != ScalarType::BFloat16) || weight.dim() != 2 || bias.dim() != 1 ||
+      !is_plain(x) || !is_plain(weight) || !is_plain(bias) || !library().is_whole) {
+    return std::nullopt;
+  }
+  const int64_t rows = x.size(0) * x.size(1), inputs = x.size(2), outputs = weight.size(0);
+  if (rows < 1 || rows >= kManyRows || inputs <= 1 || outputs <= 1 || weight.size(1) != inputs ||
+      bias.size(0) != outputs) {
+    return std::nullopt;
   }
   const DeviceScope scope(x);
   const cudaStream_t stream = current_stream(x);
   Plan* plan = plan_of({device, dtype, rows, outputs, inputs}, bias.const_data_ptr(), stream);
-  if (plan == nullptr || plan->handle == nullptr) return false;
-  if (!set(&plan->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr())) return false;
+  if (plan == nullptr || plan->handle == nullptr ||
+      !set(&plan->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr())) {
+    return std::nullopt;
+  }
+  Tensor out = new_empty(x, {x.size(0), x.size(1), outputs}, dtype);
   std::optional<Tensor> scratch;
   if (plan->scratch_bytes > 0) scratch = new_empty(x, {plan->scratch_bytes}, ScalarType::Byte);
   const float one = 1.0f, zero = 0.0f;
   void* out_ptr = out.mutable_data_ptr();
-  return library().multiply(plan->handle, &plan->product, &one, weight.const_data_ptr(), &plan->weight,
-                            x.const_data_ptr(), &plan->x, &zero, out_ptr, &plan->out, out_ptr, &plan->out,
-                            &plan->algorithm, scratch.has_value() ? scratch->mutable_data_ptr() : nullptr,
-                            plan->scratch_bytes, stream) == CUBLAS_STATUS_SUCCESS;
+  const cublasStatus_t status = library().multiply(
+      plan->handle, &plan->product, &one, weight.const_data_ptr(), &plan->weight, x.const_data_ptr(),
+      &plan->x, &zero, out_ptr, &plan->out, out_ptr, &plan->out, &plan->algorithm,
+      scratch.has_value() ? scratch->mutable_data_ptr() : nullptr, plan->scratch_bytes, stream);
+  return status == CUBLAS_STATUS_SUCCESS ? std::optional<Tensor>(out) : std::nullopt;
 }
 
 }  // namespace tome::products

@@ -5,9 +5,9 @@
 
 namespace tome::products {
 
-// out [B, N, J] = x weight^T + bias of halves. What PyTorch's addmm launches, so the same bits, but the
-// algorithm is looked for once for each shape and thread, not in every call. False where the library isn't
+// x weight^T + bias of halves [B, N, K] and [J, K]. What PyTorch's addmm launches, so the same bits, but the
+// algorithm is looked for once for each shape and thread, not in every call. Nothing where the library isn't
 // loaded, where there are many rows, and for tensors that aren't plain: for PyTorch.
-bool launch_cublaslt(const Tensor& out, const Tensor& x, const Tensor& weight, const Tensor& bias);
+std::optional<Tensor> linear_by_cublaslt(const Tensor& x, const Tensor& weight, const Tensor& bias);
 
 }  // namespace tome::products
