@@ -45,6 +45,10 @@ def main() -> None:
     libraries = [p for p in (toolkit / "lib64", toolkit / "lib") if (p / "libcudart_static.a").exists()]
     if not libraries:
         sys.exit(f"cannot find libcudart_static.a under {toolkit}")
+    if not (toolkit / "include" / "cublasLt.h").exists():
+        sys.exit(
+            f"cannot find cublasLt.h under {toolkit}; pip install 'cuda-toolkit[cublas]', or the toolkit's own package"
+        )
     cutlass = package_folder("cutlass_library") / "source" / "include"
     version = first_match(
         r"CUTLASS_MAJOR (\d+).*?CUTLASS_MINOR (\d+).*?CUTLASS_PATCH (\d+)",

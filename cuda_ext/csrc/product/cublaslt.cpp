@@ -3,10 +3,12 @@
 #include <cublasLt.h>
 #include <dlfcn.h>
 
+#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <tuple>
 
+#include "../ops.h"
 #include "product.h"
 
 namespace tome::products {
@@ -33,7 +35,10 @@ bool look_up(void* handle, const char* name, Function& function) {
 
 Library load() {
   Library found;
-  void* handle = dlopen("libcublasLt.so.13", RTLD_LAZY | RTLD_NOLOAD);
+  // What people set to keep PyTorch away from this library, or from its choice, is meant for these products
+  // too.
+  if (std::getenv("DISABLE_ADDMM_CUDA_LT") || std::getenv("CUBLASLT_WORKSPACE_SIZE")) return found;
+  void* handle = dlopen("libcublasLt.so." TOME_EXPAND(CUBLAS_VER_MAJOR), RTLD_LAZY | RTLD_NOLOAD);
   found.is_whole = handle != nullptr && look_up(handle, "cublasLtCreate", found.create) &&
                    look_up(handle, "cublasLtMatmulDescInit_internal", found.init_product) &&
                    look_up(handle, "cublasLtMatmulDescSetAttribute", found.set_product) &&
@@ -55,13 +60,15 @@ bool is_capturing(cudaStream_t stream) {
   return cudaStreamIsCapturing(stream, &status) != cudaSuccess || status != cudaStreamCaptureStatusNone;
 }
 
-// One for each device, for all threads and for good; null where there is none.
-cublasLtHandle_t handle_of(int device) {
+// One for each device, for all threads and for good; null where there is none and none can be asked for now.
+cublasLtHandle_t handle_of(int device, cudaStream_t stream) {
   static std::mutex mutex;
   static std::map<int, cublasLtHandle_t> handles;
   const std::lock_guard<std::mutex> lock(mutex);
   cublasLtHandle_t& handle = handles[device];
-  if (handle == nullptr && library().create(&handle) != CUBLAS_STATUS_SUCCESS) handle = nullptr;
+  if (handle == nullptr && (is_capturing(stream) || library().create(&handle) != CUBLAS_STATUS_SUCCESS)) {
+    handle = nullptr;
+  }
   return handle;
 }
 
@@ -95,7 +102,7 @@ bool set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttribut
   return library().set_preference(preference, attribute, &value, sizeof(value)) == CUBLAS_STATUS_SUCCESS;
 }
 
-Plan make_plan(const Shape& shape, const void* bias) {
+Plan make_plan(const Shape& shape, cublasLtHandle_t handle, const void* bias) {
   constexpr size_t kMostScratch = 1 << 20;  // as PyTorch has it
   const Library& lib = library();
   const cudaDataType type = shape.dtype == ScalarType::Half ? CUDA_R_16F : CUDA_R_16BF;
@@ -106,10 +113,8 @@ Plan make_plan(const Shape& shape, const void* bias) {
   cublasLtMatmulPreferenceOpaque_t preference{};
   cublasLtMatmulHeuristicResult_t found{};
   int count = 0;
-  const cublasLtHandle_t handle = handle_of(shape.device);
-  // Sums of parts in float32, whatever PyTorch is told to allow.
+  // Parts of a sum are added in float32, as PyTorch does where it may not do else.
   const bool is_found =
-      handle != nullptr &&
       lib.init_product(&plan.product, sizeof(plan.product), CUBLAS_COMPUTE_32F, CUDA_R_32F) ==
           CUBLAS_STATUS_SUCCESS &&
       set(&plan.product, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T) &&
@@ -131,15 +136,16 @@ Plan make_plan(const Shape& shape, const void* bias) {
   return plan;
 }
 
-// Of this thread, as a plan is written to in every call. Null where one can't be made now.
+// Of this thread, as a plan is written to in every call. Null where there is no handle yet.
 Plan* plan_of(const Shape& shape, const void* bias, cudaStream_t stream) {
   constexpr size_t kMostPlans = 1024;  // of images in all sizes there is no end
   thread_local std::map<Shape, Plan> plans;
   const auto known = plans.find(shape);
   if (known != plans.end()) return &known->second;
-  if (is_capturing(stream)) return nullptr;  // a new handle may not be asked for
+  const cublasLtHandle_t handle = handle_of(shape.device, stream);
+  if (handle == nullptr) return nullptr;
   if (plans.size() >= kMostPlans) plans.clear();
-  return &plans.emplace(shape, make_plan(shape, bias)).first->second;
+  return &plans.emplace(shape, make_plan(shape, handle, bias)).first->second;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Host side of products: whether they can run and pay, tiles, output, launch; else PyTorch's functions.
+// Host side of products: whether they can run and pay, tiles, output, launch; else cuBLASLt or PyTorch.
 #include "product.h"
 
 #include <algorithm>
@@ -132,6 +132,7 @@ Tensor linear_gelu(const Tensor& x, const Tensor& weight, const std::optional<Te
 
 Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_tensor(x, "x", 3);
+  const DeviceScope scope(x);
   if constexpr (kHasHopper) {
     if (x.size(0) * x.size(1) >= products::kManyRows) {
       const std::optional<ProductParams> p = product_params(x, weight, bias);
