@@ -129,6 +129,17 @@ inline void check_tensor(const Tensor& tensor, const char* name, int64_t dims) {
   TOME_CHECK(tensor.dim() == dims, name, " must have ", dims, " dimensions, got ", tensor.dim());
 }
 
+inline bool is_half(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
+}
+
+// Of the GPU and dtype of another one, starting at a multiple of so many bytes.
+inline bool is_alike(const Tensor& tensor, const Tensor& other, uintptr_t alignment) {
+  return tensor.is_cuda() && tensor.get_device_index() == other.get_device_index() &&
+         tensor.scalar_type() == other.scalar_type() &&
+         reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment == 0;
+}
+
 inline void check_like(const Tensor& tensor, const char* name, const Tensor& other, ScalarType dtype) {
   TOME_CHECK(tensor.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
              " must be on the device of the tokens");

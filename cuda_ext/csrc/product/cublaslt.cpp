@@ -92,14 +92,10 @@ struct Plan {
   int64_t scratch_bytes = 0;
 };
 
-template <class Value>
-bool set(cublasLtMatmulDesc_t product, cublasLtMatmulDescAttributes_t attribute, Value value) {
-  return library().set_product(product, attribute, &value, sizeof(value)) == CUBLAS_STATUS_SUCCESS;
-}
-
-template <class Value>
-bool set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute, Value value) {
-  return library().set_preference(preference, attribute, &value, sizeof(value)) == CUBLAS_STATUS_SUCCESS;
+// By the library's function for that kind of object.
+template <class Function, class Object, class Attribute, class Value>
+bool set(Function function, Object* object, Attribute attribute, Value value) {
+  return function(object, attribute, &value, sizeof(value)) == CUBLAS_STATUS_SUCCESS;
 }
 
 Plan make_plan(const Shape& shape, cublasLtHandle_t handle, const void* bias) {
@@ -117,14 +113,14 @@ Plan make_plan(const Shape& shape, cublasLtHandle_t handle, const void* bias) {
   const bool is_found =
       lib.init_product(&plan.product, sizeof(plan.product), CUBLAS_COMPUTE_32F, CUDA_R_32F) ==
           CUBLAS_STATUS_SUCCESS &&
-      set(&plan.product, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T) &&
-      set(&plan.product, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS) &&
-      set(&plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias) &&
+      set(lib.set_product, &plan.product, CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T) &&
+      set(lib.set_product, &plan.product, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS) &&
+      set(lib.set_product, &plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias) &&
       lay(plan.weight, shape.inputs, shape.outputs) && lay(plan.x, shape.inputs, shape.rows) &&
       lay(plan.out, shape.outputs, shape.rows) &&
       lib.init_preference(&preference, sizeof(preference)) == CUBLAS_STATUS_SUCCESS &&
-      set(&preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMostScratch) &&
-      set(&preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+      set(lib.set_preference, &preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kMostScratch) &&
+      set(lib.set_preference, &preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
           static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)) &&
       lib.find_algorithms(handle, &plan.product, &plan.weight, &plan.x, &plan.out, &plan.out, &preference, 1,
                           &found, &count) == CUBLAS_STATUS_SUCCESS &&
@@ -155,11 +151,10 @@ std::optional<Tensor> linear_by_cublaslt(const Tensor& x, const Tensor& weight, 
   const int device = x.get_device_index();
   const ScalarType dtype = x.scalar_type();
   const auto is_plain = [&](const Tensor& tensor) {
-    return tensor.is_cuda() && tensor.get_device_index() == device && tensor.scalar_type() == dtype &&
-           tensor.is_contiguous() && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0;
+    return is_alike(tensor, x, kAlignment) && tensor.is_contiguous();
   };
-  if ((dtype != ScalarType::Half && dtype != ScalarType::BFloat16) || weight.dim() != 2 || bias.dim() != 1 ||
-      !is_plain(x) || !is_plain(weight) || !is_plain(bias) || !library().is_whole) {
+  if (!is_half(x) || weight.dim() != 2 || bias.dim() != 1 || !is_plain(x) || !is_plain(weight) ||
+      !is_plain(bias) || !library().is_whole) {
     return std::nullopt;
   }
   const int64_t rows = x.size(0) * x.size(1), inputs = x.size(2), outputs = weight.size(0);
@@ -171,7 +166,7 @@ std::optional<Tensor> linear_by_cublaslt(const Tensor& x, const Tensor& weight, 
   const cudaStream_t stream = current_stream(x);
   Plan* plan = plan_of({device, dtype, rows, outputs, inputs}, bias.const_data_ptr(), stream);
   if (plan == nullptr || plan->handle == nullptr ||
-      !set(&plan->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr())) {
+      !set(library().set_product, &plan->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias.const_data_ptr())) {
     return std::nullopt;
   }
   Tensor out = new_empty(x, {x.size(0), x.size(1), outputs}, dtype);

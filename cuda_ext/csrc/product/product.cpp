@@ -46,14 +46,6 @@ bool pays(const ProductParams& p) {
   return p.inputs <= kManyInputs && 16 * lost < p.outputs;
 }
 
-bool starts_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAccessBytes == 0;
-}
-
-bool is_half(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
-}
-
 // From one row of x to the next; 0 where they don't follow each other evenly.
 int64_t row_stride(const Tensor& x) {
   if (x.size(0) * x.size(1) <= 1) return x.size(2);
@@ -63,13 +55,10 @@ int64_t row_stride(const Tensor& x) {
 
 // predicates.py says the same, but for what only an address tells.
 bool fits(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const auto is_alike = [&](const Tensor& tensor) {
-    return tensor.is_cuda() && tensor.get_device_index() == x.get_device_index() &&
-           tensor.scalar_type() == x.scalar_type() && starts_aligned(tensor);
-  };
-  if (!is_half(x) || !is_alike(x) || !is_alike(weight) || weight.dim() != 2) return false;
+  const auto fits_x = [&](const Tensor& tensor) { return is_alike(tensor, x, kAccessBytes); };
+  if (!is_half(x) || !fits_x(x) || !fits_x(weight) || weight.dim() != 2) return false;
   const int64_t inputs = x.size(2), outputs = weight.size(0), stride = row_stride(x);
-  const bool fits_bias = !bias.has_value() || (is_alike(*bias) && bias->dim() == 1 &&
+  const bool fits_bias = !bias.has_value() || (fits_x(*bias) && bias->dim() == 1 &&
                                                bias->size(0) == outputs && bias->is_contiguous());
   return fits_bias && weight.size(1) == inputs && weight.is_contiguous() && inputs > 0 && inputs % 8 == 0 &&
          outputs % 8 == 0 && x.stride(2) == 1 && stride >= inputs && stride % 8 == 0;
