@@ -52,9 +52,9 @@ def schemas() -> dict[str, str]:
 
 
 @functools.cache
-def install() -> torch.library.Library:
-    """Define the operators in a namespace of their own, with the fakes and gradients of ``tome_cuda``, once."""
-    defined = torch.library.Library(NAMESPACE, "DEF")
+def install(namespace: str = NAMESPACE) -> torch.library.Library:
+    """Define the operators in a namespace of their own, once."""
+    defined = torch.library.Library(namespace, "DEF")
     for name, schema in schemas().items():
         defined.define(schema)
         defined.impl(name, KERNELS[name], "CPU")
@@ -63,13 +63,11 @@ def install() -> torch.library.Library:
 
 def use(patch: Any) -> None:
     """Let ``tome_cuda`` call these operators, as long as the monkeypatch holds."""
-    is_new = not install.cache_info().currsize
     install()
     patch.setattr(registration, "NAMESPACE", NAMESPACE)
     patch.setattr(registration, "_overload", functools.cache(registration._overload.__wrapped__))
     patch.setattr(library, "_load", lambda: library._Loaded(INFO, None))
-    if is_new:
-        registration._register.__wrapped__()
+    registration._register.__wrapped__()
     patch.setattr(registration, "_register", lambda: True)
 
 

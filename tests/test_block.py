@@ -217,6 +217,20 @@ def test_tokens_and_positions_are_joined_by_the_host_where_anyone_would_notice()
 
 
 @pytest.mark.usefixtures("kernels")
+@every_host
+def test_a_model_that_is_not_to_use_the_kernels_is_the_hosts_own(host, monkeypatch):
+    monkeypatch.setattr(ends, "pays", lambda x: backend.get_backend() != "reference")
+    model = make(host).bfloat16()
+    twin = tome.patch.timm(copy.deepcopy(model), use_cuda_ext=False)
+    x = images().bfloat16()
+    with torch.no_grad():
+        assert torch.equal(twin(x), model(x))
+        assert ops_of(calls(twin, x)["patch_embed"]) == [("convolution", "torch")]
+    again = tome.patch.timm(twin)
+    assert ops_of(calls(again, x)["patch_embed"]) == [("matrix product", "torch")]
+
+
+@pytest.mark.usefixtures("kernels")
 def test_a_mask_reaches_the_host_as_long_as_nothing_merges():
     model, twin = (each.bfloat16() for each in twins("plain", 0))
     x, mask = images().bfloat16(), torch.zeros(1, 1, 37, 37, dtype=torch.bfloat16)

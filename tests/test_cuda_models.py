@@ -211,7 +211,7 @@ def test_the_report_of_a_model_names_the_kernels():
     model.r = 4
     with tome.use_backend("auto"):
         parts = report.ranges(report.parts(model, images().half().cuda()))
-    # The first block has no addition to wait for, and the last restores the grid.
+    # The first block has no addition to wait for, and of the last the class token is read.
     assert [part.name for part in parts] == ["patch_embed", "blocks.0", "blocks.1-2", "blocks.3", "norm"]
     assert [call.op for call in parts[0].calls] == ["matrix product"]
     attend, mlp = halves = parts[2].calls
@@ -220,7 +220,7 @@ def test_the_report_of_a_model_names_the_kernels():
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
     assert mlp.reason.startswith("one call with GELU inside" if is_hopper else "one call without a product with GELU")
     assert parts[3].calls[:2] == halves
-    assert [call.op for call in parts[3].calls[2:]] == ["linear_gelu", "restore"]
+    assert [(call.op, call.backend) for call in parts[3].calls[2:]] == [("restore", None)]
     assert parts[4].calls == (recording.Call("merge_add_norm", "cuda", None),)
     with tome.use_backend("auto"):
         wide = report.ranges(report.parts(model.float(), images().cuda()))[2]
@@ -280,6 +280,15 @@ def test_a_model_on_a_second_gpu(dtype):
     other = logits(model.to("cuda:1"), x.to("cuda:1"), "cuda", None)
     assert other.device.index == 1
     assert torch.equal(other.to(x.device), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_that_is_not_to_use_them_is_the_unpatched_one_bit_for_bit(dtype):
+    model = make("plain", **WIDE).to(dtype).cuda()
+    twin = tome.patch.timm(copy.deepcopy(model), use_cuda_ext=False)
+    x = images().to(dtype).cuda()
+    with tome.use_backend("auto"):
+        assert torch.equal(twin(x), model(x))
 
 
 def test_auto_takes_the_kernels():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import tome
 import tome_cuda
 import tome_reference
-from tome_cuda import fakes, registration
+from tome_cuda import fakes, library, registration
 from tome_reference import checks
 
 OPERATIONS = [name for name in tome_reference.__all__ if name != "max_r"]
@@ -62,6 +66,34 @@ def test_a_fake_has_the_arguments_of_its_schema(name: str) -> None:
         known |= {"int": "int", "float": "float", "bool": "bool"}
         kind = "torch.dtype" if argument.name.endswith("dtype") else known[str(argument.type)]
         assert parameter.annotation == kind, argument.name
+
+
+def test_first_calls_from_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch is told of each operator once, and no call runs before it is: torch 2.11 refuses a second fake."""
+    namespace, threads = "tome_stand_in_of_threads", 8
+    stand_in.install(namespace)
+    monkeypatch.setattr(registration, "NAMESPACE", namespace)
+    monkeypatch.setattr(registration, "_register", functools.cache(registration._register.__wrapped__))
+    monkeypatch.setattr(library, "_load", lambda: library._Loaded(stand_in.INFO, None))
+    told: list[str] = []
+    register_fake = torch.library.register_fake
+
+    def slowly(name: str, *args: Any) -> None:
+        time.sleep(1e-4)  # other threads run
+        told.append(name)
+        register_fake(name, *args)
+
+    monkeypatch.setattr(torch.library, "register_fake", slowly)
+    together = threading.Barrier(threads)
+
+    def first_call(_: int) -> int:
+        together.wait()
+        registration.operators()
+        return len(told)
+
+    with ThreadPoolExecutor(threads) as pool:
+        assert set(pool.map(first_call, range(threads))) == {len(fakes.FAKES)}
+    assert told == [f"{namespace}::{name}" for name in fakes.FAKES]
 
 
 def test_every_operator_has_a_fake_and_a_kernel() -> None:

@@ -31,6 +31,10 @@ class Norm(NamedTuple):
     dtype: torch.dtype | None = None
 
 
+# One call takes less of the host's time than its parts, even if nobody reads what it norms.
+UNREAD = Norm(None, None, 1.0)
+
+
 class Branch(NamedTuple):
     """What is to be added to x, or to its last tokens: value [B, N, C], times gamma [C] where there is a LayerScale."""
 
@@ -220,6 +224,12 @@ class Tokens:
         value, gamma = (None, None) if branch is None else branch
         return ops.restore(self.unadded, value, self.steps, gamma)
 
+    def leading(self, count: int) -> Tensor:
+        """The first ``count`` tokens, which have not merged, [B, count, C]; what waits is computed for them alone."""
+        if not isinstance(self.waiting, Mlp):
+            return self.x[:, :count]
+        return self.waiting._replace(y=self.waiting.y[:, :count]).add(self.unadded[:, :count], UNREAD)[0]
+
     def complete(self) -> Tokens:
         """The same with x computed and, where nothing has been merged, sizes of one and the identity for a map."""
         x = self.x
@@ -282,6 +292,7 @@ def restored(tree: Any) -> Any:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.kept: list[Tokens] | None = None
+        self.reader: object = None
 
 
 _thread = _Thread()
@@ -301,6 +312,21 @@ def keep(tokens: Tokens) -> None:
     """Give the tokens to :func:`kept`, if anyone collects them."""
     if _thread.kept is not None:
         _thread.kept.append(tokens)
+
+
+@contextmanager
+def read_by(model: object) -> Iterator[None]:
+    """Tell the last block that, in this thread, this model's forward reads what it gives."""
+    outer, _thread.reader = _thread.reader, model
+    try:
+        yield
+    finally:
+        _thread.reader = outer
+
+
+def reader() -> Any:
+    """The model whose forward reads what the last block gives, None where it may be anyone."""
+    return _thread.reader
 
 
 def padded(x: Tensor, valid: Tensor | None) -> Tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ NAMESPACE = "tome_cuda"
 LARGE = 1 << 25
 INDUCTOR_WRITES = torch.__version__ < "2.15"  # out the operators that it does not know
 FAILED_CALL = "API call failed"  # what torch's stable interface says of any failure of torch, a lack of memory too
+_registered: set[str] = set()  # the namespaces whose operators torch knows
+_registering = threading.Lock()
 
 
 def operators() -> Any:
@@ -71,10 +74,13 @@ def register() -> bool:
 @functools.cache
 def _register() -> bool:
     library.info()
-    for name, fake in FAKES.items():
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake.make)
-    for name, (backward, setup_context) in GRADIENTS.items():
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+    with _registering:  # first calls may come from several threads, and torch refuses a second fake
+        if NAMESPACE not in _registered:
+            for name, fake in FAKES.items():
+                torch.library.register_fake(f"{NAMESPACE}::{name}", fake.make)
+            for name, (backward, setup_context) in GRADIENTS.items():
+                torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+            _registered.add(NAMESPACE)
     return True
 
 

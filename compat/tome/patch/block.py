@@ -21,12 +21,15 @@ from tome.patch.row import NOTHING, Beside, Place, Qkv
 from tome.patch.swap import UnsupportedModelError
 from tome.recording import PART, is_recording, record
 from tome.streams import side_stream
-from tome.tokens import Branch, Counts, Mlp, Norm, Tokens, add, keep, padded
+from tome.tokens import Branch, Counts, Mlp, Norm, Tokens, add, keep, padded, reader
 from tome_reference.attention import size_bias
 
 
 class MergingBlock(Halves):
-    """Mixed into a host's block: takes a tensor or :class:`Tokens`, returns tokens, and the last one the full grid."""
+    """Mixed into a host's block: takes a tensor or :class:`Tokens`, returns tokens, and the last one the full grid.
+
+    Where kernels compute and the model reads protected tokens alone, the last one returns these.
+    """
 
     _tome_last: tuple[Tensor | None, Tensor | None] = (None, None)  # size and slot map behind the last pass
     _tome_chosen: str | None = None  # the backend of the pass that a checkpoint computes again
@@ -72,7 +75,10 @@ class MergingBlock(Halves):
             tokens = self._merged(tokens, beside)
             if s.is_last:
                 self._tell(tokens)
-                return self._turned(tokens.restored())
+                if not self._is_read_in_part(tokens.unadded):
+                    return self._turned(tokens.restored())
+                record("restore", None, "the head reads protected tokens alone, so the MLP runs on no others")
+                return self._turned(tokens.leading(s.prefix))
             # Hooks may take the block's parameters away, with which an addition waits.
             return tokens.added() if has_hooks(self) else tokens
 
@@ -84,8 +90,9 @@ class MergingBlock(Halves):
 
     def gains(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
         """Whether a block that merges nothing is faster by the kernels, and nobody wants more of it than they give."""
-        if torch.is_grad_enabled() or has_hooks(self) or not backend.takes_kernels(x):
-            return False
+        with backend.use_backend(self._tome.model.backend):  # the model asks too, outside of its blocks
+            if torch.is_grad_enabled() or has_hooks(self) or not backend.takes_kernels(x):
+                return False
         if (plain.autocast_dtype(x) or x.dtype) not in (torch.float16, torch.bfloat16):
             return False  # attention would be PyTorch's
         if plain.why_watched(x) is not None:
@@ -95,6 +102,20 @@ class MergingBlock(Halves):
         except UnsupportedModelError:  # a mask, which is no matter as long as nothing merges
             return False
         return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+    def _is_read_in_part(self, x: Tensor) -> bool:
+        """Whether of the last block's tokens only protected ones are read, for certain."""
+        s, model = self._tome, reader()
+        return (
+            model is not None
+            and model._tome is s.model
+            and s.prefix > 0
+            and not torch.is_grad_enabled()
+            and not has_hooks(self)
+            and backend.takes_kernels(x)
+            and plain.why_watched(x) is None
+            and model._tome_reads_prefix()
+        )
 
     def _turned(self, x: Tensor) -> Tensor:
         return x if self._tome_batch_first else x.transpose(0, 1)

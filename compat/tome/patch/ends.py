@@ -17,7 +17,13 @@ from tome.recording import PART, record
 WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
-class PatchConv(Patched):
+class End(Patched):
+    """Mixed into a module that stands before or behind the blocks, and computes by the backend of their model."""
+
+    _tome_backend: str | None = None
+
+
+class PatchConv(End):
     """Mixed into a convolution over patches. On a GPU cuDNN's takes many times as long as gathering them and a product.
 
     The products are those of the convolution, added in another order; on the reference backend it is the convolution.
@@ -25,6 +31,10 @@ class PatchConv(Patched):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        with backend.use_backend(self._tome_backend):
+            return self._embedded(x)
+
+    def _embedded(self, x: Tensor) -> Tensor:
         record(PART, None, "patch_embed")
         conv, batched = cast(Any, self), x.dim() == 2 + len(cast(Any, self).kernel_size)
         grid = [length // size for length, size in zip(x.shape[2:], conv.kernel_size, strict=False)]
@@ -36,7 +46,7 @@ class PatchConv(Patched):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = F.linear(patches(x, conv.kernel_size), conv.weight.flatten(1), conv.bias)
-        return cast(Tensor, y.transpose(1, 2).unflatten(2, grid))
+        return y.transpose(1, 2).view(*y.shape[::2], *grid)
 
 
 class PatchConv2d(PatchConv, nn.Conv2d):
@@ -54,7 +64,7 @@ class PatchConv3d(PatchConv, nn.Conv3d):
 PATCH_CONVS: dict[type, type[nn.Module]] = {nn.Conv2d: PatchConv2d, nn.Conv3d: PatchConv3d}
 
 
-class LastNorm(Patched):
+class LastNorm(End):
     """Mixed into the LayerNorm behind the blocks, which reads the full grid: on a GPU one read and one write."""
 
     weight: Tensor | None
@@ -63,6 +73,10 @@ class LastNorm(Patched):
     normalized_shape: tuple[int, ...]
 
     def forward(self, x: Tensor) -> Tensor:
+        with backend.use_backend(self._tome_backend):
+            return self._normed(x)
+
+    def _normed(self, x: Tensor) -> Tensor:
         is_known = len(self.normalized_shape) == 1 and not getattr(self, "_fast_norm", False)
         if (
             not is_known
@@ -85,13 +99,20 @@ def pays(x: Tensor) -> bool:
     return x.is_cuda and backend.get_backend() != "reference"
 
 
-def swap_ends(embedding: Iterable[nn.Module | None], norm: nn.Module | None) -> None:
-    """Swap what can be computed faster: of the embedding's parts the convolutions over patches, and the last norm."""
-    for part in embedding:
+def swap_ends(embedding: Iterable[nn.Module | None], norm: nn.Module | None, chosen: str | None) -> None:
+    """Swap what can be computed faster: of the embedding's parts the convolutions over patches, and the last norm.
+
+    ``chosen`` is the backend that their model was patched for, None for any.
+    """
+    parts = [*embedding, norm]
+    for part in parts[:-1]:
         if part is not None and is_patch_conv(part):
             part.__class__ = PATCH_CONVS[type(part)]
     if norm is not None and type(norm) in plain.NORMS:
         swap(norm, LastNorm)
+    for part in parts:
+        if isinstance(part, End):
+            part._tome_backend = chosen
 
 
 def is_patch_conv(module: object) -> bool:
@@ -113,8 +134,10 @@ def patches(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     row_bytes = sizes[-1] * x.element_size()
     word = next(word for word in WORDS if row_bytes % word.itemsize == 0)
-    split, dims = x.contiguous().view(word), len(sizes)
-    for dim, size in reversed([*enumerate((*sizes[:-1], row_bytes // word.itemsize), start=2)]):
-        split = split.unflatten(dim, (-1, size))
+    split: list[int] = [*x.shape[:2]]
+    for length, size, inside in zip(x.shape[2:], sizes, (*sizes[:-1], row_bytes // word.itemsize), strict=True):
+        split += [length // size, inside]
+    dims = len(sizes)
     order = (0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))
-    return split.permute(order).flatten(dims + 1).flatten(1, dims).view(x.dtype)
+    parts = x.contiguous().view(word).view(split).permute(order)
+    return parts.flatten(dims + 1).flatten(1, dims).view(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tome import schedule
 from tome.patch.block import MergingBlock
+from tome.patch.plain import has_hooks
 from tome.patch.row import BlockSettings, ModelSettings
-from tome.patch.swap import Patched, UnsupportedModelError, swap
-from tome.tokens import Tokens, kept, restored
+from tome.patch.swap import Patched, UnsupportedModelError, base_of, name_of, swap
+from tome.tokens import Tokens, kept, read_by, restored
 from tome.utils import adjacency
 
 
@@ -34,6 +35,19 @@ class PatchedModel(Patched):
     def _tome_length(self) -> int | None:
         """How many tokens enter the first block, where that is known before an image is."""
         raise NotImplementedError
+
+    def _tome_reads_prefix(self) -> bool:
+        """Whether its forward reads only protected tokens of the last block, and nobody sees others on the way."""
+        return False
+
+    def _tome_is_hosts(self, hosts: Collection[str], methods: Iterable[str], modules: Iterable[nn.Module]) -> bool:
+        """Whether these methods are those of a host's class of such a name, and nobody watches the modules."""
+        base = base_of(cast(nn.Module, self))
+        for kind in base.__mro__:
+            if name_of(kind) in hosts:
+                own = (name in self.__dict__ or getattr(base, name) is not getattr(kind, name) for name in methods)
+                return not any(own) and not any(has_hooks(module) for module in modules)
+        return False
 
     @property
     def r(self) -> schedule.Schedule:
@@ -73,6 +87,15 @@ class PatchedModel(Patched):
                 "distill_token": has_distillation,
             }
         )
+
+
+class ReadByForward(PatchedModel):
+    """Mixed into a model whose forward may read protected tokens alone: the last block then asks it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the host's library."""
+        with read_by(self):
+            return super().forward(*args, **kwargs)
 
 
 class Intermediates(PatchedModel):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from tome.patch import plain, timm_host
 from tome.patch.block import MergingBlock
-from tome.patch.ends import swap_ends
+from tome.patch.ends import LastNorm, swap_ends
 from tome.patch.mha import MhaBlock, MultiheadAttention, check
-from tome.patch.model import Intermediates, begin, hold
+from tome.patch.model import Intermediates, ReadByForward, begin, hold
 from tome.patch.plain import has_hooks, through
 from tome.patch.row import Attention, Call, ModelSettings, Place, Qkv, Row
 from tome.patch.swap import UnsupportedModelError, base_of, check_own, name_of, swap
@@ -70,10 +70,11 @@ BLOCKS: dict[str, type[MergingBlock]] = {
     f"{HOME}.CustomResidualAttentionBlock": CustomResidualAttentionBlock,
 }
 MODELS = {f"{HOME}.VisionTransformer"}
+POOLS = ("forward", "_pool", "_global_pool")
 TIMM = "open_clip.timm_model.TimmModel"  # timm's model is its trunk
 
 
-class VisionTransformer(Intermediates):
+class VisionTransformer(ReadByForward, Intermediates):
     """open_clip's own vision tower."""
 
     def _tome_blocks(self) -> dict[str, MergingBlock]:
@@ -86,6 +87,13 @@ class VisionTransformer(Intermediates):
         tower = cast(Any, self)
         drops = not isinstance(tower.patch_dropout, nn.Identity)
         return None if drops else tower.positional_embedding.shape[0]
+
+    def _tome_reads_prefix(self) -> bool:
+        tower = cast(Any, self)
+        if tower.pool_type != "tok" or tower.attn_pool is not None or tower.output_tokens:
+            return False
+        modules = (tower.transformer, tower.ln_post)
+        return isinstance(tower.ln_post, LastNorm) and self._tome_is_hosts(MODELS, POOLS, modules)
 
 
 def knows(model: nn.Module) -> bool:
@@ -126,7 +134,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             plain.GELUS[type(part)] = lambda _: "quick"
     for block in blocks.values():
         swap(block, BLOCKS[name_of(base_of(block))])
-    swap_ends([tower.conv1], tower.ln_post)
+    swap_ends([tower.conv1], tower.ln_post, settings.backend)
     begin(tower, VisionTransformer, settings)
     hold(model, "visual" if tower is not model else "")
     return model

@@ -74,7 +74,7 @@ class TimmModel(Intermediates):
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As in timm, which may make a new convolution."""
         super().set_input_size(*args, **kwargs)  # type: ignore[misc]
-        _swap_parts(self)
+        _swap_parts(self, self._tome.backend)
 
 
 def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
@@ -96,7 +96,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
     mixins = [_checked(f"blocks.{i}", block) for i, block in enumerate(inner.blocks)]
     for block, mixin in zip(inner.blocks, mixins, strict=True):
         swap(block, host._tome_variants.get(mixin, mixin))
-    _swap_parts(inner)
+    _swap_parts(inner, settings.backend)
     begin(inner, host, settings)
     hold(outer, path)
     return model
@@ -124,8 +124,9 @@ def _found(table: str, thing: object) -> Iterator[Any]:
     return (table[name] for name in names for table in tables if name in table)
 
 
-def _swap_parts(model: Any) -> None:
-    swap_ends([getattr(getattr(model, "patch_embed", None), "proj", None)], getattr(model, "norm", None))
+def _swap_parts(model: Any, chosen: str | None) -> None:
+    embedding = getattr(getattr(model, "patch_embed", None), "proj", None)
+    swap_ends([embedding], getattr(model, "norm", None), chosen)
 
 
 def _checked(name: str, block: Any) -> type[MergingBlock]:

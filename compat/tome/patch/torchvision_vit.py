@@ -7,9 +7,9 @@ from typing import Any, cast
 from torch import nn
 
 from tome.patch.block import MergingBlock
-from tome.patch.ends import swap_ends
+from tome.patch.ends import LastNorm, swap_ends
 from tome.patch.mha import MhaBlock, MultiheadAttention, check
-from tome.patch.model import PatchedModel, begin
+from tome.patch.model import PatchedModel, ReadByForward, begin
 from tome.patch.row import ModelSettings, Row
 from tome.patch.swap import UnsupportedModelError, base_of, check_own, name_of, swap
 
@@ -23,7 +23,7 @@ class EncoderBlock(MhaBlock):
     _tome_row = Row(MultiheadAttention(), *("self_attention", "ln_1", None, "dropout", "mlp", "ln_2", None, None))
 
 
-class TorchvisionModel(PatchedModel):
+class TorchvisionModel(ReadByForward):
     """torchvision's model: a class token, and layers in an encoder."""
 
     def _tome_blocks(self) -> dict[str, MergingBlock]:
@@ -34,6 +34,11 @@ class TorchvisionModel(PatchedModel):
 
     def _tome_length(self) -> int | None:
         return cast(Any, self).seq_length
+
+    def _tome_reads_prefix(self) -> bool:
+        encoder = cast(Any, self).encoder
+        is_known = name_of(type(encoder)) == f"{HOME}.Encoder" and isinstance(encoder.ln, LastNorm)
+        return is_known and self._tome_is_hosts(MODELS, ("forward",), (encoder, encoder.layers, encoder.ln))
 
 
 def layers(model: Any) -> dict[str, nn.Module]:
@@ -74,5 +79,5 @@ def install(
     check(layers(model), mixin_of)
     for layer in layers(model).values():
         swap(layer, mixin)
-    swap_ends([getattr(model, "conv_proj", None)], getattr(model.encoder, "ln", None))
+    swap_ends([getattr(model, "conv_proj", None)], getattr(model.encoder, "ln", None), settings.backend)
     begin(model, kind, settings)

@@ -190,7 +190,7 @@ def apply_patch(model: nn.Module, settings: ModelSettings) -> nn.Module:
             if inside.mixin is not None:
                 swap(layer.get_submodule(path_inside), inside.mixin)
         swap(layer, kind)
-    swap_ends(inner.modules(), getattr(inner, tower.norm, None))
+    swap_ends(inner.modules(), getattr(inner, tower.norm, None), settings.backend)
     begin(inner, TransformersTower, settings)
     hold(model, path)
     return model

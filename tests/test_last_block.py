@@ -1,0 +1,200 @@
+"""Where a model's head reads the class token alone, the last MLP runs on no other, and nobody can tell."""
+
+import functools
+
+import mha_hosts
+import pytest
+import torch
+from backends import NO_EXTENSION
+from models import HOSTS, SMALL, WIDE, images, make
+from test_block import every_host, kernels, twins  # noqa: F401  # a fixture
+from test_mha import tensors
+from test_one_call import OTHER_MLP
+from timm.models import VisionTransformer
+from torch.nn.modules.module import register_module_forward_hook
+
+import tome
+import tome_reference
+from tome import ops, recording
+from tome.patch.swap import base_of
+
+CLOSE = {"rtol": 2e-2, "atol": 2e-2}
+PATCHES = 36
+TOKENS = PATCHES + 1  # of "plain"
+
+
+@pytest.fixture
+def rows(kernels, monkeypatch):  # noqa: F811
+    """Of how many tokens each MLP was computed, where the last block's waits for its reader, as on a GPU."""
+    seen = []
+
+    def one_call(half, *args):
+        call = getattr(tome_reference, half)
+
+        @functools.wraps(call)
+        def noted(x, y, *others):
+            seen.append(y.shape[1])
+            return call(x, y, *others)
+
+        return noted if half == "mlp_half" else call
+
+    def linear_gelu(y, *others):
+        seen.append(y.shape[1])
+        return tome_reference.linear_gelu(y, *others)
+
+    monkeypatch.setattr(ops, "one_call", one_call)
+    monkeypatch.setattr(ops, "linear_gelu", linear_gelu)
+    return seen
+
+
+def in_half(host, r):
+    """A model, a patched copy, and images."""
+    model, twin = twins(host, r)
+    return model.bfloat16(), twin.bfloat16(), images().bfloat16()
+
+
+def reads_class_token(model):
+    return base_of(model) is VisionTransformer and model.global_pool == "token"
+
+
+@every_host
+@pytest.mark.parametrize("r", [0, 3, [0, 0, 0, 5]], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_logits_are_those_of_the_grid(host, r, autocast, rows):
+    model, twin, x = (*twins(host, r), images()) if autocast else in_half(host, r)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, of_logits = twin(x), rows[-1:]
+        grid, of_grid = twin.forward_features(x), rows[-1:]
+        torch.testing.assert_close(logits, twin.forward_head(grid), **CLOSE)
+        assert grid.shape == model.forward_features(x).shape
+    is_one_call = of_grid and host not in OTHER_MLP
+    assert of_logits == ([HOSTS[host][2]] if is_one_call and reads_class_token(model) else of_grid)
+
+
+READ_IN_PART = {"torchvision", "torchvision stem", "torchvision dropout"}
+READ_IN_PART |= {"open_clip", "open_clip quick", "open_clip float32 norms"}
+
+
+@pytest.mark.parametrize("host", mha_hosts.HOSTS)
+@pytest.mark.parametrize("r", [0, 3])
+def test_other_hosts(host, r, rows):
+    model = tome.patch.auto(mha_hosts.make(host))
+    model.r = r
+    x = mha_hosts.images(model)
+    norm = model.encoder.ln if hasattr(model, "encoder") else model.ln_post
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, of_found = model(x), rows[-1:]
+        handle = norm.register_forward_hook(lambda *args: None)
+        watched, of_watched = model(x), rows[-1:]
+        handle.remove()
+        for one, other in zip(tensors(found), tensors(watched), strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
+        assert of_found == ([1] if host in READ_IN_PART else of_watched)
+        assert not of_watched or of_watched[0] > 20
+        if host == "open_clip":
+            model.output_tokens = True
+            assert model(x)[1].shape == (2, PATCHES, 32)
+        if host == "torchvision":
+            model.encoder.register_forward_hook(lambda encoder, args, out: rows.append(tuple(out.shape)))
+            model(x)
+            assert rows.pop() == (2, TOKENS, 32)
+
+
+def test_compiled_too(rows):
+    _, twin, x = in_half("plain", 3)
+    with torch.no_grad():
+        expected = twin(x)
+        rows.clear()
+        torch.testing.assert_close(torch.compile(twin, fullgraph=True, backend="eager")(x), expected, **CLOSE)
+    assert rows[-1:] == [1]
+
+
+@NO_EXTENSION
+@every_host
+@pytest.mark.parametrize("r", [0, 4])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.float16, False), (torch.float32, True)])
+def test_on_a_gpu(host, r, dtype, autocast):
+    model = tome.patch.timm(make(host, **WIDE)).to(dtype).cuda()
+    model.r = r
+    x = images(3).to(dtype).cuda()
+    with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=autocast):
+        with recording.recorded() as calls:
+            logits = model(x)
+        tolerance = 1e-4 if dtype is torch.float32 and not autocast else 2e-2
+        expected = model.forward_head(model.forward_features(x))
+        torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+    is_the_hosts = r == 0 and dtype is torch.float32 and not autocast
+    skipped = [call[:2] for call in calls].count(("restore", None))
+    assert skipped == (reads_class_token(model) and not is_the_hosts)
+
+
+def test_merged_tokens_are_all_of_them(rows):
+    _, twin, x = in_half("plain", 3)
+    with torch.no_grad():
+        tokens = tome.merged(twin, x)
+        assert tokens.x.shape == (2, TOKENS - 12, 32)
+        assert rows[-2:] == [1, TOKENS - 12]  # of the logits, and of what was asked for
+        torch.testing.assert_close(twin.norm(tokens.restored()), twin.forward_features(x), **CLOSE)
+
+
+def test_who_sees_more_than_the_class_token_gets_the_grid(rows):
+    shapes = []
+
+    def note(module, args, out):
+        shapes.append(tuple(out.shape))
+
+    class Own(VisionTransformer):
+        def forward_head(self, x, pre_logits=False):
+            note(self, (), x)
+            return super().forward_head(x, pre_logits)
+
+    _, twin, x = in_half("plain", 3)
+    own = Own(**SMALL).bfloat16().eval()
+    tome.patch.timm(own).r = 3
+    with torch.no_grad():
+        twin(x)
+        assert rows.pop() == 1
+        for watch in (
+            *(module.register_forward_hook for module in (twin.norm, twin.blocks, twin.blocks[-1])),
+            lambda hook: register_module_forward_hook(lambda *seen: hook(*seen) if seen[0] is twin.norm else None),
+        ):
+            handle = watch(note)
+            twin(x)
+            handle.remove()
+            assert shapes.pop() == (2, TOKENS, 32)
+        handle = twin.blocks[-1].mlp.register_forward_hook(note)
+        twin(x)
+        handle.remove()
+        assert shapes.pop() == (2, TOKENS - 12, 32)
+        own(x)
+        assert shapes.pop() == (2, TOKENS, 32)
+        twin.forward_head = lambda features: features
+        assert twin(x).shape == (2, TOKENS, 32)
+        del twin.forward_head
+        rows.clear()
+        with tome.use_backend("reference"):
+            twin(x)
+        twin.global_pool = "avg"
+        twin(x)
+        assert 1 not in rows
+        twin.global_pool = "token"
+        twin(x)
+        assert rows.pop() == 1
+    twin(x).sum().backward()
+    assert 1 not in rows
+    assert not shapes
+
+
+def test_a_model_within_another_ones_forward_is_asked_for_itself(rows):
+    class Two(VisionTransformer):
+        def forward_features(self, x, *args, **kwargs):
+            shapes.append(tuple(other.forward_features(x).shape))
+            return super().forward_features(x, *args, **kwargs)
+
+    shapes = []
+    _, other, x = in_half("plain", 3)
+    two = Two(**SMALL).bfloat16().eval()
+    tome.patch.timm(two).r = 3
+    with torch.no_grad():
+        two(x)
+    assert shapes == [(2, TOKENS, 32)]
