@@ -392,6 +392,11 @@ def test_a_gated_mlp_on_a_gpu(kind, dtype):
     torch.testing.assert_close(found, watched, rtol=tolerance, atol=tolerance)
 
 
+def of_all_tokens(model, x):
+    """The logits, where the last MLP is one of as many rows in one call as by parts."""
+    return model.forward_head(model.forward_features(x))
+
+
 @NO_EXTENSION
 @pytest.mark.parametrize("r", [4, (8, -1.0), [0, 3, 0, 5]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -403,8 +408,8 @@ def test_it_is_its_parts_on_a_gpu(host, autocast, dtype, r):
     model, x = (model, x) if autocast else (model.to(dtype), x.to(dtype))
     with torch.inference_mode(), torch.autocast("cuda", dtype, enabled=autocast):
         with recording.recorded() as calls:
-            whole = model.forward_features(x)  # the last MLP in both of all tokens
-        parts = by_parts(model.forward_features, x)
+            whole = of_all_tokens(model, x)
+        parts = by_parts(lambda x: of_all_tokens(model, x), x)
     # In one call a quick GELU is part of a product, which rounds once less. Other GELUs are there in both, but under
     # autocast, which leaves fc1 of few rows to its cache, and without products.
     if host == "clip quickgelu" or autocast or torch.cuda.get_device_capability() != (9, 0):
@@ -421,7 +426,7 @@ def test_every_matching_takes_the_one_calls_on_a_gpu(matching):
     model = tome.patch.timm(make("plain", **WIDE), matching=matching).half().cuda()
     model.r = [2, 0, 3]
     results = []
-    for run in (model.forward_features, lambda x: by_parts(model.forward_features, x)):
+    for run in (lambda x: of_all_tokens(model, x), lambda x: by_parts(lambda x: of_all_tokens(model, x), x)):
         torch.manual_seed(0)
         with torch.inference_mode(), recording.recorded() as calls:
             results.append(run(images().half().cuda()))
