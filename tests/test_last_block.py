@@ -1,6 +1,7 @@
 """Where a model's head reads the class token alone, the last MLP runs on no other, and nobody can tell."""
 
 import functools
+import inspect
 
 import mha_hosts
 import pytest
@@ -11,11 +12,12 @@ from test_block import every_host, kernels, twins  # noqa: F401  # a fixture
 from test_mha import tensors
 from test_one_call import OTHER_MLP
 from timm.models import VisionTransformer
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import tome
 import tome_reference
-from tome import ops, recording
+from tome import ops, recording, tokens
 from tome.patch.swap import base_of
 
 CLOSE = {"rtol": 2e-2, "atol": 2e-2}
@@ -131,10 +133,10 @@ def test_on_a_gpu(host, r, dtype, autocast):
 def test_merged_tokens_are_all_of_them(rows):
     _, twin, x = in_half("plain", 3)
     with torch.no_grad():
-        tokens = tome.merged(twin, x)
-        assert tokens.x.shape == (2, TOKENS - 12, 32)
+        merged = tome.merged(twin, x)
+        assert merged.x.shape == (2, TOKENS - 12, 32)
         assert rows[-2:] == [1, TOKENS - 12]  # of the logits, and of what was asked for
-        torch.testing.assert_close(twin.norm(tokens.restored()), twin.forward_features(x), **CLOSE)
+        torch.testing.assert_close(twin.norm(merged.restored()), twin.forward_features(x), **CLOSE)
 
 
 def test_who_sees_more_than_the_class_token_gets_the_grid(rows):
@@ -183,6 +185,74 @@ def test_who_sees_more_than_the_class_token_gets_the_grid(rows):
     twin(x).sum().backward()
     assert 1 not in rows
     assert not shapes
+
+
+class Noting(nn.Sequential):
+    """A list of blocks, or a block around one, that sees what comes out of it."""
+
+    def forward(self, x, *args, **kwargs):
+        x = super().forward(x)
+        self.seen = tuple(x.shape)
+        return x
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x + x.mean(dim=1, keepdim=True)
+
+
+def around_the_blocks(model):
+    model.blocks = Noting(*model.blocks)
+
+
+def around_the_last(model):
+    model.blocks[-1] = Noting(model.blocks[-1])
+
+
+def behind_the_last(model):
+    model.blocks.append(Mixing())
+
+
+def class_on_top(model):
+    model.__class__ = type("Own", (type(model),), {"forward_head": lambda self, x, pre_logits=False: x.sum(dim=1)})
+
+
+@pytest.mark.parametrize("change", [around_the_blocks, around_the_last, behind_the_last, class_on_top])
+def test_what_is_put_around_the_blocks_gets_the_grid(change, rows):
+    _, twin, x = in_half("plain", 3)
+    change(twin)
+    with torch.no_grad():
+        found = twin(x)
+        assert 1 not in rows
+        with tome.use_backend("reference"):
+            torch.testing.assert_close(found, twin(x), **CLOSE)
+    assert {module.seen for module in twin.modules() if isinstance(module, Noting)} <= {(2, TOKENS, 32)}
+
+
+def test_a_head_of_the_class_gets_the_grid(rows, monkeypatch):
+    monkeypatch.setattr(VisionTransformer, "forward_head", lambda self, x, pre_logits=False: x)
+    _, twin, x = in_half("plain", 3)
+    with torch.no_grad():
+        assert twin(x).shape == (2, TOKENS, 32)
+
+
+def test_a_pass_that_a_hook_makes_has_a_reader_of_its_own(rows):
+    _, twin, x = in_half("plain", 3)
+    shapes = []
+    twin.head.register_forward_pre_hook(lambda head, args: shapes.append(tuple(twin.forward_features(x).shape)))
+    with torch.no_grad():
+        twin(x)
+    assert shapes == [(2, TOKENS, 32)]
+    assert tokens.reader() is None
+
+
+def test_forward_keeps_its_signature():
+    model, twin = twins("plain", 3)
+    assert inspect.signature(twin.forward) == inspect.signature(model.forward)
+    batch = {"x": {0: torch.export.Dim("batch", min=2)}}
+    with torch.no_grad():
+        exported = torch.export.export(twin, (images(),), dynamic_shapes=batch).module()
+        torch.testing.assert_close(exported(images(5)), twin(images(5)))
 
 
 def test_a_model_within_another_ones_forward_is_asked_for_itself(rows):

@@ -325,8 +325,12 @@ def read_by(model: object) -> Iterator[None]:
 
 
 def reader() -> Any:
-    """The model whose forward reads what the last block gives, None where it may be anyone."""
-    return _thread.reader
+    """The model whose forward reads what the last block gives, None where it may be anyone: asked once a forward.
+
+    A second last block in the same forward is one that a hook runs, whose reader is not known.
+    """
+    model, _thread.reader = _thread.reader, None
+    return model
 
 
 def padded(x: Tensor, valid: Tensor | None) -> Tokens:

@@ -114,7 +114,7 @@ class MergingBlock(Halves):
             and not has_hooks(self)
             and backend.takes_kernels(x)
             and plain.why_watched(x) is None
-            and model._tome_reads_prefix()
+            and model._tome_reads_prefix(self)
         )
 
     def _turned(self, x: Tensor) -> Tensor:

@@ -115,6 +115,11 @@ def swap_ends(embedding: Iterable[nn.Module | None], norm: nn.Module | None, cho
             part._tome_backend = chosen
 
 
+def is_last_norm(norm: nn.Module) -> bool:
+    """Whether the module is such a norm, as it was made, which norms each token by itself."""
+    return type(norm).forward is LastNorm.forward
+
+
 def is_patch_conv(module: object) -> bool:
     """Whether the module is a convolution over windows that neither overlap nor leave gaps."""
     return (

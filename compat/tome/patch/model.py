@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,7 +15,7 @@ from tome import schedule
 from tome.patch.block import MergingBlock
 from tome.patch.plain import has_hooks
 from tome.patch.row import BlockSettings, ModelSettings
-from tome.patch.swap import Patched, UnsupportedModelError, base_of, name_of, swap
+from tome.patch.swap import Patched, UnsupportedModelError, swap
 from tome.tokens import Tokens, kept, read_by, restored
 from tome.utils import adjacency
 
@@ -36,18 +38,17 @@ class PatchedModel(Patched):
         """How many tokens enter the first block, where that is known before an image is."""
         raise NotImplementedError
 
-    def _tome_reads_prefix(self) -> bool:
+    def _tome_reads_prefix(self, last: MergingBlock) -> bool:
         """Whether its forward reads only protected tokens of the last block, and nobody sees others on the way."""
         return False
 
-    def _tome_is_hosts(self, hosts: Collection[str], methods: Iterable[str], modules: Iterable[nn.Module]) -> bool:
-        """Whether these methods are those of a host's class of such a name, and nobody watches the modules."""
-        base = base_of(cast(nn.Module, self))
-        for kind in base.__mro__:
-            if name_of(kind) in hosts:
-                own = (name in self.__dict__ or getattr(base, name) is not getattr(kind, name) for name in methods)
-                return not any(own) and not any(has_hooks(module) for module in modules)
-        return False
+    def _tome_is_hosts(self, host: str, methods: tuple[str, ...], modules: Iterable[nn.Module]) -> bool:
+        """Whether forward and these methods are those of the host's class, and nobody watches the modules."""
+        return (
+            _are_hosts(type(self), host, methods)
+            and not any(name in self.__dict__ for name in methods)
+            and not any(has_hooks(module) for module in modules)
+        )
 
     @property
     def r(self) -> schedule.Schedule:
@@ -92,10 +93,26 @@ class PatchedModel(Patched):
 class ReadByForward(PatchedModel):
     """Mixed into a model whose forward may read protected tokens alone: the last block then asks it."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the host's library."""
+    def __init_subclass__(cls) -> None:
+        """Give the class that is made for a host a forward with the host's signature, which torch.export reads."""
+        super().__init_subclass__()
+        if "_tome_base" in vars(cls):
+            cls.forward = _reading(cls._tome_base.forward)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
+def _are_hosts(kind: type[PatchedModel], host: str, methods: tuple[str, ...]) -> bool:
+    found = {"forward": kind._tome_base.forward, **{name: getattr(kind, name) for name in methods}}
+    return all(f"{method.__module__}.{method.__qualname__}" == f"{host}.{name}" for name, method in found.items())
+
+
+def _reading(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with read_by(self):
-            return super().forward(*args, **kwargs)
+            return forward(self, *args, **kwargs)
+
+    return run
 
 
 class Intermediates(PatchedModel):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tome.patch import plain, timm_host
 from tome.patch.block import MergingBlock
-from tome.patch.ends import LastNorm, swap_ends
+from tome.patch.ends import is_last_norm, swap_ends
 from tome.patch.mha import MhaBlock, MultiheadAttention, check
 from tome.patch.model import Intermediates, ReadByForward, begin, hold
 from tome.patch.plain import has_hooks, through
@@ -70,7 +70,7 @@ BLOCKS: dict[str, type[MergingBlock]] = {
     f"{HOME}.CustomResidualAttentionBlock": CustomResidualAttentionBlock,
 }
 MODELS = {f"{HOME}.VisionTransformer"}
-POOLS = ("forward", "_pool", "_global_pool")
+POOLS = ("_pool", "_global_pool")
 TIMM = "open_clip.timm_model.TimmModel"  # timm's model is its trunk
 
 
@@ -88,12 +88,16 @@ class VisionTransformer(ReadByForward, Intermediates):
         drops = not isinstance(tower.patch_dropout, nn.Identity)
         return None if drops else tower.positional_embedding.shape[0]
 
-    def _tome_reads_prefix(self) -> bool:
+    def _tome_reads_prefix(self, last: MergingBlock) -> bool:
         tower = cast(Any, self)
         if tower.pool_type != "tok" or tower.attn_pool is not None or tower.output_tokens:
             return False
-        modules = (tower.transformer, tower.ln_post)
-        return isinstance(tower.ln_post, LastNorm) and self._tome_is_hosts(MODELS, POOLS, modules)
+        return (
+            name_of(type(tower.transformer)) == f"{HOME}.Transformer"
+            and tower.transformer.resblocks[-1] is last
+            and is_last_norm(tower.ln_post)
+            and self._tome_is_hosts(f"{HOME}.VisionTransformer", POOLS, (tower.transformer, tower.ln_post))
+        )
 
 
 def knows(model: nn.Module) -> bool:

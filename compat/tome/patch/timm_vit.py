@@ -11,7 +11,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from tome.patch.block import MergingBlock
-from tome.patch.ends import LastNorm
+from tome.patch.ends import is_last_norm
 from tome.patch.model import ReadByForward
 from tome.patch.plain import AttentionParts, NotPlain, Reading, has_hooks, is_inert, through
 from tome.patch.row import Attention, Call, Place, Qkv, Row
@@ -19,7 +19,7 @@ from tome.patch.swap import base_of, name_of
 from tome.patch.timm_host import TimmModel
 from tome.tokens import Branch, Linear, MlpParts, Tokens
 
-HOST = (name_of(VisionTransformer),)
+HOST = name_of(VisionTransformer)
 
 
 class TimmAttention(Attention):
@@ -115,13 +115,17 @@ class TimmResPostBlock(TimmBlock):
 class VisionTransformerModel(ReadByForward, TimmModel):
     """timm's VisionTransformer."""
 
-    def _tome_reads_prefix(self) -> bool:
+    def _tome_reads_prefix(self, last: MergingBlock) -> bool:
         host = cast(Any, self)
         if host.global_pool != "token" or host.attn_pool is not None:
             return False
-        methods = ("forward", "forward_features", "forward_head", "pool")
-        is_tokenwise = isinstance(host.norm, LastNorm) or type(host.norm) is nn.Identity
-        return is_tokenwise and self._tome_is_hosts(HOST, methods, (host.blocks, host.norm))
+        methods = ("forward_features", "forward_head", "pool")
+        return (
+            type(host.blocks) is nn.Sequential
+            and host.blocks[-1] is last
+            and (type(host.norm) is nn.Identity or is_last_norm(host.norm))
+            and self._tome_is_hosts(HOST, methods, (host.blocks, host.norm))
+        )
 
     def _pos_embed(self, x: Tensor) -> Any:
         """As in timm; where kernels compute, one of them joins tokens and positions and norms them for the first block.

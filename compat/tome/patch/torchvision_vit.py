@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from tome.patch.block import MergingBlock
-from tome.patch.ends import LastNorm, swap_ends
+from tome.patch.ends import is_last_norm, swap_ends
 from tome.patch.mha import MhaBlock, MultiheadAttention, check
 from tome.patch.model import PatchedModel, ReadByForward, begin
 from tome.patch.row import ModelSettings, Row
@@ -35,10 +35,15 @@ class TorchvisionModel(ReadByForward):
     def _tome_length(self) -> int | None:
         return cast(Any, self).seq_length
 
-    def _tome_reads_prefix(self) -> bool:
+    def _tome_reads_prefix(self, last: MergingBlock) -> bool:
         encoder = cast(Any, self).encoder
-        is_known = name_of(type(encoder)) == f"{HOME}.Encoder" and isinstance(encoder.ln, LastNorm)
-        return is_known and self._tome_is_hosts(MODELS, ("forward",), (encoder, encoder.layers, encoder.ln))
+        return (
+            name_of(type(encoder)) == f"{HOME}.Encoder"
+            and type(encoder.layers) is nn.Sequential
+            and encoder.layers[-1] is last
+            and is_last_norm(encoder.ln)
+            and self._tome_is_hosts(f"{HOME}.VisionTransformer", (), (encoder, encoder.layers, encoder.ln))
+        )
 
 
 def layers(model: Any) -> dict[str, nn.Module]:
