@@ -70,7 +70,7 @@ def test_a_fake_has_the_arguments_of_its_schema(name: str) -> None:
 
 def test_first_calls_from_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch is told of each operator once, and no call runs before it is: torch 2.11 refuses a second fake."""
-    namespace, threads = "tome_stand_in_of_threads", 8
+    namespace, threads = f"tome_stand_in_of_threads_{len(registration._registered)}", 8
     stand_in.install(namespace)
     monkeypatch.setattr(registration, "NAMESPACE", namespace)
     monkeypatch.setattr(registration, "_register", functools.cache(registration._register.__wrapped__))

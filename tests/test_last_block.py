@@ -14,6 +14,7 @@ from test_one_call import OTHER_MLP
 from timm.models import VisionTransformer
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 
 import tome
 import tome_reference
@@ -244,6 +245,38 @@ def test_a_pass_that_a_hook_makes_has_a_reader_of_its_own(rows):
         twin(x)
     assert shapes == [(2, TOKENS, 32)]
     assert tokens.reader() is None
+
+
+def test_methods_that_only_look_like_the_hosts_are_not(rows):
+    class Wrapped(VisionTransformer):
+        @functools.wraps(VisionTransformer.forward_head)
+        def forward_head(self, x, pre_logits=False):
+            return x.sum(dim=1)
+
+    class Called(VisionTransformer):
+        pool = functools.partial(torch.sum, dim=1)
+
+    for kind in (Wrapped, Called):
+        own = kind(**SMALL).bfloat16().eval()
+        tome.patch.timm(own).r = 3
+        with torch.no_grad():
+            own(images().bfloat16())
+        assert 1 not in rows
+
+
+def test_a_forward_that_is_replaced_later_is_called(rows, monkeypatch):
+    _, twin, x = in_half("plain", 3)
+    monkeypatch.setattr(VisionTransformer, "forward", lambda self, x: self.forward_features(x))
+    with torch.no_grad():
+        assert twin(x).shape == (2, TOKENS, 32)
+
+
+def test_a_reentrant_checkpoint_computes_the_same_again(kernels):  # noqa: F811
+    _, twin = twins("plain", [0, 0, 0, 5])
+    for block in twin.blocks:
+        forward = block.forward
+        block.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=True)
+    assert twin(images().requires_grad_()).sum().backward() is None
 
 
 def test_forward_keeps_its_signature():

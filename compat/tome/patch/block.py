@@ -77,7 +77,9 @@ class MergingBlock(Halves):
                 self._tell(tokens)
                 if not self._is_read_in_part(tokens.unadded):
                     return self._turned(tokens.restored())
-                record("restore", None, "the head reads protected tokens alone, so the MLP runs on no others")
+                record(
+                    "restore", None, "the head reads protected tokens alone, for which what waits is computed"
+                )
                 return self._turned(tokens.leading(s.prefix))
             # Hooks may take the block's parameters away, with which an addition waits.
             return tokens.added() if has_hooks(self) else tokens
@@ -108,7 +110,6 @@ class MergingBlock(Halves):
         s, model = self._tome, reader()
         return (
             model is not None
-            and model._tome is s.model
             and s.prefix > 0
             and not torch.is_grad_enabled()
             and not has_hooks(self)

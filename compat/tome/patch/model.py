@@ -97,20 +97,25 @@ class ReadByForward(PatchedModel):
         """Give the class that is made for a host a forward with the host's signature, which torch.export reads."""
         super().__init_subclass__()
         if "_tome_base" in vars(cls):
-            cls.forward = _reading(cls._tome_base.forward)
+            cls.forward = _reading(cls)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def _are_hosts(kind: type[PatchedModel], host: str, methods: tuple[str, ...]) -> bool:
     found = {"forward": kind._tome_base.forward, **{name: getattr(kind, name) for name in methods}}
-    return all(f"{method.__module__}.{method.__qualname__}" == f"{host}.{name}" for name, method in found.items())
+    return all(
+        not hasattr(method, "__wrapped__")  # whose name is that of what it wraps
+        and f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}" == f"{host}.{name}"
+        for name, method in found.items()
+    )
 
 
-def _reading(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with read_by(self):
-            return forward(self, *args, **kwargs)
+def _reading(kind: type[ReadByForward]) -> Callable[..., Any]:
+    @functools.wraps(kind._tome_base.forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Asked here, as a checkpoint turns gradients off within.
+        with read_by(None if torch.is_grad_enabled() else self):
+            return super(kind, self).forward(*args, **kwargs)
 
     return run
 
