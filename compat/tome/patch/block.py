@@ -77,7 +77,7 @@ class MergingBlock(Halves):
                 self._tell(tokens)
                 if not self._is_read_in_part(tokens.unadded):
                     return self._turned(tokens.restored())
-                record("restore", None, "the head reads protected tokens alone, for which what waits is computed")
+                record("restore", None, "the head reads protected tokens alone: no others are restored")
                 return self._turned(tokens.leading(s.prefix))
             # Hooks may take the block's parameters away, with which an addition waits.
             return tokens.added() if has_hooks(self) else tokens
