@@ -12,7 +12,7 @@ import torch
 from backends import BACKENDS
 from hypothesis import HealthCheck, settings
 
-from tome import use_backend
+from tome import backend, use_backend
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it, and what tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -50,6 +50,12 @@ def reference_without_gradients() -> Iterator[None]:
     """The reference backend, and no gradients but where a test turns them on."""
     with use_backend("reference"), torch.no_grad():
         yield
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let patched models think that there are kernels, which are the reference's."""
+    monkeypatch.setattr(backend, "takes_kernels", lambda x: backend.get_backend() != "reference")
 
 
 @pytest.hookimpl(wrapper=True)

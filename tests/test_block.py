@@ -143,12 +143,6 @@ def test_a_report_tells_what_was_left_out_and_joins_equal_blocks():
         assert {call.reason for call in found if call.backend} == {"the reference was chosen"}
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    """Let patched blocks think that there are kernels, which are the reference's."""
-    monkeypatch.setattr(backend, "takes_kernels", lambda x: backend.get_backend() != "reference")
-
-
 @pytest.mark.usefixtures("kernels")
 @every_host
 def test_blocks_that_merge_nothing_take_the_kernels_too(host):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from backends import NO_EXTENSION
 from models import HOSTS, SMALL, WIDE, images, make
-from test_block import every_host, kernels, twins  # noqa: F401  # a fixture
+from test_block import every_host, twins
 from test_mha import tensors
 from test_one_call import OTHER_MLP
 from timm.models import VisionTransformer, checkpoint_seq, vision_transformer
@@ -26,7 +26,7 @@ TOKENS = PATCHES + 1  # of "plain"
 
 
 @pytest.fixture
-def rows(kernels, monkeypatch):  # noqa: F811
+def rows(kernels, monkeypatch):
     """Of how many tokens each MLP was computed, where the last block's waits for its reader, as on a GPU."""
     seen = []
 
@@ -270,7 +270,7 @@ def test_a_forward_that_is_replaced_later_is_called(rows, monkeypatch):
         assert twin(x).shape == (2, TOKENS, 32)
 
 
-def test_a_reentrant_checkpoint_computes_the_same_again(kernels, monkeypatch):  # noqa: F811
+def test_a_reentrant_checkpoint_computes_the_same_again(kernels, monkeypatch):
     """It turns gradients off for the first of its two passes."""
     _, twin = twins("plain", [0, 0, 0, 5])
     twin.set_grad_checkpointing()
