@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import NO_EXTENSION
 from models import HOSTS, SMALL, images, make
 from timm.models import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tome
 from tome import backend, recording, report
@@ -222,6 +224,19 @@ def test_a_model_that_is_not_to_use_the_kernels_is_the_hosts_own(host, monkeypat
         assert ops_of(calls(twin, x)["patch_embed"]) == [("convolution", "torch")]
     again = tome.patch.timm(twin)
     assert ops_of(calls(again, x)["patch_embed"]) == [("matrix product", "torch")]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_EXTENSION)])
+def test_reentrant_checkpoints_get_tensors_as_long_as_nothing_merges(device):
+    model, twin = (each.bfloat16().train().to(device) for each in twins("plain", 0))
+    for each in (model, twin):
+        x = each._pos_embed(each.patch_embed(images().bfloat16().to(device)))
+        for block in each.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        each.forward_head(each.norm(x)).sum().backward()
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.usefixtures("kernels")

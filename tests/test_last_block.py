@@ -182,6 +182,9 @@ def test_who_sees_more_than_the_class_token_gets_the_grid(rows):
         twin.global_pool = "token"
         twin(x)
         assert rows.pop() == 1
+        headless = in_half("class-free avg", 3)[1]
+        headless.global_pool = "token"  # it has none, and reads what comes first
+        torch.testing.assert_close(headless(x), headless.forward_head(headless.forward_features(x)), **CLOSE)
     twin(x).sum().backward()
     assert 1 not in rows
     assert not shapes
@@ -244,6 +247,23 @@ def test_a_pass_that_a_hook_makes_has_a_reader_of_its_own(rows):
         twin(x)
     assert shapes == [(2, TOKENS, 32)]
     assert tokens.reader() is None
+
+
+@pytest.mark.parametrize("part", ["patch_embed", "patch_embed.proj", "pos_drop", "blocks.0", "blocks.2.attn.qkv"])
+@pytest.mark.parametrize("again", ["forward_features", "forward_intermediates", "blocks"])
+def test_so_has_one_that_a_hook_makes_on_the_way(part, again, rows):
+    _, twin, x = in_half("plain", 3)
+    shapes = []
+
+    def look(*seen):
+        handle.remove()
+        out = getattr(twin, again)(torch.zeros(2, TOKENS, 32).bfloat16() if again == "blocks" else x)
+        shapes.append(tuple((out[0] if isinstance(out, tuple) else out).shape))
+
+    handle = twin.get_submodule(part).register_forward_hook(look)
+    with torch.no_grad():
+        twin(x)
+    assert shapes == [(2, TOKENS, 32)]
 
 
 def test_methods_that_only_look_like_the_hosts_are_not(rows):

@@ -1,6 +1,7 @@
 """transformers' models: what a user of them sees of a patch."""
 
 import copy
+import inspect
 import itertools
 import pickle
 
@@ -208,6 +209,16 @@ def test_training_and_checkpoints(host):
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(grads[0]) > 40
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpoints_are_refused():
+    model = tome.patch.transformers(make("vit")).train()
+    model.r = 4
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(**{next(iter(inspect.signature(enable).parameters)): {"use_reentrant": True}})
+    with pytest.raises(tome.UnsupportedModelError, match=r"layers.1: merged tokens cannot enter or leave a reentrant"):
+        run(model)
 
 
 @pytest.mark.parametrize("host", ["vit", "dinov3", "siglip2", "videomae"])

@@ -9,6 +9,7 @@ from models import images, make
 from timm.utils import AttentionExtract
 from torch import nn
 from torch.utils import _pytree
+from torch.utils.checkpoint import checkpoint
 
 import tome
 from tome import UnsupportedModelError
@@ -81,6 +82,52 @@ def test_backward_hooks_between_blocks_are_refused():
         model(images())
     model.r = 0
     model(images()).sum().backward()
+
+
+def gradients(model, *groups):
+    """Of a pass in which each group of blocks up to the first number is in a reentrant checkpoint, or is not."""
+    model.zero_grad()
+    x, start = model._pos_embed(model.patch_embed(images())), 0
+    for stop, is_checkpointed in groups:
+        part = model.blocks[start:stop]
+        x, start = checkpoint(part, x, use_reentrant=True) if is_checkpointed else part(x), stop
+    model.forward_head(model.norm(x)).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+EACH = tuple((stop, True) for stop in (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(("r", "groups"), [(4, ((4, True),)), (0, EACH), ([0, 0, 0, 4], EACH)])
+def test_reentrant_checkpoints_that_tensors_enter_and_leave(r, groups):
+    model = patched(r=r)
+    expected = gradients(model, (4, False))
+    assert None not in expected
+    torch.testing.assert_close(gradients(model, *groups), expected)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # which it says before
+@pytest.mark.parametrize(
+    ("r", "groups", "block"),
+    [
+        (4, ((2, True), (4, True)), 2),
+        (4, ((1, True), (4, False)), 1),
+        (4, ((2, False), (4, True)), 2),
+        ([0, 4, 4, 4], EACH, 2),
+    ],
+)
+def test_reentrant_checkpoints_that_would_lose_gradients_are_refused(r, groups, block):
+    message = rf"blocks\.{block}: merged tokens cannot enter or leave a reentrant checkpoint, which would lose"
+    with pytest.raises(UnsupportedModelError, match=message):
+        gradients(patched(r=r), *groups)
+
+
+def test_tokens_that_require_gradients_which_nobody_computes():
+    model = patched()
+    x = model._pos_embed(model.patch_embed(images()))
+    with torch.no_grad():
+        found = model.blocks(x)
+    torch.testing.assert_close(found, model.blocks(x).detach())
 
 
 def test_hooks_of_accelerate():

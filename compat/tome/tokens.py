@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils import _pytree
 
 from tome import backend, ops
@@ -151,6 +154,7 @@ class Tokens:
         waiting: an addition to x that its reader computes, together with the norm through which it reads x.
         home: int64 [B, M], the original token in whose place each stands, for blocks that read positions.
         is_padded: some tokens are padding, of size PADDING.
+        checkpoint: the reentrant checkpoint that they were made in, which passes no gradients to them.
 
     """
 
@@ -161,6 +165,7 @@ class Tokens:
     waiting: Branch | Mlp | None = None
     home: Tensor | None = None
     is_padded: bool = False
+    checkpoint: object = None
 
     @property
     def size(self) -> Tensor | None:
@@ -186,7 +191,7 @@ class Tokens:
         if self.waiting is None:
             return self, None
         x, y = self.waiting.add(self.unadded, norm)
-        return Tokens(x, self.counts, self.steps, None, self.home, self.is_padded), y
+        return Tokens(x, self.counts, self.steps, None, self.home, self.is_padded, self.checkpoint), y
 
     def added(self) -> Tokens:
         """The same with nothing waiting."""
@@ -197,12 +202,12 @@ class Tokens:
     ) -> Tokens:
         """What these have become behind a block that merged them along ``slot`` [B, M], if at all."""
         if slot is None:
-            return Tokens(x, counts, self.steps, waiting, self.home, self.is_padded)
+            return Tokens(x, counts, self.steps, waiting, self.home, self.is_padded, self.checkpoint)
         home = None
         if is_placed:
             valid = self.size >= 1.0 if self.is_padded and self.size is not None else None
             home = ops.homes(slot, x.shape[1], self.home, valid)
-        return Tokens(x, counts, (*self.steps, slot), waiting, home, self.is_padded)
+        return Tokens(x, counts, (*self.steps, slot), waiting, home, self.is_padded, self.checkpoint)
 
     def weights(self, by_size: bool) -> Tensor | None:
         """What attention weighs the keys by, float32 [B, M]: their sizes, or only that padding weighs nothing."""
@@ -245,7 +250,8 @@ class Tokens:
         x = self.x.to(*args, **kwargs)
         size = None if self.size is None else self.size.to(x.device)
         home = None if self.home is None else self.home.to(x.device)
-        return Tokens(x, Counts(size), tuple(step.to(x.device) for step in self.steps), None, home, self.is_padded)
+        steps = tuple(step.to(x.device) for step in self.steps)
+        return Tokens(x, Counts(size), steps, None, home, self.is_padded, self.checkpoint)
 
     @classmethod
     def __torch_function__(
@@ -293,6 +299,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.kept: list[Tokens] | None = None
         self.reader: object = None
+        self.is_entered = False
 
 
 _thread = _Thread()
@@ -317,27 +324,42 @@ def keep(tokens: Tokens) -> None:
 @contextmanager
 def read_by(model: object) -> Iterator[None]:
     """Tell the last block that, in this thread, this model's forward reads what it gives."""
-    outer, _thread.reader = _thread.reader, model
+    outer = _thread.reader, _thread.is_entered
+    _thread.reader, _thread.is_entered = model, False
     try:
         yield
     finally:
-        _thread.reader = outer
+        _thread.reader, _thread.is_entered = outer
+
+
+def enter_first() -> None:
+    """Note that tokens enter the first block: for the second time in a forward they are a hook's, read by who knows."""
+    if _thread.is_entered:
+        _thread.reader = None
+    _thread.is_entered = True
 
 
 def reader() -> Any:
-    """The model whose forward reads what the last block gives, None where it may be anyone: asked once a forward.
-
-    A second last block in the same forward is one that a hook runs, whose reader is not known.
-    """
+    """The model whose forward reads what the last block gives, None where it may be anyone: asked once a forward."""
     model, _thread.reader = _thread.reader, None
     return model
 
 
-def padded(x: Tensor, valid: Tensor | None) -> Tokens:
+def reentrant() -> object:
+    """The innermost autograd function, such as a reentrant checkpoint, whose forward pass this is in; None if none."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        first = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_varnames else None
+        if isinstance(first, FunctionCtx):
+            return first
+        frame = frame.f_back
+    return None
+
+
+def padded(x: Tensor, valid: Tensor | None, checkpoint: object) -> Tokens:
     """Tokens [B, N, C] that have not merged yet, of which some are padding: ``valid`` bool [B, N] is false there."""
-    if valid is None:
-        return Tokens(x)
-    return Tokens(x, Counts(torch.where(valid, 1.0, PADDING).float()), is_padded=True)
+    counts = None if valid is None else Counts(torch.where(valid, 1.0, PADDING).float())
+    return Tokens(x, counts, is_padded=valid is not None, checkpoint=checkpoint)
 
 
 def add(
@@ -358,20 +380,20 @@ def add(
 # half cannot hold, so they pass as the integers of the same bits.
 
 
-def _flatten(tokens: Tokens) -> tuple[list[Tensor | None], bool]:
+def _flatten(tokens: Tokens) -> tuple[list[Tensor | None], tuple[bool, object]]:
     if isinstance(tokens.waiting, Mlp):
         tokens = tokens.added()
     waiting = tokens.waiting
     value, gamma = waiting if isinstance(waiting, Branch) else (None, None)
     size = None if tokens.size is None else tokens.size.view(torch.int32)
-    return [tokens.unadded, value, gamma, size, tokens.home, *tokens.steps], tokens.is_padded
+    return [tokens.unadded, value, gamma, size, tokens.home, *tokens.steps], (tokens.is_padded, tokens.checkpoint)
 
 
-def _unflatten(values: Iterable[Any], is_padded: bool) -> Tokens:
+def _unflatten(values: Iterable[Any], others: tuple[bool, object]) -> Tokens:
     x, value, gamma, size, home, *steps = values
     if isinstance(size, Tensor):
         size = size.view(torch.float32)
-    return Tokens(x, Counts(size), tuple(steps), None if value is None else Branch(value, gamma), home, is_padded)
+    return Tokens(x, Counts(size), tuple(steps), None if value is None else Branch(value, gamma), home, *others)
 
 
 _pytree.register_pytree_node(Tokens, _flatten, _unflatten, serialized_type_name="tome.Tokens")

@@ -21,7 +21,7 @@ from tome.patch.row import NOTHING, Beside, Place, Qkv
 from tome.patch.swap import UnsupportedModelError
 from tome.recording import PART, is_recording, record
 from tome.streams import side_stream
-from tome.tokens import Branch, Counts, Mlp, Norm, Tokens, add, keep, padded, reader
+from tome.tokens import Branch, Counts, Mlp, Norm, Tokens, add, enter_first, keep, padded, reader, reentrant
 from tome_reference.attention import size_bias
 
 
@@ -60,6 +60,8 @@ class MergingBlock(Halves):
         """The tokens that are left, or as many as came in behind the last block."""
         s = self._tome
         record(PART, None, s.name)
+        if s.is_first:
+            enter_first()
         chosen = self._backend()
         with nullcontext() if chosen is None else backend.use_backend(chosen):
             if not isinstance(x, Tokens) and s.entry == 0 and not self.gains(x, *args, **kwargs):
@@ -71,7 +73,8 @@ class MergingBlock(Halves):
                 if s.entry or not isinstance(x, Tokens) or x.steps:
                     raise
                 return self._of_host(self._turned(x.x), *args, **kwargs)  # as long as nothing has merged
-            tokens = x if isinstance(x, Tokens) else padded(self._turned(x), beside.valid)
+            checkpoint = self._checkpoint(x)
+            tokens = x if isinstance(x, Tokens) else padded(self._turned(x), beside.valid, checkpoint)
             tokens = self._merged(tokens, beside)
             if s.is_last:
                 self._tell(tokens)
@@ -93,6 +96,8 @@ class MergingBlock(Halves):
         with backend.use_backend(self._tome.model.backend):  # the model asks too, outside of its blocks
             if torch.is_grad_enabled() or has_hooks(self) or not backend.takes_kernels(x):
                 return False
+        if x.requires_grad:  # in a reentrant checkpoint, which wants a tensor back
+            return False
         if (plain.autocast_dtype(x) or x.dtype) not in (torch.float16, torch.bfloat16):
             return False  # attention would be PyTorch's
         if plain.why_watched(x) is not None:
@@ -130,6 +135,20 @@ class MergingBlock(Halves):
                 f"{self._tome.name} has backward hooks, which need a tensor between blocks: hook a part of it, or set "
                 "r = 0"
             )
+
+    def _checkpoint(self, x: Tensor | Tokens) -> object:
+        """The reentrant checkpoint that the tokens are made in; one takes and returns gradients of tensors only."""
+        value, made_in = (x.unadded, x.checkpoint) if isinstance(x, Tokens) else (x, None)
+        if torch.compiler.is_compiling():  # which has checkpoints of one kind only
+            return made_in
+        is_asked = not torch.is_grad_enabled() and (made_in is not None or value.requires_grad)
+        found = reentrant() if is_asked else None
+        if isinstance(x, Tokens) and found is not made_in:
+            raise self.refused(
+                "merged tokens cannot enter or leave a reentrant checkpoint, which would lose their gradients: use "
+                "use_reentrant=False, or one checkpoint around all blocks"
+            )
+        return found
 
     def _backend(self) -> str | None:
         # A checkpoint runs the block again in another thread, where the caller's choice of backend does not hold.

@@ -38,18 +38,6 @@ class PatchedModel(Patched):
         """How many tokens enter the first block, where that is known before an image is."""
         raise NotImplementedError
 
-    def _tome_reads_prefix(self, last: MergingBlock) -> bool:
-        """Whether its forward reads only protected tokens of the last block, and nobody sees others on the way."""
-        return False
-
-    def _tome_is_hosts(self, host: str, methods: tuple[str, ...], modules: Iterable[nn.Module]) -> bool:
-        """Whether forward and these methods are those of the host's class, and nobody watches the modules."""
-        return (
-            _are_hosts(type(self), host, methods)
-            and not any(name in self.__dict__ for name in methods)
-            and not any(has_hooks(module) for module in modules)
-        )
-
     @property
     def r(self) -> schedule.Schedule:
         """The schedule: int, (r, inflection), list or float ratio (:mod:`tome.schedule`)."""
@@ -64,7 +52,8 @@ class PatchedModel(Patched):
             schedule.warn_if_clipped(value, len(blocks), length, prefix)
         self._tome_r = value
         for i, (name, block) in enumerate(blocks.items()):
-            block._tome = BlockSettings(name, entries[i].as_integer_ratio(), prefix, i == len(blocks) - 1, settings)
+            ratio, is_last = entries[i].as_integer_ratio(), i == len(blocks) - 1
+            block._tome = BlockSettings(name, ratio, prefix, i == 0, is_last, settings)
 
     @property
     def _tome_merges(self) -> bool:
@@ -93,6 +82,25 @@ class PatchedModel(Patched):
 class ReadByForward(PatchedModel):
     """Mixed into a model whose forward may read protected tokens alone: the last block then asks it."""
 
+    _tome_before: tuple[str, ...]  # the names of what runs before the blocks
+
+    def _tome_watches_before(self) -> bool:
+        """Whether somebody watches what runs before the blocks, and may run them too."""
+        parts = filter(None, map(cast(Any, self)._modules.get, self._tome_before))
+        return any(has_hooks(module) for part in parts for module in part.modules())
+
+    def _tome_reads_prefix(self, last: MergingBlock) -> bool:
+        """Whether its forward reads only protected tokens of the last block, and nobody sees others on the way."""
+        raise NotImplementedError
+
+    def _tome_is_hosts(self, host: str, methods: tuple[str, ...], modules: Iterable[nn.Module]) -> bool:
+        """Whether forward and these methods are those of the host's class, and nobody watches the modules."""
+        return (
+            _are_hosts(type(self), host, methods)
+            and not any(name in self.__dict__ for name in methods)
+            and not any(has_hooks(module) for module in modules)
+        )
+
     def __init_subclass__(cls) -> None:
         """Give the class that is made for a host a forward with the host's signature, which torch.export reads."""
         super().__init_subclass__()
@@ -113,8 +121,8 @@ def _are_hosts(kind: type[PatchedModel], host: str, methods: tuple[str, ...]) ->
 def _reading(kind: type[ReadByForward]) -> Callable[..., Any]:
     @functools.wraps(kind._tome_base.forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Asked here, as a checkpoint turns gradients off within.
-        with read_by(None if torch.is_grad_enabled() else self):
+        # Asked here, as a checkpoint turns gradients off within, and a hook that runs the blocks may be gone by then.
+        with read_by(None if torch.is_grad_enabled() or self._tome_watches_before() else self):
             return super(kind, self).forward(*args, **kwargs)
 
     return run

@@ -77,6 +77,8 @@ TIMM = "open_clip.timm_model.TimmModel"  # timm's model is its trunk
 class VisionTransformer(ReadByForward, Intermediates):
     """open_clip's own vision tower."""
 
+    _tome_before = ("conv1", "patch_dropout", "ln_pre")
+
     def _tome_blocks(self) -> dict[str, MergingBlock]:
         return _blocks(self)  # type: ignore[return-value]
 

@@ -120,6 +120,7 @@ class BlockSettings(NamedTuple):
     name: str  # "blocks.3"
     ratio: tuple[int, int]  # of the schedule, an entry as integers: a float would be a symbol to torch.compile
     prefix: int
+    is_first: bool
     is_last: bool
     model: ModelSettings
 

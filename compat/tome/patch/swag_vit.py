@@ -12,7 +12,7 @@ from torch import nn
 from tome.patch.plain import has_hooks
 from tome.patch.row import Beside, ModelSettings
 from tome.patch.swap import UnsupportedModelError
-from tome.patch.torchvision_vit import EncoderBlock, TorchvisionModel, install
+from tome.patch.torchvision_vit import EncoderBlock, LayersInEncoder, install
 
 
 class SequenceFirstBlock(EncoderBlock):
@@ -26,7 +26,7 @@ class SequenceFirstBlock(EncoderBlock):
         return super().beside(*args, **kwargs)
 
 
-class SwagModel(TorchvisionModel):
+class SwagModel(LayersInEncoder):
     """SWAG's model, with a class token or the mean of all tokens behind it."""
 
     def _tome_prefix(self) -> tuple[int, bool, bool]:

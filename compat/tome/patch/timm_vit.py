@@ -115,6 +115,8 @@ class TimmResPostBlock(TimmBlock):
 class VisionTransformerModel(ReadByForward, TimmModel):
     """timm's VisionTransformer."""
 
+    _tome_before = ("patch_embed", "pos_drop", "patch_drop", "norm_pre")
+
     def _tome_reads_prefix(self, last: MergingBlock) -> bool:
         host = cast(Any, self)
         if host.global_pool != "token" or host.attn_pool is not None:

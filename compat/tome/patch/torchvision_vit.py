@@ -23,11 +23,17 @@ class EncoderBlock(MhaBlock):
     _tome_row = Row(MultiheadAttention(), *("self_attention", "ln_1", None, "dropout", "mlp", "ln_2", None, None))
 
 
-class TorchvisionModel(ReadByForward):
-    """torchvision's model: a class token, and layers in an encoder."""
+class LayersInEncoder(PatchedModel):
+    """A model with its layers in an encoder."""
 
     def _tome_blocks(self) -> dict[str, MergingBlock]:
         return layers(self)  # type: ignore[return-value]
+
+
+class TorchvisionModel(ReadByForward, LayersInEncoder):
+    """torchvision's model, with a class token."""
+
+    _tome_before = ("conv_proj",)
 
     def _tome_prefix(self) -> tuple[int, bool, bool]:
         return 1, True, False
