@@ -130,6 +130,19 @@ def test_on_a_gpu(host, r, dtype, autocast):
     assert skipped == (reads_class_token(model) and not is_the_hosts)
 
 
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_checkpoints_compile_without_gradients(library, kernels):
+    if library == "timm":
+        _, model, x = in_half("plain", 3)
+    else:
+        model = tome.patch.auto(mha_hosts.make("open_clip")).bfloat16()
+        model.r, x = 3, mha_hosts.images(model).bfloat16()
+    model.set_grad_checkpointing()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+
+
 def test_merged_tokens_are_all_of_them(rows):
     _, twin, x = in_half("plain", 3)
     with torch.no_grad():

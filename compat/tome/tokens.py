@@ -334,6 +334,8 @@ def read_by(model: object) -> Iterator[None]:
 
 def enter_first() -> None:
     """Note that tokens enter the first block: for the second time in a forward they are a hook's, read by who knows."""
+    if _thread.reader is None:  # Nothing is noted in a compiled checkpoint, which allows of no such effect.
+        return
     if _thread.is_entered:
         _thread.reader = None
     _thread.is_entered = True
@@ -341,7 +343,9 @@ def enter_first() -> None:
 
 def reader() -> Any:
     """The model whose forward reads what the last block gives, None where it may be anyone: asked once a forward."""
-    model, _thread.reader = _thread.reader, None
+    model = _thread.reader
+    if model is not None:
+        _thread.reader = None
     return model
 
 

@@ -84,6 +84,10 @@ class ReadByForward(PatchedModel):
 
     _tome_before: tuple[str, ...]  # the names of what runs before the blocks
 
+    def _tome_checkpoints(self) -> bool:
+        """Whether its blocks run in checkpoints, as the library makes them."""
+        return getattr(self, "grad_checkpointing", False)
+
     def _tome_watches_before(self) -> bool:
         """Whether somebody watches what runs before the blocks, and may run them too."""
         parts = filter(None, map(cast(Any, self)._modules.get, self._tome_before))
@@ -122,7 +126,8 @@ def _reading(kind: type[ReadByForward]) -> Callable[..., Any]:
     @functools.wraps(kind._tome_base.forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Asked here, as a checkpoint turns gradients off within, and a hook that runs the blocks may be gone by then.
-        with read_by(None if torch.is_grad_enabled() or self._tome_watches_before() else self):
+        is_asked = not (torch.is_grad_enabled() or self._tome_checkpoints() or self._tome_watches_before())
+        with read_by(self if is_asked else None):
             return super(kind, self).forward(*args, **kwargs)
 
     return run

@@ -90,6 +90,9 @@ class VisionTransformer(ReadByForward, Intermediates):
         drops = not isinstance(tower.patch_dropout, nn.Identity)
         return None if drops else tower.positional_embedding.shape[0]
 
+    def _tome_checkpoints(self) -> bool:
+        return getattr(cast(Any, self).transformer, "grad_checkpointing", False)
+
     def _tome_reads_prefix(self, last: MergingBlock) -> bool:
         tower = cast(Any, self)
         if tower.pool_type != "tok" or tower.attn_pool is not None or tower.output_tokens:
